@@ -1,0 +1,440 @@
+"""
+LLaMA in one file: RMSNorm, rotary embeddings, SwiGLU, grouped-query attention, Hugging Face's layout in and out.
+
+    model = LLaMA(ModelConfig(**SIZES['60m']))            # random weights, N(0, 0.02)
+    loss = model(tokens, targets)                         # tokens, targets: (B, T) int64 -> mean loss in nats a token
+    logits = model(tokens)                                # (B, T, vocab)
+    model = LLaMA.from_pretrained('path/to/folder')       # config.json + model.safetensors (or its sharded index)
+    model.save_pretrained('path/to/folder')
+
+Letters: B batch, T tokens in a window, D n_embd, H heads, K key/value heads, d head_dim, V vocab_size.
+Linear weights are (out, in). Modules carry Hugging Face's names: a state dict differs by the prefix `model.` alone.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class ModelError(Exception):
+    """A model that cannot be built or a folder that cannot be read; the message says what to do."""
+
+
+@dataclass
+class ModelConfig:
+    n_layer: int = 8
+    n_head: int = 8
+    n_kv_head: int = 0  # 0: as many as n_head; fewer is grouped-query attention
+    n_embd: int = 512
+    n_inner: int = 1376  # width of the SwiGLU layer
+    vocab_size: int = 32000
+    block_size: int = 256  # longest window; sets the length of the rotary tables and nothing else
+    head_dim: int = 0  # 0: n_embd / n_head
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3's: the keys of ROPE_SCALING; None: none
+    tie_embeddings: bool = False  # head and embedding are one matrix
+
+    def __post_init__(self):
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise ModelError(f'n_embd={self.n_embd} does not divide into n_head={self.n_head} heads: change one')
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.n_head % self.n_kv_head:
+            raise ModelError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}: change one')
+        if self.head_dim % 2:
+            raise ModelError(f'head_dim={self.head_dim} is odd, but rotary embeddings turn pairs: change n_embd')
+
+
+def _size(n_embd, n_inner, n_head, n_layer, vocab_size=32000):
+    return dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_inner=n_inner, vocab_size=vocab_size)
+
+
+# The models of the GaLore and LoQT papers.
+SIZES = {
+    '9m': _size(128, 352, 4, 4),
+    '20m': _size(256, 688, 4, 4),
+    '35m': _size(384, 1024, 8, 6),
+    '40m': _size(416, 1024, 8, 8),
+    '60m': _size(512, 1376, 8, 8),
+    '71m': _size(512, 1368, 8, 12),
+    '100m': _size(640, 1708, 10, 12, vocab_size=32100),
+    '130m': _size(768, 2048, 12, 12),
+    '250m': _size(768, 2560, 16, 24),
+    '350m': _size(1024, 2736, 16, 24),
+    '1b': _size(2048, 5461, 32, 24),
+    '3b': _size(2560, 6848, 32, 32),
+    '7b': _size(4096, 11008, 32, 32),
+    '13b': _size(5120, 13824, 40, 40),
+}
+
+
+ROPE_SCALING = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
+
+
+class Linear(nn.Linear):
+    """y = x W^T, no bias. W is multiplied in the activations' dtype, so that a CPU may store bf16 and compute fp32."""
+
+    def __init__(self, n_in, n_out, **kw):
+        super().__init__(n_in, n_out, bias=False, **kw)
+
+    def reset_parameters(self, generator=None):
+        nn.init.normal_(self.weight, std=0.02, generator=generator)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self, generator=None):
+        nn.init.normal_(self.weight, std=0.02, generator=generator)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * w, over the last dimension."""
+
+    def __init__(self, n, eps, **kw):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(n, **kw))
+
+    def reset_parameters(self, generator=None):
+        nn.init.ones_(self.weight)
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rotary_tables(config, device=None):
+    """cos and sin of position times frequency, each (block_size, d/2), fp32 (RoFormer, 2104.09864, section 3.4)."""
+    d = config.head_dim
+    frequency = config.rope_theta ** (-torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)  # (d/2,)
+    if config.rope_scaling:
+        # Waves longer than the old context are slowed by `factor`, short ones stay, those between are blended.
+        s = config.rope_scaling
+        turns = s['original_max_position_embeddings'] * frequency / (2 * math.pi)  # full turns within the old context
+        keep = (turns - s['low_freq_factor']) / (s['high_freq_factor'] - s['low_freq_factor'])
+        keep = keep.clamp(0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / s['factor']
+    angle = torch.arange(config.block_size, dtype=torch.float32, device=device)[:, None] * frequency  # (T, d/2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x_i, x_{i + d/2}) by its position's angle: Hugging Face's half-split layout. x: (B, H, T, d)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class KVCache:
+    """Keys and values of all positions seen so far, so that sampling runs each token through the model once."""
+
+    def __init__(self, config, batch_size=1, device=None, dtype=None):
+        shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size, config.head_dim)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, i, k, v):
+        """Append k, v (B, K, T, d) to layer i and return all of its keys and values."""
+        end = self.length + k.shape[2]
+        self.k[i, :, :, self.length : end] = k
+        self.v[i, :, :, self.length : end] = v
+        return self.k[i, :, :, :end], self.v[i, :, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, c, **kw):
+        super().__init__()
+        self.d = c.head_dim
+        self.q_proj = Linear(c.n_embd, c.n_head * c.head_dim, **kw)
+        self.k_proj = Linear(c.n_embd, c.n_kv_head * c.head_dim, **kw)
+        self.v_proj = Linear(c.n_embd, c.n_kv_head * c.head_dim, **kw)
+        self.o_proj = Linear(c.n_head * c.head_dim, c.n_embd, **kw)
+
+    def forward(self, x, cos, sin, cache=None, i=0):
+        B, T, _ = x.shape
+        q, k, v = (f(x).view(B, T, -1, self.d).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, d), (B, K, T, d)
+        mask = None
+        if cache is not None:
+            k, v = cache.extend(i, k, v)
+            if cache.length:  # query t sees the cached keys and its own first t
+                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
+        # Grouped queries (H > K) share a key; the flag is off where it is not needed since some kernels refuse it.
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )  # (B, H, T, d)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, c, **kw):
+        super().__init__()
+        self.gate_proj = Linear(c.n_embd, c.n_inner, **kw)
+        self.up_proj = Linear(c.n_embd, c.n_inner, **kw)
+        self.down_proj = Linear(c.n_inner, c.n_embd, **kw)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, D)
+
+
+class Block(nn.Module):
+    def __init__(self, c, **kw):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.n_embd, c.norm_eps, **kw)
+        self.self_attn = Attention(c, **kw)
+        self.post_attention_layernorm = RMSNorm(c.n_embd, c.norm_eps, **kw)
+        self.mlp = MLP(c, **kw)
+
+    def forward(self, x, cos, sin, cache=None, i=0):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, i)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def arithmetic(device, dtype):
+    """The dtype to compute in. A CPU without bf16 instructions multiplies bf16 hundreds of times slower than fp32."""
+    if torch.device(device).type == 'cpu' and dtype == torch.bfloat16:
+        # The two names are x86's; where torch reports neither, fp32 is right and merely not the fastest.
+        cpu = torch.cpu.get_capabilities()
+        return dtype if cpu.get('amx_bf16') or cpu.get('avx512_bf16') else torch.float32
+    return dtype
+
+
+class LLaMA(nn.Module):
+    """The model. `device` and `dtype` are those of the weights; under `torch.device('meta')` nothing is allocated
+    until `materialise`, which makes the weights one module at a time, so that a 7B is born in its own 13 GB."""
+
+    def __init__(self, config, device=None, dtype=None):
+        super().__init__()
+        kw = dict(device=device, dtype=dtype)
+        self.config = config
+        self.checkpointing = False  # True: keep only each block's input and run the block again in backward
+        self.compute_dtype = None  # None: `arithmetic` chooses
+        self.embed_tokens = Embedding(config.vocab_size, config.n_embd, **kw)
+        self.layers = nn.ModuleList(Block(config, **kw) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps, **kw)
+        if not config.tie_embeddings:
+            self.lm_head = Linear(config.n_embd, config.vocab_size, **kw)
+        self.set_block_size(config.block_size, device)
+
+    def set_block_size(self, block_size, device=None):
+        """Longest window from now on: the rotary tables are the only thing that depends on it."""
+        self.config.block_size = block_size
+        cos, sin = rotary_tables(self.config, device)
+        self.register_buffer('cos', cos, persistent=False)
+        self.register_buffer('sin', sin, persistent=False)
+
+    @property
+    def head(self):
+        return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight  # (V, D)
+
+    def materialise(self, device='cpu', seed=0):
+        """Allocate and initialise a model built on the meta device, module by module. Same seed, same weights."""
+        generator = torch.Generator(device).manual_seed(seed)
+        for module in self.modules():
+            if module is not self:
+                module.to_empty(device=device, recurse=False)
+            if hasattr(module, 'reset_parameters'):
+                module.reset_parameters(generator)
+        self.set_block_size(self.config.block_size, device)
+        return self
+
+    def n_params(self, embeddings=True):
+        """Number of parameters; without embeddings, of those that multiply (the head stays), as FLOP counts want."""
+        n = sum(p.numel() for p in self.parameters())
+        return n if embeddings or self.config.tie_embeddings else n - self.embed_tokens.weight.numel()
+
+    def flops_per_token(self, T):
+        """FLOPs of forward and backward a token: 6 a weight, 12 D T a layer for attention (PaLM, 2204.02311)."""
+        c = self.config
+        return 6 * self.n_params(embeddings=False) + 12 * c.n_layer * c.n_head * c.head_dim * T
+
+    def forward(self, tokens, targets=None, cache=None):
+        """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> the mean loss over targets that are not -100."""
+        start = cache.length if cache is not None else 0
+        end = start + tokens.shape[1]
+        if end > self.config.block_size:
+            raise ModelError(f'{end} tokens do not fit the window of {self.config.block_size}: raise block_size')
+        W = self.head
+        dtype = self.compute_dtype or arithmetic(W.device, W.dtype)
+        x = self.embed_tokens(tokens).to(dtype)  # (B, T, D)
+        cos, sin = self.cos[start:end].to(dtype), self.sin[start:end].to(dtype)  # (T, d/2)
+        for i, layer in enumerate(self.layers):
+            if self.checkpointing and torch.is_grad_enabled():
+                # nothing in a block is random, so there is no generator state to keep
+                x = checkpoint(layer, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, cos, sin, cache, i)
+        if cache is not None:
+            cache.length = end
+        x = self.norm(x)
+        if targets is None:
+            return F.linear(x, W.to(dtype))  # (B, T, V)
+        # In chunks: forward and backward together, a few hundred rows of logits at a time, never (B T, V) at once.
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=256)
+        x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # (B T, D), (B T,)
+        return F.linear_cross_entropy(x, W.to(dtype), targets, ignore_index=-100, options=options)
+
+    # ---- Hugging Face layout ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=None, device='cpu', block_size=None):
+        """The model in a Hugging Face folder: LLaMA, Mistral, SmolLM2 and whatever shares their layout.
+
+        dtype None keeps the file's own; block_size None takes the longest window the model was made for. Tensors are
+        read one at a time, straight into place. Raises ModelError where a file is missing, broken or asks for more than
+        is here."""
+        config = config_from_hf(read_json(os.path.join(folder, 'config.json')), folder)
+        if block_size is not None and block_size > config.block_size:
+            raise ModelError(
+                f'{folder} is made for windows of {config.block_size} tokens: set block_size to at most that'
+            )
+        config.block_size = block_size or config.block_size
+        with torch.device('meta'):
+            model = cls(config, dtype=dtype)
+        wanted = dict(model.named_parameters())
+        for name, read in stored_tensors(folder):
+            name = name.removeprefix('model.')
+            if (name == 'lm_head.weight' and config.tie_embeddings) or name.endswith('rotary_emb.inv_freq'):
+                continue  # a copy of the embedding; a table we compute
+            if name not in wanted:
+                raise ModelError(f'{folder} holds a tensor this model has no place for: {name}')
+            tensor = read()
+            if tensor.shape != wanted[name].shape:
+                shapes = f'{tuple(tensor.shape)}, but config.json makes it {tuple(wanted[name].shape)}'
+                raise ModelError(f'{folder}: {name} is {shapes}: its files do not belong together')
+            module, _, leaf = name.rpartition('.')
+            parameter = nn.Parameter(tensor.to(device=device, dtype=dtype or tensor.dtype))
+            setattr(model.get_submodule(module), leaf, parameter)
+            del wanted[name]
+        if wanted:
+            raise ModelError(f'{folder} lacks {len(wanted)} of the model\'s tensors, the first {next(iter(wanted))}')
+        model.set_block_size(config.block_size, device)
+        return model
+
+    def save_pretrained(self, folder, shard_bytes=4 * 2**30):
+        """Write config.json and model.safetensors, or shards of at most `shard_bytes` with their index: a GPU's weights
+        pass through main memory one file at a time."""
+        from safetensors.torch import save_file
+
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, 'config.json'), 'w') as f:
+            json.dump(config_to_hf(self.config, self.head.dtype), f, indent=2)
+        shards, size = [{}], 0
+        for name, p in self.named_parameters():
+            if size + p.nbytes > shard_bytes and shards[-1]:
+                shards, size = [*shards, {}], 0
+            shards[-1][name if name.startswith('lm_head') else 'model.' + name] = p.detach()
+            size += p.nbytes
+        files, n = {}, len(shards)
+        for i, shard in enumerate(shards):
+            file = 'model.safetensors' if n == 1 else f'model-{i + 1:05d}-of-{n:05d}.safetensors'
+            save_file(shard, os.path.join(folder, file), metadata={'format': 'pt'})
+            files |= dict.fromkeys(shard, file)
+        if n > 1:
+            total = sum(p.nbytes for p in self.parameters())
+            with open(os.path.join(folder, 'model.safetensors.index.json'), 'w') as f:
+                json.dump({'metadata': {'total_size': total}, 'weight_map': files}, f, indent=2)
+
+
+def read_json(path):
+    try:
+        with open(path, encoding='utf-8') as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise ModelError(f'{path} does not exist: name a folder that holds config.json and model.safetensors') from None
+    except ValueError as error:
+        raise ModelError(f'{path} is not JSON ({error}): fetch or save the model again') from None
+
+
+def stored_tensors(folder):
+    """Yield (name, function that reads it) for each tensor of a folder's safetensors file or files."""
+    from safetensors import SafetensorError, safe_open
+
+    index, single = (os.path.join(folder, f) for f in ('model.safetensors.index.json', 'model.safetensors'))
+    if os.path.exists(index):
+        files = sorted(set(read_json(index)['weight_map'].values()))
+    elif os.path.exists(single):
+        files = ['model.safetensors']
+    else:
+        raise ModelError(f'{folder} has no model.safetensors: save the model again in that format')
+    for path in (os.path.join(folder, file) for file in files):
+        try:
+            with safe_open(path, framework='pt') as f:
+                for name in f.keys():  # noqa: SIM118 (not a dict)
+                    yield name, lambda f=f, name=name: f.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f'{path} is missing or broken ({error}): fetch or save the model again') from None
+
+
+def config_from_hf(hf, folder='config.json'):
+    """ModelConfig of a Hugging Face config (a dict). Raises ModelError, by name, for what LLaMA cannot represent."""
+    # Each of these changes the arithmetic; loading such a model regardless would give wrong numbers without a word.
+    for key, allowed in (
+        ('model_type', ('llama', 'mistral')),
+        ('hidden_act', ('silu',)),
+        ('attention_bias', (False,)),
+        ('mlp_bias', (False,)),
+        ('partial_rotary_factor', (None, 1.0)),
+        ('quantization_config', (None,)),
+    ):
+        if hf.get(key, allowed[0]) not in allowed:
+            raise ModelError(f'{folder}: {key}={hf[key]!r} is not what this LLaMA computes (only {allowed[0]!r} is)')
+    # transformers 5 keeps rope_theta and the scaling in one dict, older versions in two keys
+    rope = dict(hf.get('rope_parameters') or hf.get('rope_scaling') or {})
+    kind = rope.get('rope_type', rope.get('type', 'default'))
+    if kind not in ('default', 'llama3'):
+        raise ModelError(f'{folder}: rope_type={kind!r} is not supported, only default and llama3 are')
+    try:
+        block_size = hf.get('max_position_embeddings', 2048)
+        return ModelConfig(
+            n_layer=hf['num_hidden_layers'],
+            n_head=hf['num_attention_heads'],
+            n_kv_head=hf.get('num_key_value_heads') or 0,
+            n_embd=hf['hidden_size'],
+            n_inner=hf['intermediate_size'],
+            vocab_size=hf['vocab_size'],
+            # within its window a sliding-window model (Mistral 7B v0.1) is an ordinary one
+            block_size=min(block_size, hf.get('sliding_window') or block_size),
+            head_dim=hf.get('head_dim') or 0,
+            norm_eps=hf.get('rms_norm_eps', 1e-6),
+            rope_theta=float(rope.get('rope_theta') or hf.get('rope_theta') or 10000.0),
+            rope_scaling={key: rope[key] for key in ROPE_SCALING} if kind == 'llama3' else None,
+            tie_embeddings=hf.get('tie_word_embeddings', False),
+        )
+    except KeyError as missing:
+        raise ModelError(f'{folder}: config.json lacks {missing}: this is not a LLaMA folder') from None
+
+
+def config_to_hf(c, dtype=torch.float32):
+    """The dict that Hugging Face writes as config.json for a LlamaForCausalLM; both spellings of the rotary keys."""
+    rope = {'rope_type': 'llama3', **c.rope_scaling} if c.rope_scaling else {'rope_type': 'default'}
+    return {
+        'architectures': ['LlamaForCausalLM'],
+        'model_type': 'llama',
+        'vocab_size': c.vocab_size,
+        'hidden_size': c.n_embd,
+        'intermediate_size': c.n_inner,
+        'num_hidden_layers': c.n_layer,
+        'num_attention_heads': c.n_head,
+        'num_key_value_heads': c.n_kv_head,
+        'head_dim': c.head_dim,
+        'hidden_act': 'silu',
+        'max_position_embeddings': c.block_size,
+        'initializer_range': 0.02,
+        'rms_norm_eps': c.norm_eps,
+        'tie_word_embeddings': c.tie_embeddings,
+        'rope_theta': c.rope_theta,
+        'rope_scaling': rope if c.rope_scaling else None,
+        'rope_parameters': {'rope_theta': c.rope_theta, **rope},
+        'attention_bias': False,
+        'mlp_bias': False,
+        'torch_dtype': str(dtype).removeprefix('torch.'),
+    }
