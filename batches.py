@@ -1,0 +1,93 @@
+"""
+Batch t as a pure function of (seed, t, rank, world size): nothing to save, and resuming is exact.
+
+    data = Tokens('data/pystdlib', 'train', block_size=256)
+    x, y, sources = data.batch(seed=1, t=0, batch_size=8)       # x, y: (8, 256) int64; y is x one token later
+
+An epoch is a permutation of all windows of block_size tokens, without replacement, its grid shifted by a new random
+offset, so that a second epoch cuts the text elsewhere. What prepare.py writes: train.bin and val.bin, token ids as
+uint16 or uint32, documents grouped by source, and meta.json, which counts them.
+"""
+
+import json
+import os
+
+import numpy as np
+import torch
+
+
+class DataError(Exception):
+    """Token files that are missing or broken; the message says what to do."""
+
+
+def read_meta(folder):
+    """meta.json of a prepared folder, as a dict."""
+    path = os.path.join(folder, 'meta.json')
+    try:
+        with open(path, encoding='utf-8') as f:
+            meta = json.load(f)
+        meta['dtype'], meta['vocab_size'], meta['train_tokens'], meta['val_tokens'], meta['sources']
+        return meta
+    except FileNotFoundError:
+        raise DataError(f'{path} does not exist: run python {os.path.join(folder, "prepare.py")} first') from None
+    except (ValueError, KeyError) as error:
+        raise DataError(f'{path} is broken ({error!r}): run its prepare.py again') from None
+
+
+class Tokens:
+    """The token file of one split. Raises DataError where it is missing, truncated or too short."""
+
+    def __init__(self, folder, split, block_size):
+        self.path, self.block_size = os.path.join(folder, f'{split}.bin'), block_size
+        meta = read_meta(folder)
+        self.vocab_size, n = meta['vocab_size'], meta[f'{split}_tokens']
+        try:
+            found = os.path.getsize(self.path) // np.dtype(meta['dtype']).itemsize
+        except OSError as error:
+            raise DataError(f'{self.path} cannot be read ({error.strerror}): run its prepare.py again') from None
+        if found != n:
+            raise DataError(f'{self.path} holds {found} tokens, meta.json says {n}: run its prepare.py again')
+        if n <= block_size:
+            raise DataError(f'{self.path} holds {n} tokens, too few for a window of {block_size}: lower block_size')
+        self.tokens = np.memmap(self.path, dtype=meta['dtype'], mode='r')
+        self.sources = [source['name'] for source in meta['sources']]
+        self.source_ends = np.cumsum([source[f'{split}_tokens'] for source in meta['sources']])
+        # A window with its targets is block_size + 1 tokens; about a block's worth of starts is left to the shift.
+        self.windows = max((n - 1) // block_size - 1, 1)
+        self.shifts = min(block_size, n - self.windows * block_size)
+        self.order = {}  # epoch -> (its permutation, its shift); a cache, computed again after a resume
+
+    def epoch(self, seed, epoch):
+        if (seed, epoch) not in self.order:
+            rng = np.random.default_rng((seed, epoch))
+            self.order = {(seed, epoch): (rng.permutation(self.windows), int(rng.integers(self.shifts)))}
+        return self.order[seed, epoch]
+
+    def batch(self, seed, t, batch_size, rank=0, world=1):
+        """Batch t -> x, y (batch_size, block_size) int64 and the source index of each window, (batch_size,) int64.
+
+        Processes split the stream: rank r of W at t reads what one process reads at t W + r."""
+        first = (t * world + rank) * batch_size
+        starts = []
+        for i in range(first, first + batch_size):  # a batch may reach into the next epoch
+            order, shift = self.epoch(seed, i // self.windows)
+            starts.append(int(order[i % self.windows]) * self.block_size + shift)
+        return self.read(starts)
+
+    def evaluation(self, n_tokens, batch_size):
+        """Yield (x, y, sources) of fixed windows spread evenly over the file, n_tokens in all or what there is."""
+        n = max(min(n_tokens // self.block_size, (len(self.tokens) - 1) // self.block_size), 1)
+        stride = (len(self.tokens) - 1) // self.block_size // n * self.block_size
+        for i in range(0, n, batch_size):
+            yield self.read([j * stride for j in range(i, min(i + batch_size, n))])
+
+    def read(self, starts):
+        rows = np.stack([self.tokens[s : s + self.block_size + 1] for s in starts]).astype(np.int64)  # (B, T + 1)
+        if rows.max() >= self.vocab_size:
+            where = starts[int(rows.max(axis=1).argmax())]
+            reason = f'token id {rows.max()} near position {where} is beyond the vocabulary of {self.vocab_size}'
+            raise DataError(f'{self.path}: {reason}: the file is broken, run its prepare.py again')
+        middles = np.array(starts) + self.block_size // 2  # a window belongs to the source of its middle
+        sources = torch.from_numpy(np.searchsorted(self.source_ends, middles, side='right'))
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), sources
