@@ -1,0 +1,239 @@
+"""
+Adam's arithmetic on one tensor, and the thin optimizer around it that every method file inherits.
+
+    M = b1 M + (1 - b1) G          Mh = M / (1 - b1^t)
+    V = b2 V + (1 - b2) G * G      Vh = V / (1 - b2^t)
+    W = W - lr (Mh / (sqrt(Vh) + eps) + weight_decay W)            Adam (1412.6980), decoupled decay (AdamW, 1711.05101)
+
+What is not in the papers, and why:
+- The moments are fp32, or 8 bits in blocks of 256, never bf16: there V * 0.999 rounds back to V, which could only grow.
+- A bf16 weight takes its update with stochastic rounding. Late in training an update is smaller than half the distance
+  between two bf16 numbers, and rounding to the nearest would lose it every time instead of some of the time.
+- per_layer=True updates a weight inside backward, as soon as its gradient is there, and drops the gradient: at no time
+  do the gradients of all layers exist. The result is the same.
+
+    optimizer = AdamW(model.parameters(), lr=1e-3)         # drop-in: backward(), step()
+"""
+
+import zlib
+
+import torch
+import torch.distributed as dist
+
+BLOCK = 256  # numbers that share a scale in 8-bit states
+SMALLEST_8BIT = 4096  # smaller tensors (norms) keep fp32 states, as in bitsandbytes
+
+
+# ---- pure functions of tensors -----------------------------------------------------------------------------------
+
+
+def adam_direction(G, state, betas, eps, state_bits=32):
+    """Take gradient G (any shape) into the moments in `state`, in place, and return Mh / (sqrt(Vh) + eps) in fp32."""
+    beta1, beta2 = betas
+    state['step'] = t = state.get('step', 0) + 1
+    bits = state_bits if G.numel() >= SMALLEST_8BIT else 32
+    G = G.float()
+    M, V = load_moment(state, 'M', G, bits), load_moment(state, 'V', G, bits)
+    M.lerp_(G, 1 - beta1)
+    V.mul_(beta2).addcmul_(G, G, value=1 - beta2)
+    if bits == 8:
+        store_moment(state, 'M', M)
+        store_moment(state, 'V', V)
+    denominator = (V / (1 - beta2**t)).sqrt_().add_(eps)
+    return (M / (1 - beta1**t)).div_(denominator)
+
+
+def load_moment(state, name, like, bits):
+    """The moment as fp32: with 32 bits the state's own tensor, to be changed in place; with 8 a decoded copy."""
+    if name not in state:
+        if bits == 32:
+            state[name] = torch.zeros_like(like, dtype=torch.float32)
+        else:
+            store_moment(state, name, torch.zeros_like(like, dtype=torch.float32))
+    if bits == 32:
+        return state[name]
+    from bitsandbytes.functional import dequantize_blockwise
+
+    code = dynamic_map(name, like.device)
+    return dequantize_blockwise(state[name], absmax=state[name + '_absmax'], code=code, blocksize=BLOCK)
+
+
+def store_moment(state, name, moment):
+    """Quantise a moment to 8 bits, blockwise (8-bit Optimizers, 2110.02861, section 2)."""
+    from bitsandbytes.functional import quantize_blockwise
+
+    state[name], quantised = quantize_blockwise(moment, code=dynamic_map(name, moment.device), blocksize=BLOCK)
+    state[name + '_absmax'] = quantised.absmax
+
+
+_maps = {}  # the 256 values of a code, made once a device
+
+
+def dynamic_map(name, device):
+    """The 256 values that 8 bits stand for: signed for M; all of them positive for V, which is finer by a bit."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    if (name, device) not in _maps:
+        _maps[name, device] = create_dynamic_map(signed=name == 'M').to(device)
+    return _maps[name, device]
+
+
+def add_(W, N, lr, decay, seed):
+    """W <- (1 - lr decay) W - lr N, in place. Only a bf16 W uses `seed`: it is rounded up or down at random, with the
+    odds that make the rounded weight right on average."""
+    if W.dtype != torch.bfloat16:
+        W.mul_(1 - lr * decay).add_(N, alpha=-lr)
+        return
+    exact = W.float().mul_(1 - lr * decay).add_(N, alpha=-lr)
+    # bf16 is the upper half of fp32: add a random lower half, let it carry into the upper one, and cut it off.
+    generator = torch.Generator(W.device).manual_seed(seed)
+    noise = torch.randint(0, 1 << 16, W.shape, generator=generator, dtype=torch.int32, device=W.device)
+    exact.view(torch.int32).add_(noise).bitwise_and_(-(1 << 16))
+    W.copy_(exact)
+
+
+def several_processes():
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def average_(G):
+    """Mean of G over the processes of a data-parallel run, in place; nothing where there is one."""
+    if several_processes():
+        dist.all_reduce(G)
+        G /= dist.get_world_size()
+    return G
+
+
+# ---- the optimizer -----------------------------------------------------------------------------------------------
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW, and what all methods share: per-layer mode, clipping, data parallelism, exact resume.
+
+    params: parameters, or groups of them as in torch. state_bits: 32 or 8. grad_clip: largest global gradient norm, 0
+    for none. seed: of the stochastic rounding, which is drawn from (seed, step, parameter), so no generator is state.
+
+    Before each backward of a step the loop says whether it is the step's last, `optimizer.last_micro_batch`; a loop
+    without accumulation need not. `step()` drops the gradients itself. Afterwards `grad_norm` is a 0-dim tensor.
+
+    A method overrides `gradient_ready` (what to do with each micro-batch's gradient), `take` (the gradient of the whole
+    step, as small as the method needs it) and `update` (one parameter moves)."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, state_bits=32, grad_clip=0.0,
+                 per_layer=False, seed=0, **defaults):  # fmt: skip
+        if state_bits not in (32, 8):
+            raise ValueError(f'state_bits={state_bits} is not a width of the moments: use 32 or 8')
+        if per_layer and grad_clip and type(self) is AdamW:
+            raise ValueError(
+                'AdamW cannot clip with per_layer=True: the norm is known only when all gradients are, '
+                'and by then per_layer has used and dropped them; set grad_clip=0 or per_layer=False'
+            )
+        self.state_bits, self.grad_clip, self.per_layer, self.seed = state_bits, grad_clip, per_layer, seed
+        self.last_micro_batch = True
+        self.grad_norm = None
+        self.squares = []  # squared norms of the gradients taken so far in this step
+        self.number, self.group_of = {}, {}
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **defaults))
+
+    def add_param_group(self, group):
+        super().add_param_group(group)
+        for p in self.param_groups[-1]['params']:
+            self.number[p], self.group_of[p] = len(self.number), self.param_groups[-1]
+            p.register_post_accumulate_grad_hook(self.gradient_ready)
+
+    @property
+    def lr(self):
+        return self.param_groups[0]['lr']
+
+    @lr.setter
+    def lr(self, lr):
+        for group in self.param_groups:
+            group['lr'] = lr
+
+    @torch.no_grad()
+    def gradient_ready(self, p):
+        """Autograd calls this in backward, when p.grad has taken in a micro-batch."""
+        if self.per_layer and self.last_micro_batch:
+            self.finish(p)
+
+    def finish(self, p):
+        """Per-layer mode, p's gradient of this step complete: update now, unless clipping waits for all the norms."""
+        if not self.grad_clip:
+            self.update(p, self.take(p))
+
+    def has_gradient(self, p):
+        return p.grad is not None
+
+    def take(self, p):
+        """The gradient of the whole step, averaged over processes, its norm counted; p lets go of it."""
+        G, p.grad = p.grad, None
+        return self.count(average_(G))
+
+    def count(self, G):
+        self.squares.append(torch.linalg.vector_norm(G, dtype=torch.float32).square())
+        return G
+
+    def update(self, p, G):
+        group, state = self.group_of[p], self.state[p]
+        N = adam_direction(G, state, group['betas'], group['eps'], self.state_bits)
+        self.move(p, N)
+
+    def move(self, p, N):
+        group = self.group_of[p]
+        seed = zlib.crc32(f'{self.seed} {self.state[p]["step"]} {self.number[p]}'.encode())
+        add_(p, N, group['lr'], group['weight_decay'], seed)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One optimizer step, on whatever gradients are still waiting."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        waiting = [p for group in self.param_groups for p in group['params'] if self.has_gradient(p)]
+        if self.grad_clip:
+            gradients = [self.take(p) for p in waiting]
+            norm = torch.stack(self.squares).sum().sqrt()
+            keep = (self.grad_clip / (norm + 1e-6)).clamp(max=1.0)  # a tensor: nothing waits for the device
+            for p, G in zip(waiting, gradients):
+                self.update(p, G.mul_(keep))
+        else:
+            for p in waiting:
+                self.update(p, self.take(p))
+        if self.squares:
+            self.grad_norm = torch.stack(self.squares).sum().sqrt()
+            self.squares = []
+        return loss
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict):
+        """torch's casts the moments to the parameter's dtype, which would make them bf16; ours keep their own."""
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict['param_groups'] for i in group['params']]
+        for i, p in zip(saved, (p for group in self.param_groups for p in group['params'])):
+            for name, value in state_dict['state'].get(i, {}).items():
+                self.state[p][name] = value.detach().to(p.device, copy=True) if torch.is_tensor(value) else value
+        self.group_of = {p: group for group in self.param_groups for p in group['params']}
+
+
+def split_decay(parameters):
+    """Two groups: matrices, which decay, and vectors (norms), which do not."""
+    parameters = list(parameters)
+    return [
+        {'params': [p for p in parameters if p.dim() >= 2]},
+        {'params': [p for p in parameters if p.dim() < 2], 'weight_decay': 0.0},
+    ]
+
+
+def setup(model, config):
+    """What train.py calls for method='adamw'."""
+    return AdamW(
+        split_decay(model.parameters()),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        state_bits=config.state_bits,
+        grad_clip=config.grad_clip,
+        per_layer=config.per_layer,
+        seed=config.seed,
+    )

@@ -1,0 +1,274 @@
+"""galore.py against the algorithm written out, torch's Adam and SGD in a rotated basis, and the SVD."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import galore
+from galore import GaLoreAdamW, orthonormal_basis, setup
+from model import LLaMA, ModelConfig
+
+TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=56, vocab_size=61, block_size=16)
+CONFIG = dict(learning_rate=1e-3, beta1=0.9, beta2=0.999, weight_decay=0.0, rank=8, update_proj_gap=3, scale=0.25)
+CONFIG |= dict(refresh='subspace', stagger=True, state_bits=32, grad_clip=0.0, per_layer=False, seed=0)
+
+
+def model_and_optimizer(dtype=torch.float32, checkpointing=False, **changes):
+    model = LLaMA(ModelConfig(**TINY), dtype=dtype).materialise(seed=0)
+    model.compute_dtype, model.checkpointing = torch.float32, checkpointing
+    for p in model.parameters():  # large enough weights that gradients are of a common size
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+    return model, setup(model, SimpleNamespace(**CONFIG | changes))
+
+
+def train(model, optimizer, steps, accumulation=1, first=0):
+    for step in range(first, first + steps):
+        for micro in range(accumulation):
+            generator = torch.Generator().manual_seed(1000 * step + micro)
+            x = torch.randint(0, 61, (4, 17), generator=generator)
+            optimizer.last_micro_batch = micro == accumulation - 1
+            (model(x[:, :-1], x[:, 1:]) / accumulation).backward()
+        optimizer.step()
+    return model
+
+
+def matrix(m, n, decay=0.2, seed=0):
+    """A random matrix with a falling spectrum, as gradients have."""
+    torch.manual_seed(seed)
+    U, V = torch.linalg.qr(torch.randn(m, m))[0], torch.linalg.qr(torch.randn(n, n))[0]
+    k = min(m, n)
+    return U[:, :k] @ torch.diag(torch.exp(-decay * torch.arange(k))) @ V[:, :k].T
+
+
+def energy(P, G):
+    return (P.T @ G).square().sum() / G.square().sum()
+
+
+@pytest.mark.parametrize('refresh', ['svd', 'subspace'])
+@pytest.mark.parametrize('shape', [(48, 128), (64, 64), (512, 1376)])
+def test_basis_is_orthonormal(shape, refresh):
+    G = torch.randn(shape)
+    for previous in (None, orthonormal_basis(torch.randn(shape), 16, 'svd')):
+        P = orthonormal_basis(G, 16, refresh, previous)
+        assert P.shape == (shape[0], 16) and P.is_contiguous() and P.untyped_storage().nbytes() == P.nbytes
+        assert (P.T @ P - torch.eye(16)).abs().max() < 1e-5
+
+
+def test_svd_basis_captures_exactly_the_largest_singular_values():
+    G = matrix(48, 128)
+    S = torch.linalg.svdvals(G)
+    P = orthonormal_basis(G, 10, 'svd')
+    torch.testing.assert_close((P.T @ G).square().sum(), S[:10].square().sum())
+
+
+def test_subspace_refresh_follows_a_turning_gradient_to_98_percent_of_the_svd():
+    G = matrix(48, 128)
+    P = orthonormal_basis(G, 10)
+    assert energy(P, G) > 0.98 * energy(orthonormal_basis(G, 10, 'svd'), G), 'from a random sketch'
+    for turn in range(1, 4):
+        G = G + 0.3 * matrix(48, 128, seed=turn)
+        stale, P = P, orthonormal_basis(G, 10, 'subspace', P)
+        best = energy(orthonormal_basis(G, 10, 'svd'), G)
+        assert energy(P, G) > 0.98 * best > energy(stale, G)
+
+
+def test_rank_beyond_the_smaller_side_is_the_whole_space_and_a_zero_gradient_is_no_trouble():
+    assert orthonormal_basis(matrix(8, 20), 64).shape == (8, 8)
+    for refresh in ('svd', 'subspace'):
+        P = orthonormal_basis(torch.zeros(8, 20), 4, refresh)
+        assert (P.T @ P - torch.eye(4)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize('shape', [(12, 30), (30, 12), (12, 12)])
+def test_full_rank_walks_adams_path_in_the_rotated_basis(shape):
+    """With r = min(m, n), scale 1 and one P, GaLore is torch's Adam on Y = P.T W, whose gradient is P.T G."""
+    W = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    optimizer = GaLoreAdamW([W], lr=1e-2, rank=12, update_proj_gap=10**6, scale=1.0, refresh='svd', stagger=False)
+    target = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    tall = shape[0] > shape[1]
+    for step in range(20):
+        (W - target).pow(4).sum().backward()
+        if step == 0:
+            P = optimizer.state[W]['P'].clone()
+            assert torch.equal(P, orthonormal_basis(W.grad.T if tall else W.grad, 12, 'svd'))
+            Y = torch.nn.Parameter(P.T @ (W.T if tall else W).detach())
+            adam = torch.optim.Adam([Y], lr=1e-2)
+        rotated_back = (P @ Y.detach()).T if tall else P @ Y.detach()
+        torch.testing.assert_close(W.detach(), rotated_back, atol=1e-5, rtol=1e-5)
+        G = 4 * (rotated_back - target).pow(3)
+        Y.grad = P.T @ (G.T if tall else G)
+        optimizer.step()
+        adam.step()
+
+
+@pytest.mark.parametrize('shape', [(12, 30), (30, 12)])
+def test_full_rank_with_sgd_in_adams_place_is_minus_lr_G(shape, monkeypatch):
+    monkeypatch.setattr(galore, 'adam_direction', lambda R, state, *_: state.setdefault('step', 1) and R)
+    for refresh in ('svd', 'subspace'):
+        W = torch.nn.Parameter(torch.randn(shape))
+        before, G = W.detach().clone(), torch.randn(shape)
+        optimizer = GaLoreAdamW([W], lr=0.1, rank=12, scale=1.0, refresh=refresh)
+        (W * G).sum().backward()
+        optimizer.step()
+        torch.testing.assert_close(W.detach() - before, -0.1 * G, atol=1e-5, rtol=1e-5)
+
+
+def test_step_equals_the_papers_algorithm_written_out():
+    """Algorithm 2 with numbers kept apart from our code: r = 4 of 12, T = 3, alpha = 0.25, 8 steps."""
+    torch.manual_seed(0)
+    W = torch.nn.Parameter(torch.randn(12, 30))
+    w, M, V = W.detach().clone(), torch.zeros(4, 30), torch.zeros(4, 30)
+    optimizer = GaLoreAdamW([W], lr=1e-2, rank=4, update_proj_gap=3, scale=0.25, refresh='svd', stagger=False)
+    for t in range(8):
+        G = torch.randn(12, 30)
+        if t % 3 == 0:
+            P = torch.linalg.svd(G)[0][:, :4]
+        R = P.T @ G
+        M, V = 0.9 * M + 0.1 * R, 0.999 * V + 0.001 * R * R
+        w -= 1e-2 * 0.25 * P @ (M / (1 - 0.9 ** (t + 1)) / ((V / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8))
+        (W * G).sum().backward()
+        optimizer.step()
+        torch.testing.assert_close(W.detach(), w, atol=1e-6, rtol=1e-5)
+
+
+def refreshes(monkeypatch, stagger, T, layers, steps):
+    """{layer: the steps at which it got a new P}"""
+    seen = {}
+    original = GaLoreAdamW.new_basis
+
+    def spy(self, p, G):
+        seen.setdefault(self.number[p], []).append(self.state[p].get('step', 0))
+        original(self, p, G)
+
+    monkeypatch.setattr(GaLoreAdamW, 'new_basis', spy)
+    parameters = [torch.nn.Parameter(torch.randn(4, 6)) for _ in range(layers)]
+    optimizer = GaLoreAdamW(parameters, rank=2, update_proj_gap=T, stagger=stagger)
+    for _ in range(steps):
+        sum((p * torch.randn(4, 6)).sum() for p in parameters).backward()
+        optimizer.step()
+    return seen
+
+
+def test_refreshes_come_at_0_T_2T_and_staggered_ones_take_turns(monkeypatch):
+    assert refreshes(monkeypatch, False, T=5, layers=2, steps=16) == {0: [0, 5, 10, 15], 1: [0, 5, 10, 15]}
+    assert refreshes(monkeypatch, True, T=6, layers=3, steps=14) == {0: [0, 6, 12], 1: [0, 2, 8], 2: [0, 4, 10]}
+
+
+MODES = [
+    dict(),
+    dict(grad_clip=0.05),
+    dict(refresh='svd', stagger=False),
+    dict(state_bits=8),
+    dict(weight_decay=0.1),
+]
+
+
+@pytest.mark.parametrize('mode', MODES, ids=str)
+@pytest.mark.parametrize('accumulation', [1, 2, 8])
+def test_per_layer_equals_normal(accumulation, mode):
+    # 7 steps at T = 3: the first P, staggered refreshes and ordinary steps all occur
+    normal = train(*model_and_optimizer(**mode), steps=7, accumulation=accumulation)
+    per_layer = train(*model_and_optimizer(**mode, per_layer=True), steps=7, accumulation=accumulation)
+    for (name, p), q in zip(normal.named_parameters(), per_layer.parameters()):
+        assert (p - q).abs().max() < 1e-6, name
+
+
+def test_per_layer_equals_normal_under_activation_checkpointing():
+    normal = train(*model_and_optimizer(), steps=4, accumulation=2)
+    per_layer = train(*model_and_optimizer(per_layer=True, checkpointing=True), steps=4, accumulation=2)
+    for p, q in zip(normal.parameters(), per_layer.parameters()):
+        assert (p - q).abs().max() < 1e-6
+
+
+def test_accumulated_micro_batches_equal_one_large_batch():
+    x = torch.randint(0, 61, (8, 17), generator=torch.Generator().manual_seed(0))
+    weights = []
+    for pieces in (1, 4):
+        model, optimizer = model_and_optimizer(per_layer=True)
+        model(x[:, :-1], x[:, 1:]).backward()  # step 0 from the whole batch, so that both start with the same P
+        optimizer.step()
+        for i, piece in enumerate(x.chunk(pieces)):
+            optimizer.last_micro_batch = i == pieces - 1
+            (model(piece[:, :-1], piece[:, 1:]) / pieces).backward()
+        optimizer.step()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
+
+
+def test_between_refreshes_per_layer_keeps_no_full_gradient_while_accumulating():
+    model, optimizer = model_and_optimizer(per_layer=True, update_proj_gap=10**6)
+    train(model, optimizer, 1)
+    optimizer.last_micro_batch = False
+    x = torch.randint(0, 61, (4, 17))
+    model(x[:, :-1], x[:, 1:]).backward()
+    for p in optimizer.turn:
+        assert p.grad is None and optimizer.R[p].shape == (8, max(p.shape))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('mode', [*MODES, dict(per_layer=True)], ids=str)
+def test_interrupted_equals_uninterrupted_bit_for_bit(mode, dtype, tmp_path):
+    model, optimizer = model_and_optimizer(dtype, **mode)
+    train(model, optimizer, 4, accumulation=2)
+    torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict()}, tmp_path / 'state.pt')
+    train(model, optimizer, 4, accumulation=2, first=4)
+
+    resumed, optimizer = model_and_optimizer(dtype, **mode)
+    state = torch.load(tmp_path / 'state.pt', weights_only=True)
+    resumed.load_state_dict(state['model'])
+    optimizer.load_state_dict(state['optimizer'])
+    for p in optimizer.turn:
+        assert optimizer.state[p]['M'].dtype == torch.float32 and optimizer.state[p]['P'].dtype == dtype
+    train(resumed, optimizer, 4, accumulation=2, first=4)
+    for (name, p), q in zip(model.named_parameters(), resumed.named_parameters()):
+        assert torch.equal(p, q[1]), name
+
+
+def test_setup_projects_the_blocks_linear_layers_and_nothing_else():
+    model, optimizer = model_and_optimizer()
+    projected = {name for name, p in model.named_parameters() if p in optimizer.turn}
+    kinds = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
+    assert projected == {n for n, _ in model.named_parameters() if n.split('.')[-2] in kinds} and len(projected) == 14
+    assert optimizer.group_of[model.head]['rank'] == optimizer.group_of[model.norm.weight]['rank'] == 0
+
+
+@pytest.mark.parametrize(
+    'size,r,elements', [('60m', 128, 6_324_224 + 3_670_016), ('130m', 256, 28_311_552 + 16_515_072)]
+)
+def test_moments_and_basis_have_the_papers_number_of_elements(size, r, elements):
+    """GaLore's table 1: m r for P and n r for each moment; here P + R, counted from real state."""
+    from model import SIZES
+
+    shapes = SIZES[size] | dict(n_layer=1, vocab_size=64)
+    model = LLaMA(ModelConfig(**shapes, block_size=16)).materialise()
+    optimizer = setup(model, SimpleNamespace(**CONFIG | dict(rank=r)))
+    x = torch.randint(0, 64, (1, 17))
+    model(x[:, :-1], x[:, 1:]).backward()
+    optimizer.step()
+    states = [optimizer.state[p] for p in optimizer.turn]
+    found = sum(s['P'].numel() + s['M'].numel() for s in states)
+    assert found * SIZES[size]['n_layer'] == elements
+
+
+def test_it_learns_as_a_drop_in_in_an_ordinary_loop():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    optimizer = GaLoreAdamW(net.parameters(), lr=2e-2, rank=8, update_proj_gap=20)
+    teacher, losses = torch.randn(16, 4), []
+    for _ in range(200):
+        x = torch.randn(32, 16)
+        loss = torch.nn.functional.cross_entropy(net(x), (x @ teacher).argmax(1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_impossible_arguments_name_the_thing_and_what_to_type():
+    with pytest.raises(ValueError, match="use 'subspace' or 'svd'"):
+        GaLoreAdamW([torch.nn.Parameter(torch.zeros(2, 2))], refresh='qr')
+    with pytest.raises(ValueError, match='use 1 or more'):
+        GaLoreAdamW([torch.nn.Parameter(torch.zeros(2, 2))], update_proj_gap=0)
