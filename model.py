@@ -246,6 +246,10 @@ class LLaMA(nn.Module):
         self.set_block_size(self.config.block_size, device)
         return self
 
+    @property
+    def activation_dtype(self):
+        return self.compute_dtype or arithmetic(self.head.device, self.head.dtype)
+
     def n_params(self, embeddings=True):
         """Number of parameters; without embeddings, of those that multiply (the head stays), as FLOP counts want."""
         n = sum(p.numel() for p in self.parameters())
@@ -262,8 +266,7 @@ class LLaMA(nn.Module):
         end = start + tokens.shape[1]
         if end > self.config.block_size:
             raise ModelError(f'{end} tokens do not fit the window of {self.config.block_size}: raise block_size')
-        W = self.head
-        dtype = self.compute_dtype or arithmetic(W.device, W.dtype)
+        W, dtype = self.head, self.activation_dtype
         x = self.embed_tokens(tokens).to(dtype)  # (B, T, D)
         cos, sin = self.cos[start:end].to(dtype), self.sin[start:end].to(dtype)  # (T, d/2)
         for i, layer in enumerate(self.layers):

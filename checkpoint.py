@@ -1,0 +1,90 @@
+"""
+Checkpoints that survive a crash at any moment: out_dir/last and out_dir/best, each a Hugging Face folder with the
+optimizer's and the run's state beside the weights.
+
+    save('out/last', model, optimizer, run)          # written under another name, synced, then renamed into place
+    folder, run = find('out/last')                   # or the one before it, if a crash came between two renames
+"""
+
+import json
+import os
+import shutil
+
+import torch
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be written or read; the message says what to do."""
+
+
+def save(folder, model, optimizer, run, extra_files=()):
+    """Write weights, `optimizer.pt` and `run.json` (a dict of plain values) to `folder`, replacing what was there only
+    when all is on disk. `extra_files` (the tokenizer's) are copied beside them: the folder is complete in itself."""
+    new = folder + '.new'
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        model.save_pretrained(new)
+        torch.save(optimizer.state_dict(), os.path.join(new, 'optimizer.pt'))
+        with open(os.path.join(new, 'run.json'), 'w') as f:
+            json.dump(run, f, indent=1)
+        for file in extra_files:
+            shutil.copy(file, new)
+        swap(new, folder)
+    except Exception as error:  # OSError here, safetensors' and torch's own types for the same full disk
+        shutil.rmtree(new, ignore_errors=True)
+        kept = f'{folder} still holds the one before' if os.path.exists(folder) else 'there was none before it'
+        reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+        raise CheckpointError(
+            f'could not write a checkpoint to {folder} ({reason}); {kept}: free some space or choose another --out_dir'
+        ) from error
+
+
+def copy(folder, target):
+    """Make `target` the same checkpoint as `folder`, by hard links where the file system has them: no bytes written."""
+    new = target + '.new'
+    shutil.rmtree(new, ignore_errors=True)
+    os.makedirs(new)
+    for name in os.listdir(folder):
+        try:
+            os.link(os.path.join(folder, name), os.path.join(new, name))
+        except OSError:
+            shutil.copy(os.path.join(folder, name), new)
+    swap(new, target)
+
+
+def swap(new, folder):
+    """Rename the complete folder `new` to `folder`; until then the old one exists, as `folder` or `folder.old`."""
+    for name in [*os.listdir(new), '.']:
+        handle = os.open(os.path.join(new, name), os.O_RDONLY)
+        os.fsync(handle)  # a rename that reaches the disk before the bytes would leave an empty file after a power cut
+        os.close(handle)
+    old = folder + '.old'
+    if os.path.exists(folder):
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def find(folder):
+    """-> the folder to read, and its run.json as a dict."""
+    for path in (folder, folder + '.old'):
+        if os.path.isdir(path):
+            try:
+                with open(os.path.join(path, 'run.json')) as f:
+                    return path, json.load(f)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f'{path}/run.json cannot be read ({error}): use another checkpoint') from None
+    raise CheckpointError(f'{folder} does not exist, nothing to resume: drop --init_from=resume to start anew')
+
+
+def load_optimizer(path, optimizer):
+    """Fill the optimizer's state from path/optimizer.pt; its hyper-parameters stay those of this run."""
+    file = os.path.join(path, 'optimizer.pt')
+    try:
+        state = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+        state['param_groups'] = optimizer.state_dict()['param_groups']
+        optimizer.load_state_dict(state)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f'{file} is missing or broken ({reason}): resume from another checkpoint') from error

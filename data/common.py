@@ -1,0 +1,264 @@
+"""
+What the prepare.py scripts share: read text, choose a tokenizer, write the files that batches.py reads.
+
+    tok = common.choose_tokenizer('bpe', texts, vocab_size=4096)
+    with common.Writer('data/mine', tok, made_by='my script') as out:
+        out.add('poems', 'train', 'the text of one document')     # source, split, text: in any order, any number
+        out.add('poems', 'val', 'another')
+    # now the folder holds train.bin, val.bin, meta.json and, for bpe and hf, tokenizer.json
+
+train.bin and val.bin are bare token ids, uint16 where they fit. All documents of a source stand together, in the order
+of meta.json's `sources`, and each ends with the end-of-text id. The whole text is never in memory, only a document.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+import tokenizer as tokenizers_of_ours  # noqa: E402
+
+FORMAT = 1
+SPLITS = ('train', 'val')
+BATCH_CHARACTERS = 4_000_000  # encoded at a time: about 1M tokens, as Python lists some 40 MB
+PIECE_CHARACTERS = 500_000  # a longer document is encoded in pieces, so that one huge file also uses all cores
+
+
+class DataError(Exception):
+    """Something the user can put right. The message is one sentence that says how."""
+
+
+def read_text(path):
+    data = Path(path).read_bytes()
+    try:
+        return data.decode('utf-8')
+    except UnicodeDecodeError as e:
+        raise DataError(
+            f'{path} is not UTF-8 (byte {e.start:,}): '
+            f'convert it first, e.g. iconv -f latin1 -t utf-8 {path} > converted.txt'
+        ) from e
+
+
+def split_of(name, val_share):
+    """'train' or 'val' by a hash of the name: a file keeps its side when others are added, on every machine."""
+    return 'val' if int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < val_share * 2**32 else 'train'
+
+
+def check_val_share(val_share):
+    if not 0 < val_share < 1:
+        raise DataError(f'--val_share={val_share} must lie between 0 and 1, e.g. 0.05')
+
+
+def choose_tokenizer(spec, texts, vocab_size):
+    """bpe (trained on texts, the train split only) | bytes | tiktoken:NAME | a folder that holds a tokenizer.json."""
+    try:
+        if spec == 'bytes':
+            return tokenizers_of_ours.Bytes()
+        if spec == 'bpe':
+            # In pieces, as a single text of 200 MB takes the library a minute and 15 GB.
+            pieces = (piece for text in texts for piece, _ in cut(text))
+            bar = tqdm(pieces, 'train bpe', unit=' texts', unit_scale=True, delay=2, leave=False)
+            tok = tokenizers_of_ours.train_bpe(bar, vocab_size)
+            if tok.vocab_size < vocab_size:
+                print(f'note: the text has repeated pairs for {tok.vocab_size:,} ids only, not for {vocab_size:,}')
+            return tok
+        if spec.startswith('tiktoken:'):
+            return tokenizers_of_ours.from_tiktoken(spec.removeprefix('tiktoken:'))
+        if os.path.isdir(spec):
+            return tokenizers_of_ours.load(spec)
+    except (ValueError, FileNotFoundError) as e:
+        raise DataError(str(e)) from e
+    raise DataError(
+        f'unknown tokenizer {spec!r}: use bpe, bytes, tiktoken:NAME or a folder that holds a tokenizer.json'
+    )
+
+
+class Writer:
+    """Collects documents in a hidden folder beside the result, and puts them in place only when all of them are there.
+
+    limits={'train': N}: take whole documents until there are N tokens, then let the rest go (see .full).
+    total: bytes to come, for the progress bar. More keywords go into meta.json."""
+
+    def __init__(self, folder, tok, made_by, limits=None, total=None, **extra):
+        if tok.eot is None:
+            raise DataError(
+                'this tokenizer has no end-of-text token: name it as eos_token in its tokenizer_config.json'
+            )
+        self.folder, self.tok, self.made_by, self.extra = Path(folder), tok, made_by, extra
+        self.limits = limits or {}
+        self.dtype = 'uint16' if tok.vocab_size <= 65536 else 'uint32'
+        self.sources = {}  # name -> its entry in meta.json, in order of first appearance
+        self.tokens = dict.fromkeys(SPLITS, 0)
+        self.bytes = dict.fromkeys(SPLITS, 0)
+        self.waiting, self.waiting_characters, self.taking = [], 0, True
+        unit, total = ('tok', sum(limits.values())) if limits else ('B', total)
+        self.bar = tqdm(total=total, desc='tokenize', unit=unit, unit_scale=True, delay=2, leave=False)
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.work = Path(tempfile.mkdtemp(prefix='.preparing-', dir=self.folder))
+        return self
+
+    def __exit__(self, error, *_):
+        try:
+            if error is None:
+                self._finish()
+        finally:
+            self.bar.close()
+            shutil.rmtree(self.work, ignore_errors=True)
+
+    def add(self, source, split, text):
+        if not text:
+            return
+        first = True
+        for piece, last in cut(text):
+            self.waiting.append((source, split, piece, first, last))
+            self.waiting_characters += len(piece)
+            first = False
+            if self.waiting_characters >= BATCH_CHARACTERS:
+                self._flush()
+
+    def full(self, split):
+        return self.tokens[split] >= self.limits.get(split, float('inf'))
+
+    def _flush(self):
+        chunks = {}
+        encoded = self.tok.encode_batch([piece for _, _, piece, _, _ in self.waiting])
+        for (source, split, piece, first, last), ids in zip(self.waiting, encoded):
+            if first:
+                self.taking = not self.full(split)  # never half a document
+            if not self.taking:
+                continue
+            if last:
+                ids.append(self.tok.eot)
+            size = len(piece.encode('utf-8', 'replace'))
+            entry = self.sources.setdefault(
+                source, {'name': source, 'train_tokens': 0, 'val_tokens': 0, 'train_documents': 0, 'val_documents': 0}
+            )
+            entry[f'{split}_tokens'] += len(ids)
+            entry[f'{split}_documents'] += last
+            self.tokens[split] += len(ids)
+            self.bytes[split] += size
+            self.bar.update(len(ids) if self.limits else size)
+            chunks.setdefault((source, split), []).append(ids)
+        # One file a source and split, opened only to append: there may be more sources than file handles.
+        for (source, split), lists in chunks.items():
+            with open(self._part(source, split), 'ab') as f:
+                for ids in lists:
+                    np.array(ids, dtype=np.dtype(self.dtype).newbyteorder('<')).tofile(f)
+        self.waiting, self.waiting_characters = [], 0
+
+    def _part(self, source, split):
+        return self.work / f'{list(self.sources).index(source)}.{split}'
+
+    def _finish(self):
+        self._flush()
+        if not any(self.tokens.values()):
+            raise DataError('the input is empty: there is nothing to train on')
+        for split in SPLITS:
+            if not self.tokens[split]:
+                raise DataError(f'too little text: the {split} split is empty; give more text or change --val_share')
+            with open(self.work / f'{split}.bin', 'wb') as out:
+                for source in self.sources:
+                    part = self._part(source, split)
+                    if part.exists():
+                        with open(part, 'rb') as f:
+                            shutil.copyfileobj(f, out, 2**20)
+                        part.unlink()
+                out.flush()
+                os.fsync(out.fileno())
+        self.meta = {
+            'format': FORMAT,
+            'tokenizer': self.tok.kind,
+            'vocab_size': self.tok.vocab_size,
+            'eot': self.tok.eot,
+            'dtype': self.dtype,
+            'train_tokens': self.tokens['train'],
+            'val_tokens': self.tokens['val'],
+            'train_bytes': self.bytes['train'],  # loss in bits per byte = loss / ln 2 * tokens / bytes
+            'val_bytes': self.bytes['val'],
+            'sources': list(self.sources.values()),
+            'made_by': self.made_by,
+            'python': platform.python_version(),
+            **self.extra,
+        }
+        names = ['train.bin', 'val.bin']
+        if self.tok.json is not None:
+            (self.work / 'tokenizer.json').write_text(self.tok.json, encoding='utf-8')
+            names.append('tokenizer.json')
+        (self.work / 'meta.json').write_text(json.dumps(self.meta, indent=1) + '\n', encoding='utf-8')
+        # Old meta.json away first, new one last: a crash in between leaves a folder that is plainly not prepared.
+        if (self.folder / 'meta.json').exists():
+            (self.folder / 'meta.json').unlink()
+            if self.tok.json is None:
+                (self.folder / 'tokenizer.json').unlink(missing_ok=True)
+        for name in [*names, 'meta.json']:
+            os.replace(self.work / name, self.folder / name)
+
+
+def cut(text, size=None):
+    """(piece, is it the last) of a long text, cut where a line ends and the next starts with no space: every tokenizer
+    here splits there anyway, so the ids are those of the whole text."""
+    size = size or PIECE_CHARACTERS
+    begin, boundary = 0, re.compile(r'\n(?=\S)')
+    while len(text) - begin > size and (match := boundary.search(text, begin + size)):
+        yield text[begin : match.end()], False
+        begin = match.end()
+    yield text[begin:], True
+
+
+def made_by(script):
+    """The command, as one would type it in the repository's root."""
+    return shlex.join(['python', f'data/{script}/prepare.py', *sys.argv[1:]])
+
+
+def report(meta, folder, seconds):
+    sources = sorted(meta['sources'], key=lambda s: -s['train_tokens'])
+    width = max(len(s['name']) for s in sources[:8])
+    print(f'{"source":<{width}}  train tokens    val tokens  documents')
+    for s in sources[:8]:
+        documents = s['train_documents'] + s['val_documents']
+        print(f'{s["name"]:<{width}}  {s["train_tokens"]:>12,}  {s["val_tokens"]:>12,}  {documents:>9,}')
+    if len(sources) > 8:
+        print(f'and {len(sources) - 8} smaller sources')
+    tokens, size = meta['train_tokens'] + meta['val_tokens'], meta['train_bytes'] + meta['val_bytes']
+    print(f'tokenizer: {meta["tokenizer"]}')
+    print(f'vocab_size: {meta["vocab_size"]}')
+    print(f'documents: {sum(s["train_documents"] + s["val_documents"] for s in sources)}')
+    print(f'megabytes: {size / 1e6:.2f}')
+    print(f'train_tokens: {meta["train_tokens"]}')
+    print(f'val_tokens: {meta["val_tokens"]}')
+    print(f'tokens_per_byte: {tokens / size:.4f}')
+    print(f'seconds: {seconds:.1f}')
+    print(f'written: {folder}')
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def parser(doc):
+    return argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def run(main):
+    """main() with every error the user can put right as one sentence on stderr and exit code 1, without a traceback."""
+    try:
+        main()
+    except (DataError, OSError) as e:  # OSError: disk full, no permission, ...: its own text says it
+        sys.exit(f'error: {e}')
+    except KeyboardInterrupt:
+        sys.exit('interrupted: what was prepared before is still as it was')

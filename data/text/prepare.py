@@ -1,0 +1,101 @@
+"""
+Your own text files into a data set.
+
+    python data/text/prepare.py --input=notes/                           # a folder: its top-level folders are sources
+    python data/text/prepare.py --input='books/*.txt'                    # files: each one is a source
+    python data/text/prepare.py --input wiki/ code/ --out_dir=data/mix   # several folders: each one is a source
+    python data/text/prepare.py --input=book.txt --tokenizer=bytes       # one file: its last 5 % are the val split
+
+Then train with --dataset=text (or the name of out_dir). Files must be UTF-8.
+"""
+
+import glob
+import os
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+from data import common  # noqa: E402
+
+# What is taken from a folder; a file that is named itself may have any ending.
+ENDINGS = ('.txt', '.md', '.rst', '.tex', '.py', '.c', '.h', '.cpp', '.cu', '.js', '.ts', '.java', '.go', '.rs', '.sh')
+
+
+def walk(folder):
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith('.') and f not in ('__pycache__', 'node_modules'))
+        yield from (Path(parent, name) for name in sorted(names) if name.lower().endswith(ENDINGS))
+
+
+def find(inputs):
+    """[(source, name, path)]: which source a file belongs to, and the name that its split is drawn from."""
+    paths = []
+    for given in inputs:
+        # A path that exists is meant literally, even with a [ in it.
+        matches = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
+        if not matches:
+            raise common.DataError(f'--input={given} matches no file and no folder')
+        paths += [Path(match).resolve() for match in matches]
+    paths = list(dict.fromkeys(paths))
+    if len(paths) == 1 and paths[0].is_dir():
+        top = paths[0]
+        found = [(path.relative_to(top).parts, path) for path in walk(top)]
+        found = [(parts[0] if len(parts) > 1 else top.name, '/'.join(parts), path) for parts, path in found]
+    else:
+        common_parent = os.path.commonpath([path.parent for path in paths])
+        found = []
+        for path in paths:
+            source = path.relative_to(common_parent).as_posix()
+            files = walk(path) if path.is_dir() else [path]
+            found += [(source, file.relative_to(common_parent).as_posix(), file) for file in files]
+    found = list({path: (source, name, path) for source, name, path in reversed(found)}.values())[::-1]
+    if not found:
+        raise common.DataError(f'--input={" ".join(inputs)} holds no text file ({" ".join(ENDINGS)})')
+    return found
+
+
+def documents(found, val_share):
+    """(source, split, text). With few files a draw by name could leave val empty or most of a source in it: then each
+    file gives its own last part. With many, whole files, so that no val text continues a train text."""
+    by_position = len(found) * val_share < 2
+    for source, name, path in found:
+        text = common.read_text(path)
+        if by_position:
+            n = int(len(text) * (1 - val_share))
+            yield source, 'train', text[:n]
+            yield source, 'val', text[n:]
+        else:
+            yield source, common.split_of(name, val_share), text
+
+
+def prepare(out_dir, inputs, tokenizer='bpe', vocab_size=4096, val_share=0.05):
+    common.check_val_share(val_share)
+    found = find(inputs)
+    size = sum(path.stat().st_size for _, _, path in found)
+    if not size:
+        raise common.DataError(f'--input={" ".join(inputs)} is empty: there is nothing to train on')
+    train_texts = (text for _, split, text in documents(found, val_share) if split == 'train')
+    tok = common.choose_tokenizer(tokenizer, train_texts, vocab_size)
+    with common.Writer(out_dir, tok, common.made_by('text'), total=size) as out:
+        for source, split, text in documents(found, val_share):
+            out.add(source, split, text)
+    return out.meta
+
+
+def main():
+    parser = common.parser(__doc__)
+    parser.add_argument('--input', nargs='+', required=True, help='files, folders or quoted globs')
+    parser.add_argument('--tokenizer', default='bpe', help='bpe | bytes | tiktoken:NAME | folder with a tokenizer.json')
+    parser.add_argument('--vocab_size', type=int, default=4096, help='ids of a bpe tokenizer, at least 257')
+    parser.add_argument('--val_share', type=float, default=0.05, help='part of the text that is kept for validation')
+    parser.add_argument('--out_dir', default=str(HERE), help='where train.bin, val.bin and meta.json go')
+    args = parser.parse_args()
+    start = time.time()
+    meta = prepare(args.out_dir, args.input, args.tokenizer, args.vocab_size, args.val_share)
+    common.report(meta, args.out_dir, time.time() - start)
+
+
+if __name__ == '__main__':
+    common.run(main)

@@ -1,0 +1,113 @@
+"""
+Text out of a checkpoint of ours or any Hugging Face LLaMA folder, as it is made.
+
+    python sample.py out/galore_laptop                              # its best checkpoint goes on from a newline
+    python sample.py out/galore_laptop --prompt='def main(' --tokens=300 --temperature=0.5
+    python sample.py path/to/SmolLM2-135M --prompt='The capital of France is' --top_p=0.9
+    echo 'import os' | python sample.py out/galore_laptop --prompt=-
+
+A few hundred tokens a second for a laptop model on two CPU cores: with a key-value cache a token costs one forward.
+"""
+
+import os
+import sys
+
+import torch
+
+import configurator
+import tokenizer as tokenizers
+from model import KVCache, LLaMA, ModelError
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+checkpoint = ''  # folder of a run (its best/ or last/ is taken) or of weights; may be typed without --checkpoint=
+prompt = '\n'  # what the text goes on from; - reads it from standard input
+tokens = 200  # how many tokens to make, at most: an end-of-text token stops
+samples = 1  # how many texts to make, one after the other
+temperature = 0.8  # below 1 safer, above 1 wilder; 0 always takes the likeliest token
+top_k = 0  # choose among the k likeliest tokens only; 0: all
+top_p = 1.0  # choose among the likeliest tokens that together have this probability
+seed = 1  # the same seed gives the same text
+device = 'auto'  # 'auto' | 'cpu' | 'cuda' | 'mps': auto takes cuda where there is one
+# ---- end of config ---------------------------------------------------------------------------------------------------
+
+
+def problems(config):
+    """Combinations that cannot work, a sentence each."""
+    found = []
+    if not config.checkpoint:
+        found.append('no checkpoint: type python sample.py FOLDER, for instance out/galore_laptop')
+    if config.temperature < 0:
+        found.append(f'temperature={config.temperature} is negative: use 0 or more')
+    if not 0 < config.top_p <= 1:
+        found.append(f'top_p={config.top_p} is not a probability: use more than 0 and at most 1')
+    if config.top_k < 0 or config.tokens < 1 or config.samples < 1:
+        found.append('top_k, tokens and samples are counts: top_k is 0 or more, the others 1 or more')
+    return found
+
+
+def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """One token id from the last position's logits (V,): nucleus sampling (1904.09751) within the top k."""
+    if temperature == 0:
+        return int(logits.argmax())
+    logits, order = (logits.float() / temperature).sort(descending=True)
+    p = logits.softmax(0)  # (V,)
+    p[p.cumsum(0) - p >= top_p] = 0  # a token stays if those before it do not reach top_p: the likeliest always does
+    if top_k:
+        p[top_k:] = 0
+    return int(order[torch.multinomial(p, 1, generator=generator)])
+
+
+@torch.no_grad()
+def generate(model, ids, n, eot=None, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Yield up to n token ids that go on from `ids`, a list; stops after the end-of-text id."""
+    device, window = model.head.device, model.config.block_size
+    ids, cache = list(ids), None
+    for _ in range(n):
+        if cache is None or cache.length == window:
+            # Start, or the window is full: go on with its later half, which is read again at its new positions.
+            fresh = ids[-window:] if cache is None else ids[-(window // 2) :]
+            cache = KVCache(model.config, device=device, dtype=model.activation_dtype)
+        logits = model(torch.tensor([fresh], device=device), cache=cache)[0, -1]  # (V,)
+        token = choose(logits.cpu(), temperature, top_k, top_p, generator)
+        ids.append(token)
+        fresh = [token]
+        yield token
+        if token == eot:
+            return
+
+
+def weights_folder(path):
+    """The folder with weights: `path` itself, or the best/ or last/ of a run."""
+    for folder in (path, os.path.join(path, 'best'), os.path.join(path, 'last'), os.path.join(path, 'last.old')):
+        if os.path.exists(os.path.join(folder, 'config.json')):
+            return folder
+    raise ModelError(f'{path} holds no config.json, best/ or last/: name the out_dir of a run or a Hugging Face folder')
+
+
+def main(config):
+    device = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    folder = weights_folder(config.checkpoint)
+    model = LLaMA.from_pretrained(folder, device=device)
+    model.set_block_size(min(model.config.block_size, 4096), device)  # a cache of 128k positions would be gigabytes
+    tokenizer = tokenizers.load(folder)
+    prompt = sys.stdin.read() if config.prompt == '-' else config.prompt
+    ids = tokenizer.encode(prompt) or [tokenizer.eot or 0]
+    generator = torch.Generator().manual_seed(config.seed)
+    for i in range(config.samples):
+        if config.samples > 1:
+            print(f'---- sample {i + 1}')
+        how = (config.temperature, config.top_k, config.top_p, generator)
+        made = generate(model, ids, config.tokens, tokenizer.eot, *how)
+        print(prompt, end='', flush=True)
+        for piece in tokenizer.decode_stream(token for token in made if token != tokenizer.eot):
+            print(piece, end='', flush=True)
+        print()
+
+
+if __name__ == '__main__':
+    try:
+        main(configurator.load_or_exit(__file__, sys.argv[1:], problems, positional='checkpoint'))
+    except (ModelError, FileNotFoundError) as error:
+        sys.exit(f'error: {error}')
+    except KeyboardInterrupt:
+        sys.exit(130)

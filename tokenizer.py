@@ -1,0 +1,240 @@
+"""
+Text to token ids and back. `load(folder)` reads what data/NAME/prepare.py wrote, or any folder with a tokenizer.json:
+
+    tok = tokenizer.load('data/pystdlib')
+    tok.encode('def f(x):')       # [483, 287, ...], never a special token: '<|endoftext|>' in a text is plain text
+    tok.decode(ids)               # ids that are half a character become U+FFFD
+    tok.vocab_size, tok.eot       # number of ids, and the one that ends a document (None where there is none)
+
+Four kinds: 'bytes' (no training, no file), 'bpe' (ours, trained on your text by train_bpe), 'tiktoken:NAME' (gpt2,
+cl100k_base, ...) and 'hf' (anybody's tokenizer.json). Our BPE is saved in the Hugging Face format, so that transformers
+can read it, and run by tiktoken, which encodes three times faster; the tests prove that both give the same ids.
+"""
+
+import codecs
+import json
+import os
+
+EOT = '<|endoftext|>'
+
+# GPT-4's split, with two changes: numbers in twos, since a small vocabulary has no room for all threes, and whitespace
+# in runs of at most 128, since an unbounded \s+ overflows the regex stack of tiktoken on a file with a million spaces.
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r'|\s{0,128}[\r\n]+|\s{1,128}(?!\S)|\s{1,128}'
+)
+
+
+class Bytes:
+    """UTF-8 bytes as they are, and one id more for the end of a text. Also what the other byte-level kinds share."""
+
+    kind, json, vocab_size, eot = 'bytes', None, 257, 256
+
+    def encode(self, text):
+        return list(text.encode('utf-8', 'replace'))
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
+    def decode_bytes(self, ids):
+        return b''.join(bytes([i]) if i < 256 else EOT.encode() for i in ids)
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode('utf-8', 'replace')
+
+    def decode_stream(self, ids):
+        """Text piece by piece as the ids arrive; a character that spans several ids waits for the last of them."""
+        decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        for i in ids:
+            if piece := decoder.decode(self.decode_bytes([i])):
+                yield piece
+        if piece := decoder.decode(b'', final=True):
+            yield piece
+
+
+class Tiktoken(Bytes):
+    """Any byte-level BPE that tiktoken can run: its own named ones, and ours."""
+
+    def __init__(self, encoding, kind, json=None):
+        self.encoding, self.kind, self.json = encoding, kind, json
+        self.vocab_size, self.eot = encoding.n_vocab, encoding._special_tokens.get(EOT)
+
+    def encode(self, text):
+        return self.encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts):
+        return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+
+    def decode_bytes(self, ids):
+        return b''.join(self._bytes_of(int(i)) for i in ids)
+
+    def _bytes_of(self, i):
+        try:
+            return self.encoding.decode_single_token_bytes(i)
+        except KeyError:  # a model's head may be padded beyond the vocabulary, and an untrained one samples from there
+            return '\ufffd'.encode()
+
+
+class HF:
+    """Anybody's tokenizer.json, run by `tokenizers`. It gives no bytes, so the stream compares decoded prefixes."""
+
+    kind = 'hf'
+
+    def __init__(self, path, eot=None):
+        import tokenizers
+
+        try:
+            with open(path, encoding='utf-8') as f:
+                self.json = f.read()
+            self.hf = tokenizers.Tokenizer.from_str(self.json)
+        except Exception as e:  # the library raises bare Exceptions
+            raise ValueError(f'{path} is not a tokenizer that the tokenizers library can read ({e})') from e
+        # Published files often carry truncation to 512 tokens: silently fatal to training data.
+        self.hf.no_truncation()
+        self.hf.no_padding()
+        self.hf.encode_special_tokens = True  # that is: encode their names as plain text
+        self.vocab_size = max(self.hf.get_vocab(with_added_tokens=True).values()) + 1
+        self.eot = find_eot(os.path.dirname(path), self.hf, self.vocab_size) if eot is None else eot
+
+    def encode(self, text):
+        return self.hf.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts):
+        return [e.ids for e in self.hf.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids):
+        return self.hf.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def decode_stream(self, ids):
+        """Decode with the last finished piece as context, as many decoders treat a text's first token differently."""
+        context, fresh = [], []
+        for i in ids:
+            fresh.append(int(i))
+            text = self.decode(context + fresh)
+            if not text.endswith('\ufffd'):
+                if piece := text[len(self.decode(context)) :]:
+                    yield piece
+                context, fresh = fresh, []
+        if fresh and (piece := self.decode(context + fresh)[len(self.decode(context)) :]):
+            yield piece
+
+
+def find_eot(folder, hf, vocab_size):
+    """The end-of-text id of a published tokenizer: it may be written in any of three files, as an id or as a name."""
+    for name in ('config.json', 'generation_config.json', 'tokenizer_config.json'):
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
+            continue
+        config = read_json(path)
+        eot, token = config.get('eos_token_id'), config.get('eos_token')
+        if isinstance(eot, list):  # LLaMA 3: the end of the text first, then the ends of a turn
+            eot = eot[0] if eot else None
+        if isinstance(token, dict):
+            token = token.get('content')
+        if eot is None and token:
+            eot = hf.token_to_id(token)
+        if eot is not None and 0 <= eot < vocab_size:
+            return eot
+    names = (EOT, '<|end_of_text|>', '</s>', '<eos>', '<|im_end|>', '[SEP]')
+    return next((i for i in map(hf.token_to_id, names) if i is not None), None)
+
+
+def read_json(path):
+    try:
+        with open(path, encoding='utf-8') as f:
+            return json.load(f)
+    except ValueError as e:
+        raise ValueError(f'{path} is not valid JSON ({e}): make it again') from e
+
+
+def from_tiktoken(name):
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except ValueError as e:
+        names = ', '.join(tiktoken.list_encoding_names())
+        raise ValueError(f'tiktoken has no encoding {name!r}: choose one of {names}') from e
+    except OSError as e:  # requests' errors are OSErrors
+        raise ValueError(
+            f'tiktoken could not download {name!r} ({type(e).__name__}): '
+            'connect once, or use --tokenizer=bpe or bytes, which are offline'
+        ) from e
+    return Tiktoken(encoding, f'tiktoken:{name}')
+
+
+def from_bpe(text):
+    """Our own tokenizer.json (its text), run by tiktoken: our ids follow the order of the merges, so they are ranks."""
+    import tiktoken
+
+    try:
+        saved = json.loads(text)
+        pattern = saved['pre_tokenizer']['pretokenizers'][0]['pattern'][
+            'Regex'
+        ]  # the file's own, whatever PATTERN is today
+        specials = {token['content']: token['id'] for token in saved['added_tokens']}
+        byte_of = byte_alphabet()
+        ranks = {bytes(byte_of[c] for c in t): i for t, i in saved['model']['vocab'].items() if t not in specials}
+    except (ValueError, KeyError, IndexError, TypeError) as e:
+        raise ValueError(f'this tokenizer.json is not one that train_bpe wrote ({e!r}): prepare the data again') from e
+    encoding = tiktoken.Encoding('bpe', pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    return Tiktoken(encoding, 'bpe', text)
+
+
+def byte_alphabet():
+    """GPT-2's printable stand-ins, character -> byte: a printable byte stands for itself, the rest from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(rest)}
+
+
+def train_bpe(texts, vocab_size, path=None):
+    """Train a byte-level BPE on an iterable of texts, save it as `path` (a tokenizer.json) if given, and return it.
+
+    The end-of-text token is id 0, the 256 bytes are ids 1 to 256, so any text can be encoded. A pair seen once is never
+    merged: a short text yields fewer ids than asked for."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise ValueError(f'vocab_size={vocab_size} is too small: 256 bytes and the end-of-text token need at least 257')
+    bpe = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(PATTERN), 'isolated')
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[EOT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    text = bpe.to_str(pretty=True)
+    if path is not None:
+        with open(path, 'w', encoding='utf-8') as f:
+            f.write(text)
+    return from_bpe(text)
+
+
+def load(folder):
+    """The tokenizer of a prepared data folder, of a checkpoint, or of a published model's folder."""
+    meta_path, json_path = os.path.join(folder, 'meta.json'), os.path.join(folder, 'tokenizer.json')
+    meta = read_json(meta_path) if os.path.exists(meta_path) else {}
+    kind = meta.get('tokenizer', 'hf')
+    if kind == 'bytes':
+        return Bytes()
+    if kind.startswith('tiktoken:'):
+        return from_tiktoken(kind.removeprefix('tiktoken:'))
+    if not os.path.exists(json_path):
+        missing = 'tokenizer.json' if meta else 'meta.json and no tokenizer.json'
+        raise FileNotFoundError(
+            f'{folder} has no {missing}: run the prepare.py of that data set, or name another folder'
+        )
+    if kind == 'bpe':
+        with open(json_path, encoding='utf-8') as f:
+            return from_bpe(f.read())
+    if kind == 'hf':
+        return HF(json_path, meta.get('eot'))
+    raise ValueError(f'{meta_path} names an unknown tokenizer {kind!r}: it should be bpe, bytes, tiktoken:NAME or hf')

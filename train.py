@@ -1,0 +1,529 @@
+"""
+Train a LLaMA on the machine you own, with GaLore or AdamW, from scratch or from a pretrained folder.
+
+    python train.py config/galore_laptop.py                      # two CPU cores, about three minutes, code-like samples
+    python train.py config/galore_laptop.py --max_iters=100      # flags win over the file
+    python train.py config/galore_laptop.py --init_from=resume   # go on where it stopped, bit for bit
+    python train.py config/galore_7b_4090.py --dry_run           # resolve, count, plan; nothing is trained
+    python -m torch.distributed.run --nproc_per_node=8 train.py config/galore_1b.py            # eight cards
+    python train.py --help                                       # every key below
+"""
+
+import difflib
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+import adam
+import checkpoint
+import configurator
+import galore
+import report
+import sample
+import tokenizer as tokenizers
+from batches import DataError, Tokens, read_meta
+from model import SIZES, LLaMA, ModelConfig, ModelError
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+# run
+out_dir = 'out/run'  # folder for checkpoints (last/, best/) and metrics.csv
+init_from = 'scratch'  # 'scratch', 'resume' (go on from out_dir/last), a Hugging Face folder, or a name on its hub
+overwrite = False  # let a run from scratch replace the checkpoints that an earlier one left in out_dir
+seed = 1  # of the weights, the order of the data and stochastic rounding; the same seed gives the same run
+max_iters = 1000  # optimizer steps in all
+dry_run = False  # resolve the configuration, build on the meta device, print the plan and stop
+
+# data
+dataset = 'pystdlib'  # a folder in data/, or a path to one, that prepare.py has filled; pystdlib fills itself
+block_size = 256  # tokens in a training window; attention's time grows with its square
+batch_size = 8  # windows in a micro-batch: as many as fit, since activations take the memory
+gradient_accumulation_steps = 1  # micro-batches in a step, of all processes together; exact in every mode
+
+# model
+model = '9m'  # shape of the GaLore and LoQT papers: 9m 20m 35m 40m 60m 71m 100m 130m 250m 350m 1b 3b 7b 13b
+n_layer = 0  # transformer blocks; 0 here and below: what `model` has
+n_head = 0  # attention heads
+n_kv_head = 0  # key and value heads, fewer than n_head for grouped-query attention; 0: n_head
+n_embd = 0  # width
+n_inner = 0  # width of the SwiGLU layer, usually 8/3 of n_embd
+vocab_size = 0  # rows of embedding and head; 0: what the data set's tokenizer has
+
+# learning
+learning_rate = 1e-3  # peak; GaLore wants about ten times AdamW's, since its update is multiplied by scale
+warmup_iters = 100  # steps of linear rise from 0
+lr_decay_iters = 0  # step at which the cosine reaches min_lr, and stays; 0: max_iters
+min_lr = -1.0  # learning rate at the end; -1: a tenth of learning_rate
+weight_decay = 0.0  # decoupled, on matrices only, times the learning rate
+beta1 = 0.9  # Adam's memory of gradients
+beta2 = 0.999  # Adam's memory of squared gradients
+grad_clip = 0.0  # largest global gradient norm (of the projected gradients under GaLore); 0: no clipping
+
+# method
+method = 'galore'  # 'adamw' | 'galore': how weights are updated; one file each
+rank = 128  # galore: dimensions of the subspace; less memory and less freedom with fewer
+scale = 0.25  # galore: factor on updates that come back from the subspace (alpha)
+update_proj_gap = 200  # galore: steps between two refreshes of a layer's subspace (T); 50 to 1000 are much alike
+refresh = (
+    'subspace'  # 'subspace' | 'svd': galore: improve the old subspace by one step, or the paper's exact and slow SVD
+)
+stagger = True  # galore: layers refresh in turns, so that no step stalls; False: all at once, as in the paper
+
+# memory and speed
+device = 'auto'  # 'auto' | 'cpu' | 'cuda' | 'mps': auto takes cuda where there is one
+dtype = 'auto'  # 'auto' | 'float32' | 'bfloat16': of the weights; auto: bfloat16 on cuda, else float32
+state_bits = 32  # 32 | 8: of Adam's moments; 8 is blockwise and saves 3/4 of them
+per_layer = False  # update each weight inside backward and drop its gradient; saves a copy of the weights, same result
+checkpointing = False  # keep only each block's input and compute the block again in backward: a third slower
+compile = False  # torch.compile; a minute to start, then faster; off, with the reason, where it does not work
+
+# reports
+log_interval = 10  # steps between log lines
+eval_interval = 250  # steps between evaluations
+eval_tokens = 65536  # tokens of the val split to evaluate on: fixed windows, the same in every run
+save_interval = 0  # steps between checkpoints in last/; 0: at each evaluation
+sample_tokens = 48  # tokens of a sample to print at each evaluation; 0: none
+tracker = 'none'  # 'none' | 'wandb' | 'trackio' | 'tensorboard': imported only if asked for
+# ---- end of config ---------------------------------------------------------------------------------------------------
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+METHODS = {'adamw': adam, 'galore': galore}  # a module with setup(model, config) -> optimizer; add yours here
+FIXED = (
+    'model',
+    'n_layer',
+    'n_head',
+    'n_kv_head',
+    'n_embd',
+    'n_inner',
+    'vocab_size',
+)  # what a checkpoint's weights decide
+FIXED += ('method', 'rank', 'state_bits', 'dtype')  # and its optimizer state
+
+
+class Stop(Exception):
+    """A run that cannot go on; the message says why and what to do."""
+
+
+def problems(config):
+    """Combinations that cannot work, a sentence each; reported together with all other errors of the configuration."""
+    c, found, world = config, [], int(os.environ.get('WORLD_SIZE', 1))
+    for key in ('max_iters', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'rank', 'update_proj_gap'):
+        if getattr(c, key) < 1:
+            found.append(f'{key}={getattr(c, key)} is not a count: use 1 or more')
+    for key in ('log_interval', 'eval_interval', 'eval_tokens'):
+        if getattr(c, key) < 1:
+            found.append(f'{key}={getattr(c, key)} is not an interval: use 1 or more')
+    counts = ('warmup_iters', 'lr_decay_iters', 'save_interval', 'sample_tokens', *FIXED[1:7])
+    for key in ('learning_rate', 'weight_decay', 'grad_clip', *counts):
+        if getattr(c, key) < 0:
+            found.append(f'{key}={getattr(c, key)} is negative: use 0 or more')
+    for key in ('beta1', 'beta2'):
+        if not 0 <= getattr(c, key) < 1:
+            found.append(f'{key}={getattr(c, key)} is not a decay rate: use at least 0 and less than 1')
+    if c.lr_decay_iters and c.lr_decay_iters < c.warmup_iters:
+        found.append(f'lr_decay_iters={c.lr_decay_iters} ends before warmup_iters={c.warmup_iters}: raise it')
+    if c.model not in SIZES:
+        near = difflib.get_close_matches(c.model, SIZES, 1)
+        found.append(
+            f"model='{c.model}' is not a size: use one of {' '.join(SIZES)}"
+            + f' (did you mean {near[0]}?)' * bool(near)
+        )
+    if c.method == 'adamw' and c.per_layer and c.grad_clip:
+        found.append(
+            "per_layer=True cannot clip under method='adamw', whose global norm needs all gradients: "
+            'set grad_clip=0 or per_layer=False'
+        )
+    if c.gradient_accumulation_steps % world:
+        found.append(
+            f'gradient_accumulation_steps={c.gradient_accumulation_steps} is counted over all {world} processes: '
+            f'use a multiple of {world}'
+        )
+    if c.device == 'cuda' and not torch.cuda.is_available() and not c.dry_run:
+        found.append("device='cuda', but torch sees no CUDA device: use --device=cpu, or install a CUDA build of torch")
+    return found
+
+
+def learning_rate_at(step, config):
+    """Linear warm-up from 0, half a cosine down to min_lr, and min_lr from then on. Depends on nothing but the step."""
+    c = config
+    low = c.min_lr if c.min_lr >= 0 else c.learning_rate / 10
+    end = c.lr_decay_iters or c.max_iters
+    if step < c.warmup_iters:
+        return c.learning_rate * step / c.warmup_iters
+    if step >= end:
+        return low
+    progress = (step - c.warmup_iters) / (end - c.warmup_iters)
+    return low + (c.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def data_folder(config):
+    """The data set's folder; prepared on the spot where that needs no network."""
+    name = config.dataset
+    folder = name if os.path.isdir(name) and os.sep in name.rstrip(os.sep) else os.path.join(ROOT, 'data', name)
+    if not os.path.isdir(folder):
+        have = sorted(d for d in os.listdir(os.path.join(ROOT, 'data')) if os.path.isdir(os.path.join(ROOT, 'data', d)))
+        raise DataError(
+            f'no data set {name}: use one of {", ".join(have)}, or a path to a folder that prepare.py filled'
+        )
+    if name == 'pystdlib' and not os.path.exists(os.path.join(folder, 'meta.json')):
+        print('preparing data/pystdlib', flush=True)
+        subprocess.run([sys.executable, os.path.join(folder, 'prepare.py')], check=True)
+    return folder
+
+
+def build_model(config, vocab_size, dtype, device, resume_from=None):
+    """The model on `device`: from the checkpoint, a Hugging Face folder or hub name, or new."""
+    if resume_from or config.init_from != 'scratch':
+        folder = resume_from or config.init_from
+        if not os.path.isdir(folder):
+            folder = download(folder)
+        built = LLaMA.from_pretrained(folder, dtype=dtype, device=device, block_size=config.block_size)
+    else:
+        shape = SIZES[config.model] | {'vocab_size': config.vocab_size or vocab_size, 'block_size': config.block_size}
+        shape |= {key: getattr(config, key) for key in FIXED[1:6] if getattr(config, key)}
+        with torch.device('meta'):
+            built = LLaMA(ModelConfig(**shape), dtype=dtype)
+        if device != 'meta':
+            built.materialise(device, config.seed)
+    if built.config.vocab_size < vocab_size:
+        raise ModelError(
+            f'the data has {vocab_size} token ids, the model {built.config.vocab_size}: '
+            f'use --vocab_size={vocab_size}, or prepare the data with the tokenizer of the model'
+        )
+    built.checkpointing = config.checkpointing
+    return built
+
+
+def download(name):
+    """A model of the Hugging Face hub, as a local folder."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, allow_patterns=['*.json', '*.safetensors'])
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"init_from='{name}' is no folder here and the hub did not give it ({reason}): "
+            'name a folder with config.json and model.safetensors'
+        ) from None
+
+
+def try_compile(model, x, y):
+    """torch.compile where it works; where it does not, say why and go on without."""
+    try:
+        compiled = torch.compile(model)
+        compiled(x, y)
+        return compiled
+    except Exception as error:
+        print(f'compile off: {type(error).__name__}: {str(error).splitlines()[0]}')
+        torch._dynamo.reset()
+        return model
+
+
+@torch.no_grad()
+def evaluate(model, data, config, device, rank=0, world=1):
+    """Mean loss in nats a token over the fixed evaluation windows, which processes share among them."""
+    total = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens
+    for i, (x, y, _) in enumerate(data.evaluation(config.eval_tokens, config.batch_size)):
+        if i % world == rank:
+            total += torch.tensor(
+                [model(x.to(device), y.to(device)).item() * y.numel(), y.numel()], dtype=torch.float64
+            )
+    if world > 1:
+        total = total.to(device)
+        dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def print_sample(model, tokenizer, config):
+    """A line of what the model would write by now."""
+    generator = torch.Generator().manual_seed(config.seed)
+    made = sample.generate(model, tokenizer.encode('\n'), config.sample_tokens, tokenizer.eot, 0.8, 0, 1.0, generator)
+    print('sample:', repr(tokenizer.decode(list(made)))[1:-1], flush=True)
+
+
+def resume_command(extra=()):
+    """What the user typed, with --init_from=resume, ready to be typed."""
+    words, kept = sys.argv[1:], []
+    while words:
+        word = words.pop(0)
+        if word.replace('-', '_').startswith('__init_from') or word.startswith('--overwrite'):
+            if '=' not in word and words and not words[0].startswith('--'):
+                words.pop(0)
+            continue
+        kept.append(word)
+    return shlex.join(['python', 'train.py', *kept, '--init_from=resume', *extra])
+
+
+def training_step(forward, optimizer, micro_batches, learning_rate, device):
+    """One optimizer step on a list of (x, y): these lines drive every method. -> mean loss, a 0-dim tensor."""
+    optimizer.lr, total = learning_rate, 0.0
+    for i, (x, y) in enumerate(micro_batches):
+        optimizer.last_micro_batch = i == len(micro_batches) - 1
+        loss = forward(x.to(device), y.to(device)) / len(micro_batches)
+        loss.backward()
+        total = total + loss.detach()
+    optimizer.step()
+    return total
+
+
+def read_back(losses, norms, step, config):
+    """The losses and gradient norms of the steps before `step` as floats: the one synchronisation with the device.
+
+    Raises Stop where one is not finite: going on would only spoil the weights, and saving them the checkpoint."""
+    values = torch.stack([torch.stack(losses), torch.stack([norm.to(losses[0]) for norm in norms])])  # (2, steps)
+    adam.average_(values[0])
+    losses, norms = values.tolist()
+    for bad, (loss, norm) in enumerate(zip(losses, norms), start=step - len(losses)):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            lower = resume_command([f'--learning_rate={config.learning_rate / 2:g}'])
+            raise Stop(
+                f'loss {loss} at step {bad} (learning rate {learning_rate_at(bad, config):.3g}, grad norm {norm}); '
+                f'no checkpoint was written since it was last finite: go on from there with\n{lower}'
+            )
+    return losses, norms
+
+
+def print_plan(config, model, data, meta, device, world):
+    """What is about to happen, with the arithmetic."""
+    c, total = config, config.batch_size * config.block_size * config.gradient_accumulation_steps
+    print(configurator.as_text(config, __file__))
+    print(
+        f'model: {model.n_params():,} parameters in {str(model.head.dtype).removeprefix("torch.")} on {device}'
+        + f', {world} processes' * (world > 1)
+    )
+    print(
+        f'data: {os.path.dirname(data.path)}, {meta["train_tokens"]:,} train and {meta["val_tokens"]:,} val tokens, '
+        f'{len(data.sources)} sources, {meta["vocab_size"]:,} ids'
+    )
+    print(
+        f'step: {c.batch_size} windows x {c.block_size} tokens x {c.gradient_accumulation_steps} micro-batches '
+        f'= {total:,} tokens; {c.max_iters:,} steps = {total * c.max_iters:,} tokens '
+        f'= {total * c.max_iters / meta["train_tokens"]:.2f} epochs',
+        flush=True,
+    )
+
+
+def main(config):
+    # ---- processes, device, dtype ----
+    world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
+    device = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    if world > 1:
+        if device == 'cuda':
+            device = f'cuda:{os.environ["LOCAL_RANK"]}'
+            torch.cuda.set_device(device)
+        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+    say = print if rank == 0 else lambda *words, **kw: None
+    on_cuda = device.startswith('cuda')
+    dtype = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'auto': None}[config.dtype]
+    dtype = dtype or (torch.bfloat16 if on_cuda else torch.float32)
+    torch.set_float32_matmul_precision('high')
+    last, best = os.path.join(config.out_dir, 'last'), os.path.join(config.out_dir, 'best')
+
+    # ---- data ----
+    if rank == 0:
+        folder = data_folder(config)
+    if world > 1:
+        dist.barrier()  # the first process may have been preparing the data
+        folder = data_folder(config)
+    meta = read_meta(folder)
+    train_data, val_data = (Tokens(folder, split, config.block_size) for split in ('train', 'val'))
+    tokenizer = tokenizers.load(folder)
+    tokenizer_files = [
+        f for f in (os.path.join(folder, n) for n in ('meta.json', 'tokenizer.json')) if os.path.exists(f)
+    ]
+
+    # ---- model and method ----
+    saved_at, run = None, {'step': 0, 'best_val_loss': 1e30, 'seconds': 0.0}
+    if config.init_from == 'resume':
+        saved_at, run = checkpoint.find(last)
+        for key in FIXED:
+            if getattr(config, key) != run['config'][key]:
+                raise Stop(
+                    f'{last} was trained with {key}={run["config"][key]!r} and cannot go on with '
+                    f'{getattr(config, key)!r}: use --{key}={run["config"][key]}, or another --out_dir'
+                )
+    elif os.path.isdir(last) and not config.overwrite and not config.dry_run:
+        raise Stop(
+            f'{last} holds a run already: add --init_from=resume to go on with it, --overwrite to replace it, '
+            'or choose another --out_dir'
+        )
+    model = build_model(config, meta['vocab_size'], dtype, 'meta' if config.dry_run else device, saved_at)
+    optimizer = METHODS[config.method].setup(model, config)
+    if saved_at:
+        checkpoint.load_optimizer(saved_at, optimizer)
+    if rank == 0:
+        print_plan(config, model, train_data, meta, device, world)
+    if config.dry_run:
+        return say('dry run: nothing was trained')
+
+    # ---- the run's own files, and its end ----
+    settings = {key: value for key, value in vars(config).items() if not key.startswith('_')}
+    if rank == 0:
+        os.makedirs(config.out_dir, exist_ok=True)
+        tracker = report.make_tracker(config.tracker, config.out_dir, settings)
+        metrics = report.Metrics(os.path.join(config.out_dir, 'metrics.csv'), run['step'], tracker)
+
+    def save(folder):
+        checkpoint.save(folder, model, optimizer, run | {'config': settings}, tokenizer_files)
+
+    signals = []  # Ctrl-C and SIGTERM let the step finish and save; a second one does not wait
+
+    def ask_to_stop(number, _):
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    signal.signal(signal.SIGINT, ask_to_stop)
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    forward = model
+    if config.compile:
+        forward = try_compile(
+            model, *(part.to(device) for part in train_data.batch(config.seed, 0, config.batch_size)[:2])
+        )
+
+    # ---- the loop ----
+    accumulation = config.gradient_accumulation_steps // world
+    tokens_per_step = config.batch_size * config.block_size * config.gradient_accumulation_steps
+    first = step = run['step']
+    losses, norms, numbers, val_loss = [], [], {}, None
+    before, seconds = run['seconds'], 0.0  # of earlier sessions; of this one's training steps alone
+    started = ticked = time.time()
+    while True:
+        done = step >= config.max_iters or bool(signals)
+        if world > 1:  # all processes must leave at the same step
+            vote = torch.tensor(float(done), device=device)
+            dist.all_reduce(vote, dist.ReduceOp.MAX)
+            done = vote.item() > 0
+        eval_now = step % config.eval_interval == 0 or step >= config.max_iters
+        save_now = step > first and (step % (config.save_interval or config.eval_interval) == 0 or done)
+
+        # ---- once in a while: read the losses back and print them, evaluate, save ----
+        if step % config.log_interval == 0 or eval_now or save_now:
+            if losses:
+                values = read_back(losses, norms, step, config)
+                busy, n = time.time() - ticked, len(losses)
+                seconds += busy
+                numbers = {
+                    'train_loss': sum(values[0]) / n,
+                    'learning_rate': optimizer.lr,
+                    'grad_norm': values[1][-1],
+                    'tokens_per_second': tokens_per_step * n / busy,
+                }
+                flops = numbers['tokens_per_second'] / world * model.flops_per_token(config.block_size)
+                eta = (config.max_iters - step) * (time.time() - started) / (step - first)
+                say(
+                    f'step {step}/{config.max_iters} | loss {numbers["train_loss"]:.4f} | lr {optimizer.lr:.2e} | '
+                    f'grad norm {values[1][-1]:.3f} | {numbers["tokens_per_second"]:,.0f} tok/s | '
+                    f'{1000 * busy / n:.0f} ms | {report.memory(device) / 2**30:.2f} GiB | '
+                    f'MFU {report.mfu(flops, device)} | ETA {report.clock(eta)}',
+                    flush=True,
+                )
+                losses, norms = [], []
+            if eval_now:
+                val_loss = evaluate(forward, val_data, config, device, rank, world)
+                say(
+                    f'step {step}/{config.max_iters} | val loss {val_loss:.4f} | '
+                    f'perplexity {math.exp(min(val_loss, 99)):.2f}',
+                    flush=True,
+                )
+                if rank == 0 and config.sample_tokens and step > 0:
+                    print_sample(model, tokenizer, config)
+            better = eval_now and step > first and val_loss < run['best_val_loss']
+            run |= {'step': step, 'seconds': before + time.time() - started}
+            run['best_val_loss'] = val_loss if better else run['best_val_loss']
+            if rank == 0:
+                metrics.log(
+                    step=step,
+                    tokens=step * tokens_per_step,
+                    seconds=run['seconds'],
+                    **numbers,
+                    memory=report.memory(device),
+                    **({'val_loss': val_loss} if eval_now else {}),
+                )
+                if save_now:
+                    save(last)
+                if better:
+                    checkpoint.copy(last, best) if save_now else save(best)
+            ticked = time.time()
+        if done:
+            break
+
+        # ---- one step ----
+        batches = [
+            train_data.batch(config.seed, step * accumulation + micro, config.batch_size, rank, world)[:2]
+            for micro in range(accumulation)
+        ]
+        losses.append(training_step(forward, optimizer, batches, learning_rate_at(step, config), device))
+        norms.append(optimizer.grad_norm)
+        step += 1
+
+    # ---- the end: one `name: value` a line, for grep ----
+    if step < config.max_iters:
+        say(
+            f'{signal.Signals(signals[0]).name if signals else "stopped"} at step {step}, saved in {last}; go on with\n'
+            f'{resume_command()}'
+        )
+    for name, value in {
+        'steps': step,
+        'tokens': step * tokens_per_step,
+        'train_loss': f'{numbers.get("train_loss", math.nan):.4f}',
+        'val_loss': f'{val_loss:.4f}' if val_loss is not None else 'N/A',
+        'tokens_per_second': f'{tokens_per_step * (step - first) / seconds:.0f}' if seconds else 'N/A',
+        'seconds': f'{run["seconds"]:.1f}',
+        'peak_bytes_planned': 'N/A',
+        'peak_bytes_measured': report.memory(device, peak=True),
+        'method': config.method,
+        'device': device,
+    }.items():
+        say(f'{name}: {value}', flush=True)
+    if world > 1:
+        dist.destroy_process_group()
+    if signals:
+        sys.exit(128 + signals[0])
+
+
+def explain_out_of_memory(config, error):
+    """Three flags to turn, of those that are not turned yet, the gentlest first."""
+    flags = []
+    if not config.checkpointing:
+        flags.append('--checkpointing (keeps one activation a block, a third slower)')
+    if not config.per_layer and not (config.method == 'adamw' and config.grad_clip):
+        flags.append('--per_layer (no copy of all gradients)')
+    if config.batch_size > 1:
+        half = (config.batch_size + 1) // 2
+        flags.append(
+            f'--batch_size={half} --gradient_accumulation_steps={2 * config.gradient_accumulation_steps} '
+            '(half the activations, same total batch)'
+        )
+    if config.method == 'adamw':
+        flags.append('--method=galore (smaller moments)')
+    if config.state_bits == 32:
+        flags.append('--state_bits=8 (a quarter of the moments)')
+    flags.append(f'--rank={max(config.rank // 2, 1)} (half the moments and bases)')
+    return f'out of memory ({str(error).splitlines()[0]}); try, in this order: ' + '; '.join(flags[:3])
+
+
+if __name__ == '__main__':
+    config = configurator.load_or_exit(__file__, sys.argv[1:], problems)
+    try:
+        main(config)
+    except (Stop, DataError, ModelError, checkpoint.CheckpointError, FileNotFoundError, ImportError) as error:
+        sys.exit(f'error: {error}')
+    except subprocess.CalledProcessError:
+        sys.exit('error: the data set could not be prepared, for the reason above')
+    except (
+        RuntimeError,
+        MemoryError,
+    ) as error:  # torch.OutOfMemoryError is a RuntimeError; a CPU's has no type of its own
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or 'allocate memory' in str(error):
+            sys.exit(f'error: {explain_out_of_memory(config, error)}')
+        raise
+    except KeyboardInterrupt:
+        sys.exit(130)
