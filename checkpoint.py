@@ -54,7 +54,7 @@ def copy(folder, target):
 
 def swap(new, folder):
     """Rename the complete folder `new` to `folder`; until then the old one exists, as `folder` or `folder.old`."""
-    for name in [*os.listdir(new), '.']:
+    for name in [*os.listdir(new), '.'] if os.name == 'posix' else []:
         handle = os.open(os.path.join(new, name), os.O_RDONLY)
         os.fsync(handle)  # a rename that reaches the disk before the bytes would leave an empty file after a power cut
         os.close(handle)
@@ -64,6 +64,10 @@ def swap(new, folder):
         os.rename(folder, old)
     os.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def exists(folder):
+    return os.path.isdir(folder) or os.path.isdir(folder + '.old')
 
 
 def find(folder):

@@ -1,13 +1,18 @@
-"""What a run tells the world: metrics.csv, a tracker if asked for, memory, and how much of the machine is used."""
+"""What a run tells the world: metrics.csv, a tracker if asked for, memory, use of the machine, what to type next."""
 
 import atexit
 import csv
 import importlib
 import os
-import resource
+import shlex
 import sys
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows: no peak to report there
+    resource = None
 
 COLUMNS = ['step', 'tokens', 'train_loss', 'val_loss', 'learning_rate', 'grad_norm', 'tokens_per_second', 'seconds']
 COLUMNS += ['memory']
@@ -31,6 +36,8 @@ def memory(device, peak=False):
     """Bytes in use now, or at the peak so far: allocated by torch on a GPU, resident in the process on a CPU."""
     if torch.device(device).type == 'cuda':
         return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+    if resource is None:
+        return 0
     if peak or not os.path.exists('/proc/self/statm'):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
     with open('/proc/self/statm') as f:
@@ -85,3 +92,37 @@ def make_tracker(kind, out_dir, config):
     library.init(project='nano24', name=os.path.basename(out_dir), config=config)
     atexit.register(library.finish)
     return lambda values, step: library.log(values, step=step)
+
+
+def resume_command(extra=()):
+    """What the user typed, with --init_from=resume, ready to be typed."""
+    words, kept = sys.argv[1:], []
+    while words:
+        word = words.pop(0)
+        if word.replace('-', '_').startswith('__init_from') or word.startswith('--overwrite'):
+            if '=' not in word and words and not words[0].startswith('--'):
+                words.pop(0)
+            continue
+        kept.append(word)
+    return shlex.join(['python', 'train.py', *kept, '--init_from=resume', *extra])
+
+
+def explain_out_of_memory(config, error):
+    """Three flags to turn, of those that are not turned yet, the gentlest first."""
+    flags = []
+    if not config.checkpointing:
+        flags.append('--checkpointing (keeps one activation a block, a third slower)')
+    if not config.per_layer and not (config.method == 'adamw' and config.grad_clip):
+        flags.append('--per_layer (no copy of all gradients)')
+    if config.batch_size > 1:
+        half = (config.batch_size + 1) // 2
+        flags.append(
+            f'--batch_size={half} --gradient_accumulation_steps={2 * config.gradient_accumulation_steps} '
+            '(half the activations, same total batch)'
+        )
+    if config.method == 'adamw':
+        flags.append('--method=galore (smaller moments)')
+    if config.state_bits == 32:
+        flags.append('--state_bits=8 (a quarter of the moments)')
+    flags.append(f'--rank={max(config.rank // 2, 1)} (half the moments and bases)')
+    return f'out of memory ({str(error).splitlines()[0]}); try, in this order: ' + '; '.join(flags[:3])

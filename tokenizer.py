@@ -93,8 +93,11 @@ class HF:
         self.hf.no_truncation()
         self.hf.no_padding()
         self.hf.encode_special_tokens = True  # that is: encode their names as plain text
-        self.vocab_size = max(self.hf.get_vocab(with_added_tokens=True).values()) + 1
-        self.eot = find_eot(os.path.dirname(path), self.hf, self.vocab_size) if eot is None else eot
+        vocab = self.hf.get_vocab(with_added_tokens=True)
+        self.eot = find_eot(os.path.dirname(path), self.hf, max(vocab.values()) + 1) if eot is None else eot
+        # The ids that a text can become: not T5's 100 sentinels at the end, which the paper's 32,000 rows leave out.
+        special = {token.content for token in self.hf.get_added_tokens_decoder().values() if token.special}
+        self.vocab_size = max(i for name, i in vocab.items() if name not in special or i == self.eot) + 1
 
     def encode(self, text):
         return self.hf.encode(text, add_special_tokens=False).ids

@@ -10,9 +10,9 @@ Train a LLaMA on the machine you own, with GaLore or AdamW, from scratch or from
 """
 
 import difflib
+import json
 import math
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -76,7 +76,7 @@ refresh = (
 stagger = True  # galore: layers refresh in turns, so that no step stalls; False: all at once, as in the paper
 
 # memory and speed
-device = 'auto'  # 'auto' | 'cpu' | 'cuda' | 'mps': auto takes cuda where there is one
+device = 'auto'  # 'auto' | 'cpu' | 'cuda': auto takes cuda where there is one
 dtype = 'auto'  # 'auto' | 'float32' | 'bfloat16': of the weights; auto: bfloat16 on cuda, else float32
 state_bits = 32  # 32 | 8: of Adam's moments; 8 is blockwise and saves 3/4 of them
 per_layer = False  # update each weight inside backward and drop its gradient; saves a copy of the weights, same result
@@ -94,16 +94,8 @@ tracker = 'none'  # 'none' | 'wandb' | 'trackio' | 'tensorboard': imported only 
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 METHODS = {'adamw': adam, 'galore': galore}  # a module with setup(model, config) -> optimizer; add yours here
-FIXED = (
-    'model',
-    'n_layer',
-    'n_head',
-    'n_kv_head',
-    'n_embd',
-    'n_inner',
-    'vocab_size',
-)  # what a checkpoint's weights decide
-FIXED += ('method', 'rank', 'state_bits', 'dtype')  # and its optimizer state
+SHAPE = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner', 'vocab_size')  # override what `model` has
+FIXED = ('model', *SHAPE, 'method', 'rank', 'state_bits', 'dtype')  # what a checkpoint's tensors decide
 
 
 class Stop(Exception):
@@ -119,7 +111,7 @@ def problems(config):
     for key in ('log_interval', 'eval_interval', 'eval_tokens'):
         if getattr(c, key) < 1:
             found.append(f'{key}={getattr(c, key)} is not an interval: use 1 or more')
-    counts = ('warmup_iters', 'lr_decay_iters', 'save_interval', 'sample_tokens', *FIXED[1:7])
+    counts = ('warmup_iters', 'lr_decay_iters', 'save_interval', 'sample_tokens', *SHAPE)
     for key in ('learning_rate', 'weight_decay', 'grad_clip', *counts):
         if getattr(c, key) < 0:
             found.append(f'{key}={getattr(c, key)} is negative: use 0 or more')
@@ -162,8 +154,8 @@ def learning_rate_at(step, config):
     return low + (c.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def data_folder(config):
-    """The data set's folder; prepared on the spot where that needs no network."""
+def data_folder(config, prepare=True):
+    """The data set's folder; pystdlib's, which needs no network, is prepared on the spot."""
     name = config.dataset
     folder = name if os.path.isdir(name) and os.sep in name.rstrip(os.sep) else os.path.join(ROOT, 'data', name)
     if not os.path.isdir(folder):
@@ -171,22 +163,39 @@ def data_folder(config):
         raise DataError(
             f'no data set {name}: use one of {", ".join(have)}, or a path to a folder that prepare.py filled'
         )
-    if name == 'pystdlib' and not os.path.exists(os.path.join(folder, 'meta.json')):
+    if prepare and name == 'pystdlib' and not os.path.exists(os.path.join(folder, 'meta.json')):
         print('preparing data/pystdlib', flush=True)
         subprocess.run([sys.executable, os.path.join(folder, 'prepare.py')], check=True)
     return folder
 
 
-def build_model(config, vocab_size, dtype, device, resume_from=None):
+def check_tokenizer(model_folder, data_folder):
+    """Raise where the model's folder has a tokenizer and the data was made with another: its ids would be noise."""
+    ours, theirs = (os.path.join(folder, 'tokenizer.json') for folder in (data_folder, model_folder))
+    if os.path.exists(theirs):
+        with open(theirs, encoding='utf-8') as f:
+            model_tokenizer = json.load(f)['model']
+        if os.path.exists(ours):
+            with open(ours, encoding='utf-8') as f:
+                if json.load(f)['model'] == model_tokenizer:
+                    return
+        raise DataError(
+            f'{data_folder} was not made with the tokenizer of {model_folder}: prepare your text with it, '
+            f'python data/text/prepare.py --input=FILES --tokenizer={model_folder}, and use --dataset=text'
+        )
+
+
+def build_model(config, data, vocab_size, dtype, device, resume_from=None):
     """The model on `device`: from the checkpoint, a Hugging Face folder or hub name, or new."""
-    if resume_from or config.init_from != 'scratch':
+    if resume_from or config.init_from not in ('scratch', 'resume'):
         folder = resume_from or config.init_from
         if not os.path.isdir(folder):
             folder = download(folder)
+        check_tokenizer(folder, data)
         built = LLaMA.from_pretrained(folder, dtype=dtype, device=device, block_size=config.block_size)
     else:
-        shape = SIZES[config.model] | {'vocab_size': config.vocab_size or vocab_size, 'block_size': config.block_size}
-        shape |= {key: getattr(config, key) for key in FIXED[1:6] if getattr(config, key)}
+        shape = SIZES[config.model] | {'vocab_size': vocab_size, 'block_size': config.block_size}
+        shape |= {key: getattr(config, key) for key in SHAPE if getattr(config, key)}
         with torch.device('meta'):
             built = LLaMA(ModelConfig(**shape), dtype=dtype)
         if device != 'meta':
@@ -248,19 +257,6 @@ def print_sample(model, tokenizer, config):
     print('sample:', repr(tokenizer.decode(list(made)))[1:-1], flush=True)
 
 
-def resume_command(extra=()):
-    """What the user typed, with --init_from=resume, ready to be typed."""
-    words, kept = sys.argv[1:], []
-    while words:
-        word = words.pop(0)
-        if word.replace('-', '_').startswith('__init_from') or word.startswith('--overwrite'):
-            if '=' not in word and words and not words[0].startswith('--'):
-                words.pop(0)
-            continue
-        kept.append(word)
-    return shlex.join(['python', 'train.py', *kept, '--init_from=resume', *extra])
-
-
 def training_step(forward, optimizer, micro_batches, learning_rate, device):
     """One optimizer step on a list of (x, y): these lines drive every method. -> mean loss, a 0-dim tensor."""
     optimizer.lr, total = learning_rate, 0.0
@@ -282,32 +278,54 @@ def read_back(losses, norms, step, config):
     losses, norms = values.tolist()
     for bad, (loss, norm) in enumerate(zip(losses, norms), start=step - len(losses)):
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            lower = resume_command([f'--learning_rate={config.learning_rate / 2:g}'])
+            lower = f'--learning_rate={config.learning_rate / 2:g}'
+            if checkpoint.exists(os.path.join(config.out_dir, 'last')):
+                advice = f'go on from the last good checkpoint with {report.resume_command([lower])}'
+            else:
+                advice = f'start again with {lower}'
             raise Stop(
                 f'loss {loss} at step {bad} (learning rate {learning_rate_at(bad, config):.3g}, grad norm {norm}); '
-                f'no checkpoint was written since it was last finite: go on from there with\n{lower}'
+                f'nothing was saved after that: {advice}'
             )
     return losses, norms
 
 
-def print_plan(config, model, data, meta, device, world):
-    """What is about to happen, with the arithmetic."""
+def print_plan(config, model, folder, meta, device):
+    """What is about to happen, with the arithmetic. meta is None where the data is not there yet (a dry run)."""
     c, total = config, config.batch_size * config.block_size * config.gradient_accumulation_steps
     print(configurator.as_text(config, __file__))
-    print(
-        f'model: {model.n_params():,} parameters in {str(model.head.dtype).removeprefix("torch.")} on {device}'
-        + f', {world} processes' * (world > 1)
-    )
-    print(
-        f'data: {os.path.dirname(data.path)}, {meta["train_tokens"]:,} train and {meta["val_tokens"]:,} val tokens, '
-        f'{len(data.sources)} sources, {meta["vocab_size"]:,} ids'
-    )
+    print(f'model: {model.n_params():,} parameters in {str(model.head.dtype).removeprefix("torch.")} on {device}')
+    epochs = ''
+    if meta:
+        counts = f'{meta["train_tokens"]:,} train and {meta["val_tokens"]:,} val tokens, {len(meta["sources"])} sources'
+        print(f'data: {folder}, {counts}, {meta["vocab_size"]:,} ids')
+        epochs = f' = {total * c.max_iters / meta["train_tokens"]:.2f} epochs'
+    else:
+        print(f'data: {folder} is not prepared yet: python {os.path.join(folder, "prepare.py")} does that')
     print(
         f'step: {c.batch_size} windows x {c.block_size} tokens x {c.gradient_accumulation_steps} micro-batches '
-        f'= {total:,} tokens; {c.max_iters:,} steps = {total * c.max_iters:,} tokens '
-        f'= {total * c.max_iters / meta["train_tokens"]:.2f} epochs',
+        f'= {total:,} tokens; {c.max_iters:,} steps = {total * c.max_iters:,} tokens{epochs}',
         flush=True,
     )
+
+
+def plan_only(config, device, dtype):
+    """Resolve everything, build the model and the method on the meta device, print the plan. Needs no data yet."""
+    folder = os.path.join(ROOT, 'data', config.dataset)
+    try:
+        folder = data_folder(config, prepare=False)
+        meta = read_meta(folder)
+    except DataError:
+        if not os.path.isdir(folder):
+            raise
+        meta = None
+    vocab_size = meta['vocab_size'] if meta else SIZES[config.model]['vocab_size']
+    if config.init_from not in ('scratch', 'resume') and not os.path.isdir(config.init_from):
+        raise Stop(f"init_from='{config.init_from}' is no folder here, and a dry run downloads nothing")
+    model = build_model(config, folder, vocab_size, dtype, 'meta', None)
+    METHODS[config.method].setup(model, config)
+    print_plan(config, model, folder, meta, device)
+    print('dry run: nothing was trained')
 
 
 def main(config):
@@ -327,6 +345,8 @@ def main(config):
     last, best = os.path.join(config.out_dir, 'last'), os.path.join(config.out_dir, 'best')
 
     # ---- data ----
+    if config.dry_run:
+        return plan_only(config, device, dtype)
     if rank == 0:
         folder = data_folder(config)
     if world > 1:
@@ -335,9 +355,8 @@ def main(config):
     meta = read_meta(folder)
     train_data, val_data = (Tokens(folder, split, config.block_size) for split in ('train', 'val'))
     tokenizer = tokenizers.load(folder)
-    tokenizer_files = [
-        f for f in (os.path.join(folder, n) for n in ('meta.json', 'tokenizer.json')) if os.path.exists(f)
-    ]
+    names = ('meta.json', 'tokenizer.json', 'tokenizer_config.json')
+    tokenizer_files = [path for path in (os.path.join(folder, name) for name in names) if os.path.exists(path)]
 
     # ---- model and method ----
     saved_at, run = None, {'step': 0, 'best_val_loss': 1e30, 'seconds': 0.0}
@@ -349,19 +368,17 @@ def main(config):
                     f'{last} was trained with {key}={run["config"][key]!r} and cannot go on with '
                     f'{getattr(config, key)!r}: use --{key}={run["config"][key]}, or another --out_dir'
                 )
-    elif os.path.isdir(last) and not config.overwrite and not config.dry_run:
+    elif checkpoint.exists(last) and not config.overwrite:
         raise Stop(
             f'{last} holds a run already: add --init_from=resume to go on with it, --overwrite to replace it, '
             'or choose another --out_dir'
         )
-    model = build_model(config, meta['vocab_size'], dtype, 'meta' if config.dry_run else device, saved_at)
+    model = build_model(config, folder, meta['vocab_size'], dtype, device, saved_at)
     optimizer = METHODS[config.method].setup(model, config)
     if saved_at:
         checkpoint.load_optimizer(saved_at, optimizer)
     if rank == 0:
-        print_plan(config, model, train_data, meta, device, world)
-    if config.dry_run:
-        return say('dry run: nothing was trained')
+        print_plan(config, model, folder, meta, device)
 
     # ---- the run's own files, and its end ----
     settings = {key: value for key, value in vars(config).items() if not key.startswith('_')}
@@ -379,6 +396,7 @@ def main(config):
         if signals:
             raise KeyboardInterrupt
         signals.append(number)
+        say(f'{signal.Signals(number).name}: finishing this step, then saving; once more stops at once', flush=True)
 
     signal.signal(signal.SIGINT, ask_to_stop)
     signal.signal(signal.SIGTERM, ask_to_stop)
@@ -468,7 +486,7 @@ def main(config):
     if step < config.max_iters:
         say(
             f'{signal.Signals(signals[0]).name if signals else "stopped"} at step {step}, saved in {last}; go on with\n'
-            f'{resume_command()}'
+            f'{report.resume_command()}'
         )
     for name, value in {
         'steps': step,
@@ -489,41 +507,29 @@ def main(config):
         sys.exit(128 + signals[0])
 
 
-def explain_out_of_memory(config, error):
-    """Three flags to turn, of those that are not turned yet, the gentlest first."""
-    flags = []
-    if not config.checkpointing:
-        flags.append('--checkpointing (keeps one activation a block, a third slower)')
-    if not config.per_layer and not (config.method == 'adamw' and config.grad_clip):
-        flags.append('--per_layer (no copy of all gradients)')
-    if config.batch_size > 1:
-        half = (config.batch_size + 1) // 2
-        flags.append(
-            f'--batch_size={half} --gradient_accumulation_steps={2 * config.gradient_accumulation_steps} '
-            '(half the activations, same total batch)'
-        )
-    if config.method == 'adamw':
-        flags.append('--method=galore (smaller moments)')
-    if config.state_bits == 32:
-        flags.append('--state_bits=8 (a quarter of the moments)')
-    flags.append(f'--rank={max(config.rank // 2, 1)} (half the moments and bases)')
-    return f'out of memory ({str(error).splitlines()[0]}); try, in this order: ' + '; '.join(flags[:3])
-
-
-if __name__ == '__main__':
-    config = configurator.load_or_exit(__file__, sys.argv[1:], problems)
+def cli(argv):
+    """What `python train.py ARGV` does; exits with one sentence where it cannot go on."""
+    config = configurator.load_or_exit(__file__, argv, problems)
     try:
         main(config)
     except (Stop, DataError, ModelError, checkpoint.CheckpointError, FileNotFoundError, ImportError) as error:
         sys.exit(f'error: {error}')
     except subprocess.CalledProcessError:
         sys.exit('error: the data set could not be prepared, for the reason above')
+    except torch.linalg.LinAlgError as error:
+        sys.exit(f'error: no basis could be made of a gradient ({error}): use a lower --learning_rate')
+    except OSError as error:
+        sys.exit(f'error: {error.filename or config.out_dir} could not be written or read ({error.strerror})')
     except (
         RuntimeError,
         MemoryError,
     ) as error:  # torch.OutOfMemoryError is a RuntimeError; a CPU's has no type of its own
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or 'allocate memory' in str(error):
-            sys.exit(f'error: {explain_out_of_memory(config, error)}')
+            sys.exit(f'error: {report.explain_out_of_memory(config, error)}')
         raise
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == '__main__':
+    cli(sys.argv[1:])

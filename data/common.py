@@ -199,12 +199,16 @@ class Writer:
         if self.tok.json is not None:
             (self.work / 'tokenizer.json').write_text(self.tok.json, encoding='utf-8')
             names.append('tokenizer.json')
+        if self.tok.kind == 'bpe':  # what transformers' AutoTokenizer needs to know besides
+            config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': tokenizers_of_ours.EOT}
+            (self.work / 'tokenizer_config.json').write_text(json.dumps(config) + '\n', encoding='utf-8')
+            names.append('tokenizer_config.json')
         (self.work / 'meta.json').write_text(json.dumps(self.meta, indent=1) + '\n', encoding='utf-8')
         # Old meta.json away first, new one last: a crash in between leaves a folder that is plainly not prepared.
         if (self.folder / 'meta.json').exists():
             (self.folder / 'meta.json').unlink()
-            if self.tok.json is None:
-                (self.folder / 'tokenizer.json').unlink(missing_ok=True)
+            for name in {'tokenizer.json', 'tokenizer_config.json'} - set(names):
+                (self.folder / name).unlink(missing_ok=True)
         for name in [*names, 'meta.json']:
             os.replace(self.work / name, self.folder / name)
 

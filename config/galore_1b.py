@@ -1,0 +1,25 @@
+"""LLaMA-1B on C4 with the GaLore paper's hyper-parameters (2403.03507, section 5.1 and appendix C.1).
+
+16 windows x 256 tokens x 32 micro-batches = 131,072 tokens a step; 100,000 steps = 13.11B tokens.
+rank is the paper's 512 (table 2); the authors' script has 1024.
+    python data/c4/prepare.py --tokenizer=t5-base --tokens=13200000000
+    python train.py config/galore_1b.py
+"""
+
+out_dir = 'out/galore_1b'
+dataset = 'c4'
+model = '1b'
+batch_size = 16  # as many as fit: 512 / batch_size micro-batches make the same step
+gradient_accumulation_steps = 512 // batch_size
+max_iters = 100_000
+warmup_iters = 10_000  # a tenth
+learning_rate = 0.01  # constant over the sizes, since the update is scaled by 0.25 and normalised by Adam
+min_lr = 0.001  # a tenth
+method = 'galore'
+rank = 512
+scale = 0.25
+update_proj_gap = 200
+dtype = 'bfloat16'
+log_interval = 100
+eval_interval = 1000
+eval_tokens = 10_000_000  # the paper's

@@ -1,0 +1,24 @@
+"""LLaMA-350M on C4 with the GaLore paper's hyper-parameters (2403.03507, section 5.1 and appendix C.1).
+
+64 windows x 256 tokens x 8 micro-batches = 131,072 tokens a step; 60,000 steps = 7.86B tokens.
+    python data/c4/prepare.py --tokenizer=t5-base --tokens=7900000000
+    python train.py config/galore_350m.py
+"""
+
+out_dir = 'out/galore_350m'
+dataset = 'c4'
+model = '350m'
+batch_size = 64  # as many as fit: 512 / batch_size micro-batches make the same step
+gradient_accumulation_steps = 512 // batch_size
+max_iters = 60_000
+warmup_iters = 6_000  # a tenth
+learning_rate = 0.01  # constant over the sizes, since the update is scaled by 0.25 and normalised by Adam
+min_lr = 0.001  # a tenth
+method = 'galore'
+rank = 256
+scale = 0.25
+update_proj_gap = 200
+dtype = 'bfloat16'
+log_interval = 100
+eval_interval = 1000
+eval_tokens = 10_000_000  # the paper's

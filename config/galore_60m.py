@@ -1,0 +1,24 @@
+"""LLaMA-60M on C4 with the GaLore paper's hyper-parameters (2403.03507, section 5.1 and appendix C.1).
+
+256 windows x 256 tokens x 2 micro-batches = 131,072 tokens a step; 10,000 steps = 1.31B tokens.
+    python data/c4/prepare.py --tokenizer=t5-base --tokens=1400000000
+    python train.py config/galore_60m.py
+"""
+
+out_dir = 'out/galore_60m'
+dataset = 'c4'
+model = '60m'
+batch_size = 256  # as many as fit: 512 / batch_size micro-batches make the same step
+gradient_accumulation_steps = 512 // batch_size
+max_iters = 10_000
+warmup_iters = 1_000  # a tenth
+learning_rate = 0.01  # constant over the sizes, since the update is scaled by 0.25 and normalised by Adam
+min_lr = 0.001  # a tenth
+method = 'galore'
+rank = 128
+scale = 0.25
+update_proj_gap = 200
+dtype = 'bfloat16'
+log_interval = 100
+eval_interval = 1000
+eval_tokens = 10_000_000  # the paper's
