@@ -70,9 +70,7 @@ method = 'galore'  # 'adamw' | 'galore': how weights are updated; one file each
 rank = 128  # galore: dimensions of the subspace; less memory and less freedom with fewer
 scale = 0.25  # galore: factor on updates that come back from the subspace (alpha)
 update_proj_gap = 200  # galore: steps between two refreshes of a layer's subspace (T); 50 to 1000 are much alike
-refresh = (
-    'subspace'  # 'subspace' | 'svd': galore: improve the old subspace by one step, or the paper's exact and slow SVD
-)
+refresh = 'subspace'  # 'subspace' | 'svd': galore improves its old subspace by one step, or does the paper's slow SVD
 stagger = True  # galore: layers refresh in turns, so that no step stalls; False: all at once, as in the paper
 
 # memory and speed
@@ -124,7 +122,7 @@ def problems(config):
         near = difflib.get_close_matches(c.model, SIZES, 1)
         found.append(
             f"model='{c.model}' is not a size: use one of {' '.join(SIZES)}"
-            + f' (did you mean {near[0]}?)' * bool(near)
+            + (f' (did you mean {near[0]}?)' if near else '')
         )
     if c.method == 'adamw' and c.per_layer and c.grad_clip:
         found.append(
@@ -419,11 +417,12 @@ def main(config):
             vote = torch.tensor(float(done), device=device)
             dist.all_reduce(vote, dist.ReduceOp.MAX)
             done = vote.item() > 0
-        eval_now = step % config.eval_interval == 0 or step >= config.max_iters
+        fresh = step > first or step == 0  # a resumed run does not repeat what was done at the step it resumes from
+        eval_now = (fresh and step % config.eval_interval == 0) or step >= config.max_iters
         save_now = step > first and (step % (config.save_interval or config.eval_interval) == 0 or done)
 
         # ---- once in a while: read the losses back and print them, evaluate, save ----
-        if step % config.log_interval == 0 or eval_now or save_now:
+        if (fresh and step % config.log_interval == 0) or eval_now or save_now:
             if losses:
                 values = read_back(losses, norms, step, config)
                 busy, n = time.time() - ticked, len(losses)
@@ -456,7 +455,7 @@ def main(config):
             better = eval_now and step > first and val_loss < run['best_val_loss']
             run |= {'step': step, 'seconds': before + time.time() - started}
             run['best_val_loss'] = val_loss if better else run['best_val_loss']
-            if rank == 0:
+            if rank == 0 and fresh:
                 metrics.log(
                     step=step,
                     tokens=step * tokens_per_step,

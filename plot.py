@@ -1,0 +1,53 @@
+"""
+Loss curves of several runs in one picture, from their metrics.csv (pip install -r requirements-extra.txt).
+
+    python plot.py out/galore_laptop out/adamw_laptop                # writes loss.png
+    python plot.py out/* --png=results/laptop.png --x=seconds --y=val_loss
+"""
+
+import argparse
+import csv
+import os
+import sys
+
+
+def read(run, x, y):
+    """The points of column y over column x in run/metrics.csv, where both are there."""
+    path = os.path.join(run, 'metrics.csv') if os.path.isdir(run) else run
+    with open(path, newline='') as f:
+        return [(float(row[x]), float(row[y])) for row in csv.DictReader(f) if row[x] and row[y]]
+
+
+def draw(runs, png, x='step', y='val_loss', labels=None, title=None):
+    """One line a run: y over x, both columns of metrics.csv."""
+    import matplotlib
+
+    matplotlib.use('Agg')  # a file, no window
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
+    for run, label in zip(runs, labels or runs):
+        points = read(run, x, y)
+        axes.plot(*zip(*points), label=f'{label}: {points[-1][1]:.3f}', marker='o' if len(points) < 20 else None, ms=3)
+    axes.set(xlabel=x.replace('_', ' '), ylabel=y.replace('_', ' '), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(png, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == '__main__':
+    columns = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'learning_rate', 'grad_norm', 'tokens_per_second']
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('runs', nargs='+', help='folders of runs, or metrics.csv files')
+    parser.add_argument('--png', default='loss.png', help='the file to write (default: loss.png)')
+    parser.add_argument('--x', default='step', choices=columns[:3], help='what goes along (default: step)')
+    parser.add_argument('--y', default='val_loss', choices=columns[3:], help='what goes up (default: val_loss)')
+    words = parser.parse_args()
+    try:
+        draw(words.runs, words.png, words.x, words.y)
+        print(f'written: {words.png}')
+    except ModuleNotFoundError:
+        sys.exit('error: plot.py needs matplotlib: pip install -r requirements-extra.txt')
+    except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
+        sys.exit(f'error: {error!r}: name folders of runs of train.py, each with a metrics.csv that has {words.y}')

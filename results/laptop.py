@@ -1,0 +1,68 @@
+"""
+GaLore against AdamW on the laptop configs, each with its own best learning rate: makes laptop.md and laptop.png.
+
+    python results/laptop.py                 # six runs of about three minutes on two CPU cores; finished ones are kept
+"""
+
+import os
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import plot  # noqa: E402
+
+TRIED = {'adamw': ['1e-3', '2e-3', '4e-3'], 'galore': ['5e-3', '1e-2', '2e-2']}
+
+
+def run(method, rate):
+    """The final lines of one run as a dict; from its log where it ran before."""
+    out_dir = os.path.join('out', 'laptop', f'{method}_{rate}')
+    log = os.path.join(ROOT, out_dir, 'log.txt')
+    if not os.path.exists(log) or 'device: cpu' not in read_lines(log):
+        os.makedirs(os.path.dirname(log), exist_ok=True)
+        words = [f'config/{method}_laptop.py', f'--learning_rate={rate}', f'--out_dir={out_dir}', '--overwrite']
+        print('python train.py', *words, flush=True)
+        with open(log, 'w') as f:
+            subprocess.run([sys.executable, 'train.py', *words], cwd=ROOT, stdout=f, check=True)
+    lines = read_lines(log)
+    found = dict(line.split(': ', 1) for line in lines[-10:])
+    found['sample'] = [line for line in lines if line.startswith('sample: ')][-1].removeprefix('sample: ')
+    return found | {'folder': os.path.join(ROOT, out_dir)}
+
+
+def read_lines(path):
+    with open(path) as f:
+        return f.read().splitlines()
+
+
+def main():
+    runs = {(method, rate): run(method, rate) for method, rates in TRIED.items() for rate in rates}
+    losses = {key: float(r['val_loss']) for key, r in runs.items()}
+    best = {method: min((key for key in runs if key[0] == method), key=losses.get) for method in TRIED}
+    lines = [
+        '# GaLore and AdamW on the laptop configs',
+        '',
+        'Made by `python results/laptop.py` (two CPU cores, torch 2.13.0): 3.3M parameters, 750 steps of 2,048 tokens',
+        "of Python's standard library, GaLore with rank 48 of 192.",
+        '',
+        '| method | learning rate | val loss | train loss | tokens/s | seconds |',
+        '|---|---|---|---|---|---|',
+    ]
+    for key, r in runs.items():
+        val = f'**{r["val_loss"]}**' if key in best.values() else r['val_loss']
+        lines.append(f'| {key[0]} | {key[1]} | {val} | {r["train_loss"]} | {r["tokens_per_second"]} | {r["seconds"]} |')
+    ratio = losses[best['galore']] / losses[best['adamw']]
+    lines += ['', f"GaLore's best val loss over AdamW's best: {ratio:.4f} (to stay below 1.03).", '']
+    for method, key in best.items():
+        lines += [f'What {method} writes at the end: `{runs[key]["sample"]}`', '']
+    lines += ['![val loss](laptop.png)', '']
+    with open(os.path.join(ROOT, 'results', 'laptop.md'), 'w') as f:
+        f.write('\n'.join(lines))
+    labels = [f'{method}, lr {rate}' for method, rate in runs]
+    plot.draw([r['folder'] for r in runs.values()], os.path.join(ROOT, 'results', 'laptop.png'), labels=labels)
+    print('\n'.join(lines))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,41 @@
+"""What several test files share: tiny token data and a way to run the scripts as a user does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ['--model=9m', '--n_layer=2', '--n_embd=32', '--n_head=4', '--n_inner=64', '--block_size=32', '--batch_size=4']
+TINY += ['--rank=8', '--update_proj_gap=5', '--warmup_iters=2', '--eval_tokens=512', '--log_interval=5']
+TINY += ['--max_iters=20', '--eval_interval=10', '--sample_tokens=8', '--device=cpu']
+
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory):
+    """A prepared data folder of a few KB of code, byte by byte."""
+    folder = tmp_path_factory.mktemp('data')
+    text = folder / 'text.txt'
+    text.write_text('\n'.join(f'def f{i}(x):\n    return x + {i * i}\n' for i in range(1500)))
+    command = ['data/text/prepare.py', f'--input={text}', '--tokenizer=bytes', f'--out_dir={folder / "bytes"}']
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    return str(folder / 'bytes')
+
+
+def run(words, **kw):
+    """Run a script of ours, as `python WORDS`, from the repository's root."""
+    environment = os.environ | {'PYTHONWARNINGS': 'ignore'} | kw.pop('env', {})
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment, **kw)
+
+
+def train(out_dir, data, *flags, **kw):
+    return run(['train.py', *TINY, f'--dataset={data}', f'--out_dir={out_dir}', *flags], **kw)
+
+
+def values(text):
+    """The `name: value` lines that end a run, as a dict of text."""
+    return dict(line.split(': ', 1) for line in text.splitlines()[-10:] if ': ' in line)

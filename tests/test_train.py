@@ -1,0 +1,415 @@
+"""train.py as its users meet it: what a run prints and writes, how it stops and goes on, and how it takes bad input."""
+
+import csv
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run, train, values
+from safetensors.torch import load_file
+
+import configurator
+import train as training
+from model import LLaMA
+
+CONFIGS = sorted(path.name for path in (ROOT / 'config').glob('*.py'))
+SHAPES = {'60m': 58_073_600, '130m': 134_105_856, '350m': 367_969_280, '1b': 1_339_082_752, '7b': 6_738_415_616}
+
+
+def weights(folder):
+    return load_file(folder / 'model.safetensors')
+
+
+def rows_of(folder):
+    with open(folder / 'metrics.csv', newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope='session')
+def finished(tmp_path_factory, data):
+    """One uninterrupted tiny run, which many tests look at."""
+    out = tmp_path_factory.mktemp('out') / 'finished'
+    done = train(out, data)
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(out=out, text=done.stdout)
+
+
+# ---- what a run prints and writes ----------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_greppable_lines_that_are_true(finished):
+    found = values(finished.text)
+    names = ['steps', 'tokens', 'train_loss', 'val_loss', 'tokens_per_second', 'seconds']
+    names += ['peak_bytes_planned', 'peak_bytes_measured', 'method', 'device']
+    assert list(found) == names
+    assert found['steps'] == '20' and int(found['tokens']) == 20 * 4 * 32
+    assert (found['method'], found['device']) == ('galore', 'cpu')
+    assert 50e6 < int(found['peak_bytes_measured']) < 4e9 and float(found['tokens_per_second']) > 0
+    rows = rows_of(finished.out)
+    assert [int(row['step']) for row in rows] == [0, 5, 10, 15, 20]
+    assert f'{float(rows[-1]["val_loss"]):.4f}' == found['val_loss']
+    assert f'{float(rows[-1]["train_loss"]):.4f}' == found['train_loss']
+    assert float(rows[-1]['val_loss']) < float(rows[0]['val_loss']) - 0.05
+
+
+def test_a_log_line_has_everything_one_wants_to_know(finished):
+    line = next(line for line in finished.text.splitlines() if line.startswith('step 5/20'))
+    number = r'[\d.,e+-]+'
+    expected = rf'step 5/20 \| loss {number} \| lr {number} \| grad norm {number} \| {number} tok/s \| {number} ms \| '
+    assert re.fullmatch(expected + rf'{number} GiB \| MFU N/A \| ETA \d+:\d\d:\d\d', line), line
+    assert 'sample: ' in finished.text
+
+
+def test_the_loss_shown_is_the_mean_over_micro_batches_and_steps(tmp_path, data):
+    flags = ['--gradient_accumulation_steps=3', '--learning_rate=0', '--log_interval=2', '--max_iters=2']
+    out = train(tmp_path, data, *flags).stdout
+    config = configurator.load(ROOT / 'train.py', [*TINY, f'--dataset={data}', *flags])
+    model = training.build_model(config, data, 257, torch.float32, 'cpu')
+    tokens = training.Tokens(data, 'train', 32)
+    losses = [model(*tokens.batch(config.seed, t, 4)[:2]).item() for t in range(6)]
+    assert f'loss {sum(losses) / 6:.4f}' in out
+
+
+def test_checkpoints_are_hugging_face_folders_that_transformers_reads(finished):
+    transformers = pytest.importorskip('transformers')
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(finished.out / 'best')
+    tokens = torch.randint(0, 257, (2, 32))
+    ours = LLaMA.from_pretrained(finished.out / 'best')
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+    assert same(weights(finished.out / 'best'), weights(finished.out / 'last')), 'val loss fell to the end'
+    assert json.loads((finished.out / 'last/run.json').read_text())['step'] == 20
+
+
+def test_max_iters_3_runs_3_steps(tmp_path, data):
+    assert values(train(tmp_path, data, '--max_iters=3').stdout)['steps'] == '3'
+
+
+def test_learning_rate_of_the_60m_run_is_the_papers_and_does_not_wrap():
+    config = configurator.load(ROOT / 'train.py', [str(ROOT / 'config/galore_60m.py')])
+    rates = {0: 0, 500: 0.005, 1000: 0.01, 5500: 0.0055, 9999: 0.0010000003, 10_000: 0.001, 10_001: 0.001}
+    for step, expected in rates.items():
+        assert math.isclose(training.learning_rate_at(step, config), expected, rel_tol=1e-6), step
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_every_config_dry_runs(name, capsys):
+    training.cli([str(ROOT / 'config' / name), '--dry_run'])
+    out = capsys.readouterr().out
+    assert 'dry run: nothing was trained' in out and 'tokens a step' not in out
+    size = name.removesuffix('.py').split('_')[1]
+    assert f'model: {SHAPES[size]:,} parameters' in out if size in SHAPES else 'laptop' in name
+    assert not os.path.exists(ROOT / 'out' / name.removesuffix('.py') / 'dry')
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_the_arithmetic_in_a_configs_docstring_is_that_of_its_values(name):
+    path = ROOT / 'config' / name
+    config = configurator.load(ROOT / 'train.py', [str(path)])
+    c, text = config, path.read_text()
+    total = c.batch_size * c.block_size * c.gradient_accumulation_steps
+    tokens = f'{total * c.max_iters / 1e9:.2f}B' if total * c.max_iters > 1e8 else f'{total * c.max_iters / 1e6:.1f}M'
+    product = f'{c.batch_size} windows x {c.block_size} tokens x {c.gradient_accumulation_steps} micro-batch'
+    assert product in text and f'= {total:,} tokens a step; {c.max_iters:,} steps = {tokens} tokens' in text
+
+
+def test_every_key_has_a_comment_and_the_design_names_are_there():
+    for script in ('train.py', 'sample.py'):
+        assert configurator.undocumented(ROOT / script) == []
+    keys = set(configurator.keys(ROOT / 'train.py'))
+    # Frozen, so that a new key is a decision: add it here, and say in its comment what it costs.
+    expected = """out_dir init_from overwrite seed max_iters dry_run dataset block_size batch_size
+        gradient_accumulation_steps model n_layer n_head n_kv_head n_embd n_inner vocab_size learning_rate warmup_iters lr_decay_iters min_lr
+        weight_decay beta1 beta2 grad_clip method rank scale update_proj_gap refresh stagger device dtype state_bits
+        per_layer checkpointing compile log_interval eval_interval eval_tokens save_interval sample_tokens tracker"""
+    assert keys == set(expected.split())
+
+
+# ---- stopping and going on -----------------------------------------------------------------------------------------
+
+
+def start(out_dir, data, *flags):
+    command = [sys.executable, '-u', 'train.py', *TINY, f'--dataset={data}', f'--out_dir={out_dir}', *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+LONG = ['--max_iters=60', '--log_interval=1', '--eval_interval=7', '--gradient_accumulation_steps=2']
+MODES = {
+    'galore': [],
+    'galore per layer, bf16 weights, 8-bit states': ['--per_layer', '--dtype=bfloat16', '--state_bits=8'],
+    'adamw, clipped': ['--method=adamw', '--grad_clip=0.5', '--weight_decay=0.1'],
+}
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_killed_and_interrupted_then_resumed_equals_uninterrupted_bit_for_bit(mode, tmp_path, data):
+    flags = [*LONG, *MODES[mode]]
+    whole = train(tmp_path / 'whole', data, *flags)
+    assert whole.returncode == 0, whole.stderr
+
+    # SIGKILL at some step after a checkpoint: nothing is said, the last checkpoint is what there is
+    process = start(tmp_path / 'broken', data, *flags)
+    for line in process.stdout:
+        if line.startswith('step 17/'):
+            process.kill()
+            break
+    process.wait(), process.stdout.close()
+    # SIGINT: saved at the step it was in
+    process = start(tmp_path / 'broken', data, *flags, '--init_from=resume')
+    output = ''
+    for line in process.stdout:
+        output += line
+        if line.startswith('step 31/'):
+            process.send_signal(signal.SIGINT)
+    assert process.wait() == 130, output
+    assert 'SIGINT at step' in output and '--init_from=resume' in output.split('go on with')[1]
+    step = json.loads((tmp_path / 'broken/last/run.json').read_text())['step']
+    assert 31 <= step < 60
+
+    last = train(tmp_path / 'broken', data, *flags, '--init_from=resume')
+    assert last.returncode == 0, last.stderr
+    assert same(weights(tmp_path / 'whole/last'), weights(tmp_path / 'broken/last'))
+    states = [torch.load(tmp_path / n / 'last/optimizer.pt', weights_only=True)['state'] for n in ('whole', 'broken')]
+    for i, state in states[0].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][i][name])), (i, name)
+    assert values(whole.stdout)['val_loss'] == values(last.stdout)['val_loss']
+    rows = [
+        [(row['step'], row['train_loss'], row['val_loss'], row['grad_norm']) for row in rows_of(tmp_path / name)]
+        for name in ('whole', 'broken')
+    ]
+    assert rows[0] == rows[1], 'every step stands once in metrics.csv, with the numbers of an uninterrupted run'
+
+
+def test_sigterm_saves_too(tmp_path, data):
+    process = start(tmp_path, data, '--max_iters=100000', '--log_interval=1', '--eval_interval=100000')
+    for line in process.stdout:
+        if line.startswith('step 3/'):
+            process.terminate()
+    assert process.wait() == 143
+    assert json.loads((tmp_path / 'last/run.json').read_text())['step'] >= 3
+
+
+def test_a_crash_between_two_renames_is_no_loss(finished, tmp_path, data):
+    shutil.copytree(finished.out, tmp_path / 'out')
+    os.rename(tmp_path / 'out/last', tmp_path / 'out/last.old')
+    refused = train(tmp_path / 'out', data)
+    assert refused.returncode == 1 and 'holds a run already' in refused.stderr
+    assert values(train(tmp_path / 'out', data, '--init_from=resume', '--max_iters=22').stdout)['steps'] == '22'
+
+
+def test_per_layer_through_the_whole_loop_equals_normal(tmp_path, data):
+    for name, flags in {'normal': [], 'per_layer': ['--per_layer']}.items():
+        done = train(tmp_path / name, data, '--gradient_accumulation_steps=4', '--learning_rate=1e-3', *flags)
+        assert done.returncode == 0, done.stderr
+    a, b = weights(tmp_path / 'normal/last'), weights(tmp_path / 'per_layer/last')
+    assert max((a[name] - b[name]).abs().max() for name in a) < 1e-6
+
+
+@pytest.mark.parametrize('flags', [[], ['--per_layer'], ['--method=adamw', '--grad_clip=0.5']], ids=str)
+def test_two_processes_equal_one(flags, tmp_path, data):
+    flags = [*flags, '--gradient_accumulation_steps=4', '--learning_rate=1e-3', '--max_iters=8']
+    alone = train(tmp_path / 'one', data, *flags)
+    assert alone.returncode == 0, alone.stderr
+    words = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--standalone', 'train.py', *TINY]
+    both = run([*words, f'--dataset={data}', f'--out_dir={tmp_path / "two"}', *flags], env={'OMP_NUM_THREADS': '1'})
+    assert both.returncode == 0, both.stderr
+    a, b = weights(tmp_path / 'one/last'), weights(tmp_path / 'two/last')
+    assert max((a[name] - b[name]).abs().max() for name in a) < 2e-6
+    assert abs(float(values(alone.stdout)['val_loss']) - float(values(both.stdout)['val_loss'])) < 1e-3
+
+
+# ---- starting from pretrained weights ------------------------------------------------------------------------------
+
+
+def test_training_goes_on_from_a_hugging_face_folder(finished, tmp_path, data):
+    out = train(tmp_path, data, f'--init_from={finished.out / "best"}', '--max_iters=5', '--learning_rate=1e-4')
+    assert out.returncode == 0, out.stderr
+    first = re.search(r'step 0/5 \| val loss ([\d.]+)', out.stdout)[1]
+    assert first == values(finished.text)['val_loss']
+
+
+def test_data_of_another_tokenizer_is_refused_for_a_pretrained_model(finished, tmp_path, data):
+    tokenizers = pytest.importorskip('tokenizers')
+    shutil.copytree(finished.out / 'best', tmp_path / 'model')
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / 'model/tokenizer.json'))
+    out = train(tmp_path / 'out', data, f'--init_from={tmp_path / "model"}')
+    assert_one_sentence(out, r'was not made with the tokenizer of .*: prepare your text with it', '--tokenizer=')
+
+
+# ---- bad input: one sentence, a non-zero exit code, nothing lost -----------------------------------------------------
+
+
+def assert_one_sentence(done, *patterns, code=1):
+    assert done.returncode == code, done.stdout + done.stderr
+    assert 'Traceback' not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert len(errors) == 1, done.stderr
+    for pattern in patterns:
+        assert re.search(pattern, errors[0]), errors[0]
+
+
+def test_missing_config_file_and_typos_are_all_reported_at_once(tmp_path, data):
+    out = run(['train.py', 'config/galore_laptp.py', '--learning_rat=1', '--rank=many', '--method=galor'])
+    assert out.returncode == 2 and 'Traceback' not in out.stderr
+    for expected in ('did you mean config/galore_laptop.py', 'learning_rate', 'rank', 'galore'):
+        assert expected in out.stderr
+
+
+IMPOSSIBLE = {
+    '--rank=0': 'rank=0 is not a count: use 1 or more',
+    '--model=8m': "model='8m' is not a size: use one of .*did you mean 9m",
+    '--beta2=1': 'beta2=1.0 is not a decay rate',
+    '--learning_rate=-1': 'learning_rate=-1.0 is negative',
+    '--method=adamw --per_layer --grad_clip=1': 'set grad_clip=0 or per_layer=False',
+    '--lr_decay_iters=1': 'ends before warmup_iters=2',
+    '--device=cuda': 'torch sees no CUDA device',
+}
+
+
+@pytest.mark.parametrize('flags', IMPOSSIBLE)
+def test_impossible_combinations_name_the_flag_to_change(flags):
+    if flags == '--device=cuda' and torch.cuda.is_available():
+        pytest.skip('it is possible here')
+    with pytest.raises(configurator.ConfigError, match=IMPOSSIBLE[flags]):
+        configurator.load(ROOT / 'train.py', [*TINY, *flags.split()], training.problems)
+
+
+def test_a_run_in_the_same_folder_is_refused_until_told_what_to_do(finished, data):
+    before = weights(finished.out / 'last')
+    assert_one_sentence(train(finished.out, data), 'holds a run already', '--init_from=resume', '--overwrite')
+    assert same(before, weights(finished.out / 'last'))
+
+
+def test_a_checkpoint_of_another_shape_names_the_flag(finished, data):
+    out = train(finished.out, data, '--init_from=resume', '--n_embd=64')
+    assert_one_sentence(out, 'was trained with n_embd=32 and cannot go on with 64: use --n_embd=32')
+
+
+def test_nothing_to_resume_and_no_such_data_set(tmp_path, data):
+    assert_one_sentence(train(tmp_path, data, '--init_from=resume'), 'does not exist, nothing to resume')
+    assert_one_sentence(train(tmp_path, 'pystdlb'), 'no data set pystdlb: use one of c4, pystdlib')
+    assert_one_sentence(
+        train(tmp_path, 'c4'), r'data/c4/meta.json does not exist: run python .*data/c4/prepare.py first'
+    )
+    assert_one_sentence(train(tmp_path, data, '--init_from=no/such-model'), 'is no folder here and the hub')
+
+
+@pytest.mark.parametrize('part', ['model.safetensors', 'optimizer.pt', 'run.json'])
+def test_a_broken_checkpoint_is_named_and_left_alone(part, finished, tmp_path, data):
+    shutil.copytree(finished.out, tmp_path / 'out')
+    path = tmp_path / 'out/last' / part
+    path.write_bytes(path.read_bytes()[:100])
+    assert_one_sentence(
+        train(tmp_path / 'out', data, '--init_from=resume', '--max_iters=30'), part, 'broken|cannot be read'
+    )
+    assert path.stat().st_size == 100
+
+
+def test_truncated_token_file_and_ids_beyond_the_vocabulary(tmp_path, data):
+    shutil.copytree(data, tmp_path / 'data')
+    whole = (tmp_path / 'data/train.bin').read_bytes()
+    (tmp_path / 'data/train.bin').write_bytes(whole[:-1000])
+    assert_one_sentence(train(tmp_path / 'out', tmp_path / 'data'), r'train.bin holds \d+ tokens, meta.json says \d+')
+    (tmp_path / 'data/train.bin').write_bytes(b'\xff\xff' * (len(whole) // 2))
+    assert_one_sentence(train(tmp_path / 'out', tmp_path / 'data'), 'token id 65535 .* beyond the vocabulary of 257')
+    assert_one_sentence(train(tmp_path / 'out', data, '--vocab_size=100'), 'the data has 257 token ids, the model 100')
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_good_checkpoint(finished, tmp_path, data):
+    shutil.copytree(finished.out, tmp_path / 'out')
+    before = weights(tmp_path / 'out/last')
+    flags = ['--init_from=resume', '--max_iters=60', '--learning_rate=1e38', '--scale=1e30']
+    out = train(tmp_path / 'out', data, *flags)
+    assert_one_sentence(out, r'loss nan at step \d+ \(learning rate [\d.e+]+, grad norm', '--learning_rate=5e[+]37')
+    assert same(before, weights(tmp_path / 'out/last')) and same(before, weights(tmp_path / 'out/best'))
+
+
+def test_a_full_disk_at_save_time_keeps_the_checkpoint_before(finished, tmp_path, data):
+    shutil.copytree(finished.out, tmp_path / 'out')
+    before = weights(tmp_path / 'out/last')
+
+    def small_files():  # a real write error from the kernel, as a full disk gives
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    out = train(tmp_path / 'out', data, '--init_from=resume', '--max_iters=30', preexec_fn=small_files)
+    assert_one_sentence(out, 'could not write a checkpoint to', 'still holds the one before: free some space')
+    assert same(before, weights(tmp_path / 'out/last'))
+    assert sorted(os.listdir(tmp_path / 'out')) == ['best', 'last', 'metrics.csv']
+
+
+def test_out_of_memory_is_explained_with_flags_to_turn(tmp_path, data):
+    def little_memory():
+        resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))
+
+    out = train(tmp_path, data, '--batch_size=2048', '--n_inner=16384', preexec_fn=little_memory)
+    assert_one_sentence(out, 'out of memory', '--checkpointing', '--per_layer', '--batch_size=1024')
+
+
+def test_a_tracker_that_is_not_installed_says_what_to_type(tmp_path, data):
+    out = train(tmp_path, data, '--tracker=wandb', env={'PYTHONPATH': str(blocked(tmp_path, 'wandb'))})
+    assert_one_sentence(out, 'pip install wandb, or use --tracker=none')
+
+
+def blocked(folder, module):
+    (folder / f'{module}.py').write_text(f"raise ImportError('no {module} here')")
+    return folder
+
+
+@pytest.mark.parametrize('kind', ['wandb', 'trackio', 'tensorboard'])
+def test_a_tracker_gets_every_row(kind, tmp_path, data):
+    # stands in for the package: writes what it is sent to a file
+    if kind == 'tensorboard':
+        pytest.importorskip('tensorboard')
+    else:
+        code = "import json\ndef init(**kw): print('init', sorted(kw))\ndef finish(): print('finished')\n"
+        code += "def log(values, step): print('logged', json.dumps([step, sorted(values)]))\n"
+        (tmp_path / f'{kind}.py').write_text(code)
+    out = train(tmp_path / 'out', data, f'--tracker={kind}', env={'PYTHONPATH': str(tmp_path)})
+    assert out.returncode == 0, out.stderr
+    if kind == 'tensorboard':
+        assert list((tmp_path / 'out').glob('events*'))
+    else:
+        logged = [json.loads(line[7:]) for line in out.stdout.splitlines() if line.startswith('logged')]
+        assert [step for step, _ in logged] == [0, 5, 10, 15, 20] and 'val_loss' in logged[-1][1]
+        assert 'finished' in out.stdout
+
+
+def test_compile_off_says_why_and_goes_on(monkeypatch, capsys):
+    def no_compiler(model):
+        raise RuntimeError('no compiler here\nand more')
+
+    monkeypatch.setattr(torch, 'compile', no_compiler)
+    model = object()
+    assert training.try_compile(model, None, None) is model
+    assert capsys.readouterr().out == 'compile off: RuntimeError: no compiler here\n'
+
+
+def test_help_lists_every_key_with_its_comment():
+    out = run(['train.py', '--help'])
+    assert out.returncode == 0
+    for name in configurator.keys(ROOT / 'train.py'):
+        assert f'--{name}' in out.stdout
+    assert 'config/galore_laptop.py' in out.stdout
+
+
+def test_the_laptop_config_learns(tmp_path):
+    """The README's first command, shortened: same file, fewer steps."""
+    flags = [f'--out_dir={tmp_path}', '--max_iters=30', '--warmup_iters=10', '--eval_interval=30', '--eval_tokens=4096']
+    out = run(['train.py', 'config/galore_laptop.py', *flags])
+    assert out.returncode == 0, out.stderr
+    first = float(re.search(r'step 0/30 \| val loss ([\d.]+)', out.stdout)[1])
+    assert abs(first - math.log(4096)) < 0.1
+    assert float(values(out.stdout)['val_loss']) < first - 1.5
