@@ -25,6 +25,7 @@ import adam
 import checkpoint
 import configurator
 import galore
+import memest
 import report
 import sample
 import tokenizer as tokenizers
@@ -288,11 +289,12 @@ def read_back(losses, norms, step, config):
     return losses, norms
 
 
-def print_plan(config, model, folder, meta, device):
+def print_plan(config, model, plan, folder, meta, device):
     """What is about to happen, with the arithmetic. meta is None where the data is not there yet (a dry run)."""
     c, total = config, config.batch_size * config.block_size * config.gradient_accumulation_steps
     print(configurator.as_text(config, __file__))
     print(f'model: {model.n_params():,} parameters in {str(model.head.dtype).removeprefix("torch.")} on {device}')
+    print(f'memory: planned peak of all tensors {plan}')
     epochs = ''
     if meta:
         counts = f'{meta["train_tokens"]:,} train and {meta["val_tokens"]:,} val tokens, {len(meta["sources"])} sources'
@@ -305,6 +307,11 @@ def print_plan(config, model, folder, meta, device):
         f'= {total:,} tokens; {c.max_iters:,} steps = {total * c.max_iters:,} tokens{epochs}',
         flush=True,
     )
+
+
+def plan_memory(config, model, dtype):
+    setup = METHODS[config.method].setup
+    return memest.trace(model.config, dtype, config, setup, training_step, model.activation_dtype)
 
 
 def plan_only(config, device, dtype):
@@ -322,7 +329,7 @@ def plan_only(config, device, dtype):
         raise Stop(f"init_from='{config.init_from}' is no folder here, and a dry run downloads nothing")
     model = build_model(config, folder, vocab_size, dtype, 'meta', None)
     METHODS[config.method].setup(model, config)
-    print_plan(config, model, folder, meta, device)
+    print_plan(config, model, plan_memory(config, model, dtype), folder, meta, device)
     print('dry run: nothing was trained')
 
 
@@ -371,12 +378,14 @@ def main(config):
             f'{last} holds a run already: add --init_from=resume to go on with it, --overwrite to replace it, '
             'or choose another --out_dir'
         )
+    at_start = 0 if on_cuda else report.memory(device)  # Python and torch itself, on a CPU part of the process
     model = build_model(config, folder, meta['vocab_size'], dtype, device, saved_at)
     optimizer = METHODS[config.method].setup(model, config)
     if saved_at:
         checkpoint.load_optimizer(saved_at, optimizer)
     if rank == 0:
-        print_plan(config, model, folder, meta, device)
+        plan = plan_memory(config, model, dtype)
+        print_plan(config, model, plan, folder, meta, device)
 
     # ---- the run's own files, and its end ----
     settings = {key: value for key, value in vars(config).items() if not key.startswith('_')}
@@ -494,7 +503,7 @@ def main(config):
         'val_loss': f'{val_loss:.4f}' if val_loss is not None else 'N/A',
         'tokens_per_second': f'{tokens_per_step * (step - first) / seconds:.0f}' if seconds else 'N/A',
         'seconds': f'{run["seconds"]:.1f}',
-        'peak_bytes_planned': 'N/A',
+        'peak_bytes_planned': at_start + plan.total if rank == 0 else 'N/A',
         'peak_bytes_measured': report.memory(device, peak=True),
         'method': config.method,
         'device': device,

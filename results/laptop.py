@@ -46,12 +46,12 @@ def main():
         'Made by `python results/laptop.py` (two CPU cores, torch 2.13.0): 3.3M parameters, 750 steps of 2,048 tokens',
         "of Python's standard library, GaLore with rank 48 of 192.",
         '',
-        '| method | learning rate | val loss | train loss | tokens/s | seconds |',
-        '|---|---|---|---|---|---|',
+        '| method | learning rate | val loss | train loss |',
+        '|---|---|---|---|',
     ]
     for key, r in runs.items():
         val = f'**{r["val_loss"]}**' if key in best.values() else r['val_loss']
-        lines.append(f'| {key[0]} | {key[1]} | {val} | {r["train_loss"]} | {r["tokens_per_second"]} | {r["seconds"]} |')
+        lines.append(f'| {key[0]} | {key[1]} | {val} | {r["train_loss"]} |')
     ratio = losses[best['galore']] / losses[best['adamw']]
     lines += ['', f"GaLore's best val loss over AdamW's best: {ratio:.4f} (to stay below 1.03).", '']
     for method, key in best.items():
