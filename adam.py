@@ -15,6 +15,7 @@ What is not in the papers, and why:
     optimizer = AdamW(model.parameters(), lr=1e-3)         # drop-in: backward(), step()
 """
 
+import logging
 import zlib
 
 import torch
@@ -52,18 +53,24 @@ def load_moment(state, name, like, bits):
             store_moment(state, name, torch.zeros_like(like, dtype=torch.float32))
     if bits == 32:
         return state[name]
-    from bitsandbytes.functional import dequantize_blockwise
-
     code = dynamic_map(name, like.device)
-    return dequantize_blockwise(state[name], absmax=state[name + '_absmax'], code=code, blocksize=BLOCK)
+    return kernels().dequantize_blockwise(state[name], absmax=state[name + '_absmax'], code=code, blocksize=BLOCK)
 
 
 def store_moment(state, name, moment):
     """Quantise a moment to 8 bits, blockwise (8-bit Optimizers, 2110.02861, section 2)."""
-    from bitsandbytes.functional import quantize_blockwise
-
-    state[name], quantised = quantize_blockwise(moment, code=dynamic_map(name, moment.device), blocksize=BLOCK)
+    state[name], quantised = kernels().quantize_blockwise(
+        moment, code=dynamic_map(name, moment.device), blocksize=BLOCK
+    )
     state[name + '_absmax'] = quantised.absmax
+
+
+def kernels():
+    """bitsandbytes, imported only where 8 bits are asked for, without its note that it lacks a kernel we do not use."""
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional
 
 
 _maps = {}  # the 256 values of a code, made once a device
@@ -71,10 +78,8 @@ _maps = {}  # the 256 values of a code, made once a device
 
 def dynamic_map(name, device):
     """The 256 values that 8 bits stand for: signed for M; all of them positive for V, which is finer by a bit."""
-    from bitsandbytes.functional import create_dynamic_map
-
     if (name, device) not in _maps:
-        _maps[name, device] = create_dynamic_map(signed=name == 'M').to(device)
+        _maps[name, device] = kernels().create_dynamic_map(signed=name == 'M').to(device)
     return _maps[name, device]
 
 
@@ -208,7 +213,7 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict):
         """torch's casts the moments to the parameter's dtype, which would make them bf16; ours keep their own."""
-        super().load_state_dict(state_dict)
+        super().load_state_dict({**state_dict, 'state': {}})
         saved = [i for group in state_dict['param_groups'] for i in group['params']]
         for i, p in zip(saved, (p for group in self.param_groups for p in group['params'])):
             for name, value in state_dict['state'].get(i, {}).items():

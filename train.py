@@ -492,10 +492,8 @@ def main(config):
 
     # ---- the end: one `name: value` a line, for grep ----
     if step < config.max_iters:
-        say(
-            f'{signal.Signals(signals[0]).name if signals else "stopped"} at step {step}, saved in {last}; go on with\n'
-            f'{report.resume_command()}'
-        )
+        where = f'saved in {last}; go on with\n{report.resume_command()}' if step > first else 'before any new step'
+        say(f'{signal.Signals(signals[0]).name if signals else "stopped"} at step {step}, {where}')
     for name, value in {
         'steps': step,
         'tokens': step * tokens_per_step,
@@ -528,10 +526,7 @@ def cli(argv):
         sys.exit(f'error: no basis could be made of a gradient ({error}): use a lower --learning_rate')
     except OSError as error:
         sys.exit(f'error: {error.filename or config.out_dir} could not be written or read ({error.strerror})')
-    except (
-        RuntimeError,
-        MemoryError,
-    ) as error:  # torch.OutOfMemoryError is a RuntimeError; a CPU's has no type of its own
+    except (RuntimeError, MemoryError) as error:  # a GPU's out-of-memory has a type of its own, a CPU's has not
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or 'allocate memory' in str(error):
             sys.exit(f'error: {report.explain_out_of_memory(config, error)}')
         raise
