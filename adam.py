@@ -16,12 +16,14 @@ What is not in the papers, and why:
 """
 
 import logging
+import math
 import zlib
 
 import torch
 import torch.distributed as dist
 
 BLOCK = 256  # numbers that share a scale in 8-bit states
+PIECE = 1 << 24  # numbers updated at once
 SMALLEST_8BIT = 4096  # smaller tensors (norms) keep fp32 states, as in bitsandbytes
 
 
@@ -32,37 +34,57 @@ def adam_direction(G, state, betas, eps, state_bits=32):
     """Take gradient G (any shape) into the moments in `state`, in place, and return Mh / (sqrt(Vh) + eps) in fp32."""
     beta1, beta2 = betas
     state['step'] = t = state.get('step', 0) + 1
-    bits = state_bits if G.numel() >= SMALLEST_8BIT else 32
+    make_moments(state, G, state_bits)
     G = G.float()
-    M, V = load_moment(state, 'M', G, bits), load_moment(state, 'V', G, bits)
+    M, V = load_moment(state, 'M'), load_moment(state, 'V')
     M.lerp_(G, 1 - beta1)
     V.mul_(beta2).addcmul_(G, G, value=1 - beta2)
-    if bits == 8:
-        store_moment(state, 'M', M)
-        store_moment(state, 'V', V)
+    store_moment(state, 'M', M)
+    store_moment(state, 'V', V)
     denominator = (V / (1 - beta2**t)).sqrt_().add_(eps)
     return (M / (1 - beta1**t)).div_(denominator)
 
 
-def load_moment(state, name, like, bits):
+def make_moments(state, G, state_bits):
+    """Zero moments for G where there are none: M and V of G's shape, with 8 bits also M_absmax and V_absmax."""
+    eight = state_bits == 8 and G.numel() >= SMALLEST_8BIT
+    for name in ('M', 'V') if 'M' not in state else ():
+        state[name] = torch.zeros(G.shape, dtype=torch.uint8 if eight else torch.float32, device=G.device)
+        if eight:
+            state[name + '_absmax'] = torch.zeros(-(-G.numel() // BLOCK), device=G.device)
+
+
+def load_moment(state, name):
     """The moment as fp32: with 32 bits the state's own tensor, to be changed in place; with 8 a decoded copy."""
-    if name not in state:
-        if bits == 32:
-            state[name] = torch.zeros_like(like, dtype=torch.float32)
-        else:
-            store_moment(state, name, torch.zeros_like(like, dtype=torch.float32))
-    if bits == 32:
+    if name + '_absmax' not in state:
         return state[name]
-    code = dynamic_map(name, like.device)
-    return kernels().dequantize_blockwise(state[name], absmax=state[name + '_absmax'], code=code, blocksize=BLOCK)
+    code, absmax = dynamic_map(name, state[name].device), state[name + '_absmax']
+    return kernels().dequantize_blockwise(state[name], absmax=absmax, code=code, blocksize=BLOCK)
 
 
 def store_moment(state, name, moment):
-    """Quantise a moment to 8 bits, blockwise (8-bit Optimizers, 2110.02861, section 2)."""
-    state[name], quantised = kernels().quantize_blockwise(
-        moment, code=dynamic_map(name, moment.device), blocksize=BLOCK
-    )
-    state[name + '_absmax'] = quantised.absmax
+    """Quantise a changed moment back to 8 bits, blockwise (8-bit Optimizers, 2110.02861, section 2); 32 stay."""
+    if name + '_absmax' in state:
+        code = dynamic_map(name, moment.device)
+        quantised, how = kernels().quantize_blockwise(moment, code=code, blocksize=BLOCK)
+        state[name].copy_(quantised)
+        state[name + '_absmax'].copy_(how.absmax)
+
+
+def pieces(W, G, state):
+    """Yield (first row, W, G, state) in views of at most PIECE numbers: the fp32 temporaries of an embedding's update
+    are twelve times its bf16 gradient, and in one piece they would be the peak of a 7B's step."""
+    if W.numel() <= PIECE:
+        yield 0, W, G, state
+        return
+    rows = max(PIECE // W[0].numel() // BLOCK, 1) * BLOCK  # a multiple of BLOCK, so that no 8-bit block is cut
+    per_row = W[0].numel() / BLOCK
+    for a in range(0, len(W), rows):
+        part = {'step': state['step']}
+        for name in state.keys() - {'step'}:
+            scale = per_row if name.endswith('_absmax') else 1
+            part[name] = state[name][math.floor(a * scale) : math.ceil((a + rows) * scale)]
+        yield a, W[a : a + rows], G[a : a + rows], part
 
 
 def kernels():
@@ -180,13 +202,18 @@ class AdamW(torch.optim.Optimizer):
 
     def update(self, p, G):
         group, state = self.group_of[p], self.state[p]
-        N = adam_direction(G, state, group['betas'], group['eps'], self.state_bits)
-        self.move(p, N)
+        make_moments(state, G, self.state_bits)
+        state.setdefault('step', 0)
+        for row, W, part_of_G, part in pieces(p, G, state):
+            N = adam_direction(part_of_G, part, group['betas'], group['eps'], self.state_bits)
+            self.move(p, W, N, part['step'], row)
+        state['step'] = part['step']
 
-    def move(self, p, N):
+    def move(self, p, W, N, step, row=0):
+        """W, which is p or some rows of it, takes the step N."""
         group = self.group_of[p]
-        seed = zlib.crc32(f'{self.seed} {self.state[p]["step"]} {self.number[p]}'.encode())
-        add_(p, N, group['lr'], group['weight_decay'], seed)
+        seed = zlib.crc32(f'{self.seed} {step} {self.number[p]} {row}'.encode())
+        add_(W, N, group['lr'], group['weight_decay'], seed)
 
     @torch.no_grad()
     def step(self, closure=None):

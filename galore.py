@@ -142,7 +142,7 @@ class GaLoreAdamW(AdamW):
         N = adam_direction(R, state, group['betas'], group['eps'], self.state_bits)  # (r, n)
         dtype = torch.float32 if p.device.type == 'cpu' else p.dtype
         update = group['scale'] * (state['P'].to(dtype) @ N.to(dtype))  # (m, n)
-        self.move(p, update if update.shape == p.shape else update.T)
+        self.move(p, p, update if update.shape == p.shape else update.T, state['step'])
 
 
 def setup(model, config):

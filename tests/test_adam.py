@@ -177,3 +177,19 @@ def test_small_tensors_keep_fp32_states():
     state = {}
     adam_direction(torch.ones(adam.SMALLEST_8BIT - 1), state, (0.9, 0.999), 1e-8, state_bits=8)
     assert state['M'].dtype == torch.float32
+
+
+@pytest.mark.parametrize('bits', [32, 8])
+@pytest.mark.parametrize('shape', [(1000, 40), (1024, 64), (700,)])
+def test_a_large_tensor_updated_in_pieces_equals_the_whole(shape, bits, monkeypatch):
+    whole, parts = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    a, b = (AdamW([p], lr=1e-2, state_bits=bits) for p in (whole, parts))
+    for step in range(5):
+        G = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        whole.grad, parts.grad = G.clone(), G.clone()
+        a.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(adam, 'PIECE', 15_000 if len(shape) > 1 else 10**9)
+            b.step()
+    assert torch.equal(whole, parts)
+    assert a.state[whole].keys() == b.state[parts].keys() and b.state[parts]['step'] == 5
