@@ -62,9 +62,9 @@ def main():
     ratio = losses[best['galore']] / losses[best['adamw']]
     lines += ['', f"GaLore's best val loss over AdamW's best: {ratio:.4f} (to stay below 1.03).", '']
     lines += [
-        'GaLore updates embedding and head with its full rate, ten times that of AdamW, and the blocks with a quarter of it.',
-        'The last row has the same split and the full rank, so it is AdamW in a rotated basis with two learning rates: it',
-        'tells what part of the difference the rates make and what part the subspace.',
+        "GaLore updates embedding and head with its full rate, five times AdamW's best, and the blocks with a quarter",
+        'of that. The last row has the same split and the full rank, so it is AdamW in a rotated basis with two rates:',
+        'it tells what part of the difference the rates make and what part the subspace.',
         '',
     ]
     for method, key in best.items():
