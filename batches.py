@@ -76,10 +76,10 @@ class Tokens:
 
     def evaluation(self, n_tokens, batch_size):
         """Yield (x, y, sources) of fixed windows spread evenly over the file, n_tokens in all or what there is."""
-        n = max(min(n_tokens // self.block_size, (len(self.tokens) - 1) // self.block_size), 1)
-        stride = (len(self.tokens) - 1) // self.block_size // n * self.block_size
+        there = (len(self.tokens) - 1) // self.block_size
+        n = max(min(n_tokens // self.block_size, there), 1)
         for i in range(0, n, batch_size):
-            yield self.read([j * stride for j in range(i, min(i + batch_size, n))])
+            yield self.read([j * there // n * self.block_size for j in range(i, min(i + batch_size, n))])
 
     def read(self, starts):
         rows = np.stack([self.tokens[s : s + self.block_size + 1] for s in starts]).astype(np.int64)  # (B, T + 1)

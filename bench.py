@@ -28,7 +28,7 @@ n_layer = 2  # blocks of the model that gives the gradients; its widths are the 
 steps = 160  # training steps of the refresh part
 update_proj_gap = 60  # T of the refresh part: each layer refreshes two or three times within the steps
 rank = 256  # of the basis
-out = 'results/bench.md'  # file to write the tables to; '': none
+out = 'results/bench.md'  # file to write the tables to, when all is measured; '': none
 # ---- end of config ---------------------------------------------------------------------------------------------------
 
 
@@ -97,23 +97,21 @@ def measure_memory(config):
         run, model, optimizer, tokens = build(config, batch_size=1, **changes)
         parameters, most = list(model.parameters()), [0, 0]
         step(run, model, optimizer, tokens, 0)  # every P is made here, from one layer's gradient at a time
+        ready = galore.GaLoreAdamW.gradient_ready
 
-        def count(_, parameters=parameters, optimizer=optimizer, most=most):
-            full = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+        def counted(optimizer, p, ready=ready, parameters=parameters, most=most):
+            full = sum(q.grad.nbytes for q in parameters if q.grad is not None)
             most[0] = max(most[0], full)
-            most[1] = max(most[1], full + sum(R.nbytes for R in optimizer.R.values()))
+            ready(optimizer, p)
+            most[1] = max(most[1], sum(R.nbytes for R in optimizer.R.values()))
 
-        # registered first, so that it counts before the optimizer's own hook can drop the gradient
-        handles = [p.register_post_accumulate_grad_hook(count) for p in parameters]
-        for p in parameters:
-            hooks = p._post_accumulate_grad_hooks
-            hooks.move_to_end(list(hooks)[-1], last=False)
+        for p in parameters:  # in place of the optimizer's own hooks, which drop the gradient
+            p._post_accumulate_grad_hooks.clear()
+            p.register_post_accumulate_grad_hook(lambda p, optimizer=optimizer: counted(optimizer, p))
         with LiveBytes() as live:
             step(run, model, optimizer, tokens, 1)
-        for handle in handles:
-            handle.remove()
         largest = max(p.nbytes for p in parameters)
-        rows.append((name, f'{most[0] / 1e6:.1f}', f'{most[0] / largest:.2f}', f'{(most[1] - most[0]) / 1e6:.1f}',
+        rows.append((name, f'{most[0] / 1e6:.1f}', f'{most[0] / largest:.2f}', f'{most[1] / 1e6:.1f}',
                      f'{live.peak / 1e6:.0f}'))  # fmt: skip
         print(f'memory: {name}: {rows[-1][1]} MB of gradients', flush=True)
     return rows
@@ -159,7 +157,7 @@ def main(config):
         ]
         lines += [f'## Gradients alive at once ({shape}, fp32, batch 1)', '', *table(head, measure_memory(config)), '']
     print('\n'.join(lines))
-    if config.out:
+    if config.out and config.only == 'all':
         with open(os.path.join(train.ROOT, config.out), 'w') as f:
             f.write('\n'.join(lines))
 

@@ -17,6 +17,10 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be written or read; the message says what to do."""
 
 
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def save(folder, model, optimizer, run, extra_files=()):
     """Write weights, `optimizer.pt` and `run.json` (a dict of plain values) to `folder`, replacing what was there only
     when all is on disk. `extra_files` (the tokenizer's) are copied beside them: the folder is complete in itself."""
@@ -31,9 +35,11 @@ def save(folder, model, optimizer, run, extra_files=()):
             shutil.copy(file, new)
         swap(new, folder)
     except Exception as error:  # OSError here, safetensors' and torch's own types for the same full disk
+        if not os.path.exists(folder) and os.path.exists(folder + '.old'):
+            os.rename(folder + '.old', folder)
         shutil.rmtree(new, ignore_errors=True)
         kept = f'{folder} still holds the one before' if os.path.exists(folder) else 'there was none before it'
-        reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+        reason = getattr(error, 'strerror', None) or first_line(error)
         raise CheckpointError(
             f'could not write a checkpoint to {folder} ({reason}); {kept}: free some space or choose another --out_dir'
         ) from error
@@ -70,6 +76,11 @@ def exists(folder):
     return os.path.isdir(folder) or os.path.isdir(folder + '.old')
 
 
+def remove(folder):
+    for path in (folder + '.old', folder):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def find(folder):
     """-> the folder to read, and its run.json as a dict."""
     for path in (folder, folder + '.old'):
@@ -90,5 +101,5 @@ def load_optimizer(path, optimizer):
         state['param_groups'] = optimizer.state_dict()['param_groups']
         optimizer.load_state_dict(state)
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f'{file} is missing or broken ({reason}): resume from another checkpoint') from error

@@ -43,7 +43,9 @@ def orthonormal_basis(G, rank, refresh='subspace', previous=None):
     if previous is None:
         generator = torch.Generator(G.device).manual_seed(0)
         previous = torch.linalg.qr(G @ torch.randn(n, r, generator=generator, device=G.device))[0]  # (m, r)
-    return torch.linalg.qr(G @ (G.T @ previous.float()))[0].contiguous()  # (m, r)
+    P, R = torch.linalg.qr(G @ (G.T @ previous.float()))  # (m, r), (r, r)
+    # QR leaves each column's sign open. A positive diagonal makes it that of the old column, on which the moments rest.
+    return (P * torch.where(R.diagonal() < 0, -1.0, 1.0)).contiguous()  # (m, r)
 
 
 def wide(G):

@@ -3,11 +3,15 @@
 import atexit
 import csv
 import importlib
+import math
 import os
+import re
 import shlex
 import sys
 
 import torch
+
+from configurator import BOOLS
 
 try:
     import resource
@@ -28,7 +32,8 @@ PEAK_FLOPS = {
 def mfu(flops_per_second, device):
     """Model FLOPs utilisation as text."""
     name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else 'CPU'
-    peak = next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
+    known = not re.search(r'Laptop|Max-Q|NVL|SUPER|\bTi\b|\bD\b', name)  # variants of a card, with other peaks
+    peak = next((peak for card, peak in PEAK_FLOPS.items() if known and re.search(rf'\b{card}\b', name)), None)
     return f'{100 * flops_per_second / peak:.1f}%' if peak else 'N/A'
 
 
@@ -37,7 +42,7 @@ def memory(device, peak=False):
     if torch.device(device).type == 'cuda':
         return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
     if resource is None:
-        return 0
+        return math.nan
     if peak or not os.path.exists('/proc/self/statm'):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
     with open('/proc/self/statm') as f:
@@ -96,15 +101,21 @@ def make_tracker(kind, out_dir, config):
 
 def resume_command(extra=()):
     """What the user typed, with --init_from=resume, ready to be typed."""
+    processes = int(os.environ.get('WORLD_SIZE', 1))
+    launch = (
+        ['-m', 'torch.distributed.run', f'--nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE")}']
+        if processes > 1
+        else []
+    )
     words, kept = sys.argv[1:], []
     while words:
         word = words.pop(0)
-        if word.replace('-', '_').startswith('__init_from') or word.startswith('--overwrite'):
-            if '=' not in word and words and not words[0].startswith('--'):
-                words.pop(0)
-            continue
-        kept.append(word)
-    return shlex.join(['python', 'train.py', *kept, '--init_from=resume', *extra])
+        name = word.replace('-', '_')
+        if name == '__init_from' or (name == '__overwrite' and words and words[0].lower() in BOOLS):
+            words.pop(0)  # its value
+        elif not name.startswith(('__init_from', '__overwrite')):
+            kept.append(word)
+    return shlex.join(['python', *launch, 'train.py', *kept, '--init_from=resume', *extra])
 
 
 def explain_out_of_memory(config, error):
@@ -114,8 +125,8 @@ def explain_out_of_memory(config, error):
         flags.append('--checkpointing (keeps one activation a block, a third slower)')
     if not config.per_layer and not (config.method == 'adamw' and config.grad_clip):
         flags.append('--per_layer (no copy of all gradients)')
-    if config.batch_size > 1:
-        half = (config.batch_size + 1) // 2
+    if config.batch_size % 2 == 0:
+        half = config.batch_size // 2
         flags.append(
             f'--batch_size={half} --gradient_accumulation_steps={2 * config.gradient_accumulation_steps} '
             '(half the activations, same total batch)'
@@ -125,4 +136,6 @@ def explain_out_of_memory(config, error):
     if config.state_bits == 32:
         flags.append('--state_bits=8 (a quarter of the moments)')
     flags.append(f'--rank={max(config.rank // 2, 1)} (half the moments and bases)')
-    return f'out of memory ({str(error).splitlines()[0]}); try, in this order: ' + '; '.join(flags[:3])
+    return f'out of memory ({(str(error) or "no details").splitlines()[0]}); try, in this order: ' + '; '.join(
+        flags[:3]
+    )

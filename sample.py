@@ -61,7 +61,7 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 def generate(model, ids, n, eot=None, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Yield up to n token ids that go on from `ids`, a list; stops after the end-of-text id."""
     device, window = model.head.device, model.config.block_size
-    ids, cache = list(ids), None
+    ids, cache = list(ids) or [eot or 0], None  # some tokenizers make nothing of a newline
     for _ in range(n):
         if cache is None or cache.length == window:
             # Start, or the window is full: go on with its later half, which is read again at its new positions.
@@ -91,7 +91,7 @@ def main(config):
     model.set_block_size(min(model.config.block_size, 4096), device)  # a cache of 128k positions would be gigabytes
     tokenizer = tokenizers.load(folder)
     prompt = sys.stdin.read() if config.prompt == '-' else config.prompt
-    ids = tokenizer.encode(prompt) or [tokenizer.eot or 0]
+    ids = tokenizer.encode(prompt)
     generator = torch.Generator().manual_seed(config.seed)
     for i in range(config.samples):
         if config.samples > 1:
@@ -107,7 +107,7 @@ def main(config):
 if __name__ == '__main__':
     try:
         main(configurator.load_or_exit(__file__, sys.argv[1:], problems, positional='checkpoint'))
-    except (ModelError, FileNotFoundError) as error:
+    except (ModelError, tokenizers.TokenizerError, FileNotFoundError) as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
         sys.exit(130)

@@ -17,6 +17,11 @@ import os
 
 EOT = '<|endoftext|>'
 
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be read or made; the message says what to do."""
+
+
 # GPT-4's split, with two changes: numbers in twos, since a small vocabulary has no room for all threes, and whitespace
 # in runs of at most 128, since an unbounded \s+ overflows the regex stack of tiktoken on a file with a million spaces.
 PATTERN = (
@@ -88,7 +93,7 @@ class HF:
                 self.json = f.read()
             self.hf = tokenizers.Tokenizer.from_str(self.json)
         except Exception as e:  # the library raises bare Exceptions
-            raise ValueError(f'{path} is not a tokenizer that the tokenizers library can read ({e})') from e
+            raise TokenizerError(f'{path} is not a tokenizer that the tokenizers library can read ({e})') from e
         # Published files often carry truncation to 512 tokens: silently fatal to training data.
         self.hf.no_truncation()
         self.hf.no_padding()
@@ -147,7 +152,7 @@ def read_json(path):
         with open(path, encoding='utf-8') as f:
             return json.load(f)
     except ValueError as e:
-        raise ValueError(f'{path} is not valid JSON ({e}): make it again') from e
+        raise TokenizerError(f'{path} is not valid JSON ({e}): make it again') from e
 
 
 def from_tiktoken(name):
@@ -157,9 +162,9 @@ def from_tiktoken(name):
         encoding = tiktoken.get_encoding(name)
     except ValueError as e:
         names = ', '.join(tiktoken.list_encoding_names())
-        raise ValueError(f'tiktoken has no encoding {name!r}: choose one of {names}') from e
+        raise TokenizerError(f'tiktoken has no encoding {name!r}: choose one of {names}') from e
     except OSError as e:  # requests' errors are OSErrors
-        raise ValueError(
+        raise TokenizerError(
             f'tiktoken could not download {name!r} ({type(e).__name__}): '
             'connect once, or use --tokenizer=bpe or bytes, which are offline'
         ) from e
@@ -179,7 +184,9 @@ def from_bpe(text):
         byte_of = byte_alphabet()
         ranks = {bytes(byte_of[c] for c in t): i for t, i in saved['model']['vocab'].items() if t not in specials}
     except (ValueError, KeyError, IndexError, TypeError) as e:
-        raise ValueError(f'this tokenizer.json is not one that train_bpe wrote ({e!r}): prepare the data again') from e
+        raise TokenizerError(
+            f'this tokenizer.json is not one that train_bpe wrote ({e!r}): prepare the data again'
+        ) from e
     encoding = tiktoken.Encoding('bpe', pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
     return Tiktoken(encoding, 'bpe', text)
 
@@ -199,7 +206,9 @@ def train_bpe(texts, vocab_size, path=None):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 257:
-        raise ValueError(f'vocab_size={vocab_size} is too small: 256 bytes and the end-of-text token need at least 257')
+        raise TokenizerError(
+            f'vocab_size={vocab_size} is too small: 256 bytes and the end-of-text token need at least 257'
+        )
     bpe = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PATTERN), 'isolated')
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -240,4 +249,6 @@ def load(folder):
             return from_bpe(f.read())
     if kind == 'hf':
         return HF(json_path, meta.get('eot'))
-    raise ValueError(f'{meta_path} names an unknown tokenizer {kind!r}: it should be bpe, bytes, tiktoken:NAME or hf')
+    raise TokenizerError(
+        f'{meta_path} names an unknown tokenizer {kind!r}: it should be bpe, bytes, tiktoken:NAME or hf'
+    )

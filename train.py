@@ -10,7 +10,6 @@ Train a LLaMA on the machine you own, with GaLore or AdamW, from scratch or from
 """
 
 import difflib
-import json
 import math
 import os
 import signal
@@ -111,7 +110,7 @@ def problems(config):
         if getattr(c, key) < 1:
             found.append(f'{key}={getattr(c, key)} is not an interval: use 1 or more')
     counts = ('warmup_iters', 'lr_decay_iters', 'save_interval', 'sample_tokens', *SHAPE)
-    for key in ('learning_rate', 'weight_decay', 'grad_clip', *counts):
+    for key in ('seed', 'learning_rate', 'weight_decay', 'grad_clip', *counts):
         if getattr(c, key) < 0:
             found.append(f'{key}={getattr(c, key)} is negative: use 0 or more')
     for key in ('beta1', 'beta2'):
@@ -129,6 +128,11 @@ def problems(config):
         found.append(
             "per_layer=True cannot clip under method='adamw', whose global norm needs all gradients: "
             'set grad_clip=0 or per_layer=False'
+        )
+    if c.per_layer and c.compile:
+        found.append(
+            'per_layer=True saves nothing with compile=True, whose backward returns all gradients at its end: '
+            'set one of them to False'
         )
     if c.gradient_accumulation_steps % world:
         found.append(
@@ -156,7 +160,7 @@ def learning_rate_at(step, config):
 def data_folder(config, prepare=True):
     """The data set's folder; pystdlib's, which needs no network, is prepared on the spot."""
     name = config.dataset
-    folder = name if os.path.isdir(name) and os.sep in name.rstrip(os.sep) else os.path.join(ROOT, 'data', name)
+    folder = name if os.path.isdir(name) and '/' in name.replace(os.sep, '/') else os.path.join(ROOT, 'data', name)
     if not os.path.isdir(folder):
         have = sorted(d for d in os.listdir(os.path.join(ROOT, 'data')) if os.path.isdir(os.path.join(ROOT, 'data', d)))
         raise DataError(
@@ -169,15 +173,16 @@ def data_folder(config, prepare=True):
 
 
 def check_tokenizer(model_folder, data_folder):
-    """Raise where the model's folder has a tokenizer and the data was made with another: its ids would be noise."""
-    ours, theirs = (os.path.join(folder, 'tokenizer.json') for folder in (data_folder, model_folder))
-    if os.path.exists(theirs):
-        with open(theirs, encoding='utf-8') as f:
-            model_tokenizer = json.load(f)['model']
-        if os.path.exists(ours):
-            with open(ours, encoding='utf-8') as f:
-                if json.load(f)['model'] == model_tokenizer:
-                    return
+    """Raise where model and data were made with different tokenizers: the ids of one are noise to the other."""
+
+    def identity(folder):  # kind, and the vocabulary where there is a file of it; None where nothing is known
+        meta, vocabulary = (os.path.join(folder, name) for name in ('meta.json', 'tokenizer.json'))
+        kind = tokenizers.read_json(meta).get('tokenizer') if os.path.exists(meta) else None
+        model = tokenizers.read_json(vocabulary).get('model') if os.path.exists(vocabulary) else None
+        return model or kind
+
+    wanted = identity(model_folder)
+    if wanted is not None and wanted != identity(data_folder):
         raise DataError(
             f'{data_folder} was not made with the tokenizer of {model_folder}: prepare your text with it, '
             f'python data/text/prepare.py --input=FILES --tokenizer={model_folder}, and use --dataset=text'
@@ -215,7 +220,7 @@ def download(name):
     try:
         return snapshot_download(name, allow_patterns=['*.json', '*.safetensors'])
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = checkpoint.first_line(error)
         raise ModelError(
             f"init_from='{name}' is no folder here and the hub did not give it ({reason}): "
             'name a folder with config.json and model.safetensors'
@@ -229,7 +234,7 @@ def try_compile(model, x, y):
         compiled(x, y)
         return compiled
     except Exception as error:
-        print(f'compile off: {type(error).__name__}: {str(error).splitlines()[0]}')
+        print(f'compile off: {type(error).__name__}: {checkpoint.first_line(error)}')
         torch._dynamo.reset()
         return model
 
@@ -269,24 +274,27 @@ def training_step(forward, optimizer, micro_batches, learning_rate, device):
 
 
 def read_back(losses, norms, step, config):
-    """The losses and gradient norms of the steps before `step` as floats: the one synchronisation with the device.
+    """The losses and gradient norms of the steps before `step` as floats: here one process waits for its device.
 
-    Raises Stop where one is not finite: going on would only spoil the weights, and saving them the checkpoint."""
+    Raises Stop where one is not finite."""
     values = torch.stack([torch.stack(losses), torch.stack([norm.to(losses[0]) for norm in norms])])  # (2, steps)
     adam.average_(values[0])
     losses, norms = values.tolist()
     for bad, (loss, norm) in enumerate(zip(losses, norms), start=step - len(losses)):
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            lower = f'--learning_rate={config.learning_rate / 2:g}'
-            if checkpoint.exists(os.path.join(config.out_dir, 'last')):
-                advice = f'go on from the last good checkpoint with {report.resume_command([lower])}'
-            else:
-                advice = f'start again with {lower}'
-            raise Stop(
-                f'loss {loss} at step {bad} (learning rate {learning_rate_at(bad, config):.3g}, grad norm {norm}); '
-                f'nothing was saved after that: {advice}'
-            )
+            stop_not_finite(f'loss {loss}', bad, config, f', grad norm {norm}')
     return losses, norms
+
+
+def stop_not_finite(what, step, config, more=''):
+    """Going on would only spoil the weights, and saving them the checkpoint: say how to go on from the good one."""
+    lower = f'--learning_rate={config.learning_rate / 2:g}'
+    if checkpoint.exists(os.path.join(config.out_dir, 'last')):
+        advice = f'go on from the last good checkpoint with {report.resume_command([lower])}'
+    else:
+        advice = f'start again with {lower}'
+    rate = learning_rate_at(step, config)
+    raise Stop(f'{what} at step {step} (learning rate {rate:.3g}{more}); nothing was saved after that: {advice}')
 
 
 def print_plan(config, model, plan, folder, meta, device):
@@ -366,16 +374,16 @@ def main(config):
     # ---- model and method ----
     saved_at, run = None, {'step': 0, 'best_val_loss': 1e30, 'seconds': 0.0}
     if config.init_from == 'resume':
-        saved_at, run = checkpoint.find(last)
+        saved_at, run = checkpoint.find(last if checkpoint.exists(last) or not checkpoint.exists(best) else best)
         for key in FIXED:
             if getattr(config, key) != run['config'][key]:
                 raise Stop(
                     f'{last} was trained with {key}={run["config"][key]!r} and cannot go on with '
                     f'{getattr(config, key)!r}: use --{key}={run["config"][key]}, or another --out_dir'
                 )
-    elif checkpoint.exists(last) and not config.overwrite:
+    elif (checkpoint.exists(last) or checkpoint.exists(best)) and not config.overwrite:
         raise Stop(
-            f'{last} holds a run already: add --init_from=resume to go on with it, --overwrite to replace it, '
+            f'{config.out_dir} holds a run already: --init_from=resume goes on with it, --overwrite replaces it, '
             'or choose another --out_dir'
         )
     at_start = 0 if on_cuda else report.memory(device)  # Python and torch itself, on a CPU part of the process
@@ -388,6 +396,9 @@ def main(config):
         print_plan(config, model, plan, folder, meta, device)
 
     # ---- the run's own files, and its end ----
+    if config.overwrite and rank == 0 and not saved_at:
+        checkpoint.remove(last)
+        checkpoint.remove(best)
     settings = {key: value for key, value in vars(config).items() if not key.startswith('_')}
     if rank == 0:
         os.makedirs(config.out_dir, exist_ok=True)
@@ -459,8 +470,10 @@ def main(config):
                     f'perplexity {math.exp(min(val_loss, 99)):.2f}',
                     flush=True,
                 )
-                if rank == 0 and config.sample_tokens and step > 0:
-                    print_sample(model, tokenizer, config)
+            if eval_now and not math.isfinite(val_loss):
+                stop_not_finite(f'val loss {val_loss}', step, config)
+            if save_now and not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+                stop_not_finite('weights that are not finite', step, config)
             better = eval_now and step > first and val_loss < run['best_val_loss']
             run |= {'step': step, 'seconds': before + time.time() - started}
             run['best_val_loss'] = val_loss if better else run['best_val_loss']
@@ -473,10 +486,12 @@ def main(config):
                     memory=report.memory(device),
                     **({'val_loss': val_loss} if eval_now else {}),
                 )
+                if better:  # best first: a crash between the two is repaired by the next evaluation
+                    save(best)
                 if save_now:
-                    save(last)
-                if better:
-                    checkpoint.copy(last, best) if save_now else save(best)
+                    checkpoint.copy(best, last) if better else save(last)
+                if eval_now and config.sample_tokens and step > 0:
+                    print_sample(model, tokenizer, config)
             ticked = time.time()
         if done:
             break
@@ -518,7 +533,9 @@ def cli(argv):
     config = configurator.load_or_exit(__file__, argv, problems)
     try:
         main(config)
-    except (Stop, DataError, ModelError, checkpoint.CheckpointError, FileNotFoundError, ImportError) as error:
+    except (Stop, DataError, ModelError, checkpoint.CheckpointError, tokenizers.TokenizerError) as error:
+        sys.exit(f'error: {error}')
+    except (FileNotFoundError, ImportError) as error:
         sys.exit(f'error: {error}')
     except subprocess.CalledProcessError:
         sys.exit('error: the data set could not be prepared, for the reason above')

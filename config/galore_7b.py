@@ -24,4 +24,5 @@ dtype = 'bfloat16'
 checkpointing = True
 log_interval = 10
 eval_interval = 1000
+save_interval = 100  # torchrun ends processes 30 s after a signal, and a step may be longer
 eval_tokens = 10_000_000

@@ -75,6 +75,8 @@ def test_evaluation_windows_are_fixed_and_spread_over_the_file(folder):
     assert [len(x) for x in windows] == [3, 1]
     starts = torch.cat(windows)[:, 0].tolist()
     assert starts == [1000, 1032, 1064, 1096]
+    five = torch.cat([x for x, _, _ in data.evaluation(5 * 16, 3)])[:, 0]
+    assert five.tolist() == [1000, 1016, 1048, 1064, 1096], 'to the end of the file, whatever the number'
     everything = torch.cat([x for x, _, _ in data.evaluation(10**9, 3)])
     assert everything.flatten().tolist() == list(range(1000, 1128))
 

@@ -74,6 +74,15 @@ def test_subspace_refresh_follows_a_turning_gradient_to_98_percent_of_the_svd():
         assert energy(P, G) > 0.98 * best > energy(stale, G)
 
 
+def test_subspace_refresh_keeps_the_direction_of_the_columns():
+    # QR alone turns about a third of them round, and with them the moments that were gathered along them
+    G = matrix(48, 128)
+    P = orthonormal_basis(G, 10)
+    for turn in range(5):
+        old, P = P, orthonormal_basis(G + 0.05 * matrix(48, 128, seed=turn), 10, 'subspace', P)
+        assert ((old * P).sum(0) > 0).all()
+
+
 def test_rank_beyond_the_smaller_side_is_the_whole_space_and_a_zero_gradient_is_no_trouble():
     assert orthonormal_basis(matrix(8, 20), 64).shape == (8, 8)
     for refresh in ('svd', 'subspace'):

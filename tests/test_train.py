@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import random
 import re
 import resource
 import shutil
@@ -18,6 +19,7 @@ from conftest import ROOT, TINY, run, train, values
 from safetensors.torch import load_file
 
 import configurator
+import report
 import train as training
 from model import LLaMA
 
@@ -109,6 +111,11 @@ def test_every_config_dry_runs(name, capsys):
     training.cli([str(ROOT / 'config' / name), '--dry_run'])
     out = capsys.readouterr().out
     assert 'dry run: nothing was trained' in out and 'tokens a step' not in out
+    planned = re.search(r'planned peak of all tensors ([\d.]+) GB', out)[1]
+    told = re.search(r'planned peak of ([\d.]+) GB', (ROOT / 'config' / name).read_text())
+    assert told is None or told[1] == planned, 'the docstring of the config'
+    row = re.search(rf'\| `{name.removesuffix(".py")}` \|.*\| ([\d.]+) GB \|', (ROOT / 'README.md').read_text())
+    assert ('laptop' in name) == (row is None) and (row is None or row[1] == planned), 'the table in the README'
     size = name.removesuffix('.py').split('_')[1]
     assert f'model: {SHAPES[size]:,} parameters' in out if size in SHAPES else 'laptop' in name
     assert not os.path.exists(ROOT / 'out' / name.removesuffix('.py') / 'dry')
@@ -161,9 +168,10 @@ def test_killed_and_interrupted_then_resumed_equals_uninterrupted_bit_for_bit(mo
     assert whole.returncode == 0, whole.stderr
 
     # SIGKILL at some step after a checkpoint: nothing is said, the last checkpoint is what there is
+    kill_at, interrupt_at = random.Random(mode).randint(8, 25), random.Random(mode).randint(26, 50)
     process = start(tmp_path / 'broken', data, *flags)
     for line in process.stdout:
-        if line.startswith('step 17/'):
+        if line.startswith(f'step {kill_at}/'):
             process.kill()
             break
     process.wait(), process.stdout.close()
@@ -172,12 +180,12 @@ def test_killed_and_interrupted_then_resumed_equals_uninterrupted_bit_for_bit(mo
     output = ''
     for line in process.stdout:
         output += line
-        if line.startswith('step 31/'):
+        if line.startswith(f'step {interrupt_at}/'):
             process.send_signal(signal.SIGINT)
     assert process.wait() == 130, output
     assert 'SIGINT at step' in output and '--init_from=resume' in output.split('go on with')[1]
     step = json.loads((tmp_path / 'broken/last/run.json').read_text())['step']
-    assert 31 <= step < 60
+    assert interrupt_at <= step < 60
 
     last = train(tmp_path / 'broken', data, *flags, '--init_from=resume')
     assert last.returncode == 0, last.stderr
@@ -277,6 +285,8 @@ IMPOSSIBLE = {
     '--method=adamw --per_layer --grad_clip=1': 'set grad_clip=0 or per_layer=False',
     '--lr_decay_iters=1': 'ends before warmup_iters=2',
     '--device=cuda': 'torch sees no CUDA device',
+    '--seed=-1': 'seed=-1 is negative',
+    '--per_layer --compile': 'set one of them to False',
 }
 
 
@@ -308,7 +318,7 @@ def test_nothing_to_resume_and_no_such_data_set(tmp_path, data):
     assert_one_sentence(train(tmp_path, data, '--init_from=no/such-model'), 'is no folder here and the hub')
 
 
-@pytest.mark.parametrize('part', ['model.safetensors', 'optimizer.pt', 'run.json'])
+@pytest.mark.parametrize('part', ['model.safetensors', 'optimizer.pt', 'run.json', 'meta.json'])
 def test_a_broken_checkpoint_is_named_and_left_alone(part, finished, tmp_path, data):
     shutil.copytree(finished.out, tmp_path / 'out')
     path = tmp_path / 'out/last' / part
@@ -317,6 +327,15 @@ def test_a_broken_checkpoint_is_named_and_left_alone(part, finished, tmp_path, d
         train(tmp_path / 'out', data, '--init_from=resume', '--max_iters=30'), part, 'broken|cannot be read'
     )
     assert path.stat().st_size == 100
+
+
+def test_a_broken_tokenizer_file_is_one_sentence(tmp_path):
+    text = tmp_path / 'text.txt'
+    text.write_text('def f(x):\n    return x\n' * 400)
+    words = ['data/text/prepare.py', f'--input={text}', '--vocab_size=300', f'--out_dir={tmp_path / "data"}']
+    assert run(words).returncode == 0
+    (tmp_path / 'data/tokenizer.json').write_text('{}')
+    assert_one_sentence(train(tmp_path / 'out', tmp_path / 'data'), 'prepare the data again')
 
 
 def test_truncated_token_file_and_ids_beyond_the_vocabulary(tmp_path, data):
@@ -336,6 +355,53 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_good_checkpoint(finished,
     out = train(tmp_path / 'out', data, *flags)
     assert_one_sentence(out, r'loss nan at step \d+ \(learning rate [\d.e+]+, grad norm', '--learning_rate=5e[+]37')
     assert same(before, weights(tmp_path / 'out/last')) and same(before, weights(tmp_path / 'out/best'))
+
+
+def test_weights_spoiled_by_the_last_update_are_not_saved(finished, tmp_path, data):
+    # the loss of the step is finite, it is the update that is not: only looking at the weights or val loss shows it
+    shutil.copytree(finished.out, tmp_path / 'out')
+    before = weights(tmp_path / 'out/last')
+    flags = ['--init_from=resume', '--max_iters=60', '--learning_rate=1e38', '--scale=1e30', '--eval_interval=1']
+    assert_one_sentence(train(tmp_path / 'out', data, *flags), r'val loss nan at step 21 ')
+    flags = [*flags[:-1], '--eval_interval=100', '--save_interval=1']
+    assert_one_sentence(train(tmp_path / 'out', data, *flags), r'weights that are not finite at step 21 ')
+    assert same(before, weights(tmp_path / 'out/last')) and same(before, weights(tmp_path / 'out/best'))
+
+
+def test_best_alone_is_neither_overwritten_nor_lost(finished, tmp_path, data):
+    shutil.copytree(finished.out, tmp_path / 'out')
+    shutil.rmtree(tmp_path / 'out/last')
+    assert_one_sentence(train(tmp_path / 'out', data), 'holds a run already')
+    assert values(train(tmp_path / 'out', data, '--init_from=resume', '--max_iters=22').stdout)['steps'] == '22'
+
+
+def test_the_command_that_resumes_is_what_was_typed(monkeypatch):
+    for typed, expected in {
+        'config/x.py --rank=8': 'python train.py config/x.py --rank=8 --init_from=resume',
+        '--overwrite config/x.py': 'python train.py config/x.py --init_from=resume',
+        '--overwrite True --init_from out/y config/x.py': 'python train.py config/x.py --init_from=resume',
+        '--init-from=out/y --overwrite=True': 'python train.py --init_from=resume',
+    }.items():
+        monkeypatch.setattr(sys, 'argv', ['train.py', *typed.split()])
+        assert report.resume_command() == expected
+    monkeypatch.setenv('WORLD_SIZE', '8'), monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
+    assert report.resume_command().startswith('python -m torch.distributed.run --nproc_per_node=8 train.py')
+
+
+def test_mfu_is_known_for_known_cards_only(monkeypatch):
+    cards = {
+        'NVIDIA GeForce RTX 4090': '60.6%',
+        'NVIDIA A100-SXM4-80GB': '32.1%',
+        'NVIDIA L4': '82.6%',
+        'Tesla T4': '153.8%',
+    }
+    cards |= dict.fromkeys(
+        ['NVIDIA L40', 'NVIDIA GeForce RTX 4090 Laptop GPU', 'NVIDIA H100 NVL', 'Quadro T400'], 'N/A'
+    )
+    for card, expected in cards.items():
+        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda _, card=card: card)
+        assert report.mfu(100e12, 'cuda') == expected, card
+    assert report.mfu(1e12, 'cpu') == 'N/A'
 
 
 def test_a_full_disk_at_save_time_keeps_the_checkpoint_before(finished, tmp_path, data):
