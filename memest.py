@@ -4,13 +4,14 @@ The peak memory of a run, known before it starts: a step of it is run on fake te
     python train.py config/galore_7b_4090.py --dry_run          # seconds, and a few hundred MB, whatever the model
     plan = trace(model_config, dtype, config, setup, step)      # what train.py prints before it starts
 
-The step is train.py's own, with the method's own optimizer, so the plan cannot drift from the code. Blocks are alike:
-3 and 4 of them are traced, and the rest is a straight line. Counted: the storage of every tensor. Not counted: CUDA's
-context (about half a GB), the allocator's rounding, workspaces of libraries, refreshes of a basis after the first step.
+The step is train.py's own, with the method's own optimizer, so the plan cannot drift from the code. Counted: the storage
+of every tensor. Not counted: CUDA's context (about half a GB), the allocator's rounding, workspaces of libraries, and
+refreshes of a basis after the first step. Every layer is traced: to trace a few and draw a line through their peaks goes
+wrong where the peak moves to another phase with more layers (a 7B's from the embedding's update to its gradients).
 """
 
 import weakref
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -65,32 +66,22 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def trace_layers(model_config, dtype, config, setup, step, compute_dtype, n_layer):
-    """Plan of two steps of a model with n_layer blocks."""
+def trace(model_config, dtype, config, setup, step, compute_dtype=None):
+    """The Plan of a run: `setup` is the method's, `step` is train.training_step, `dtype` that of the weights."""
     micro_batches = min(config.gradient_accumulation_steps, 2)  # a third holds nothing that the second does not
-    for name in ('M', 'V'):  # bitsandbytes reads values to make its code, and fake tensors have none: make it before
-        if config.state_bits == 8:
+    if config.state_bits == 8:  # bitsandbytes reads values to make its code, and fake tensors have none: make it before
+        for name in ('M', 'V'):
             adam.dynamic_map(name, torch.device('cpu'))
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
-        model = LLaMA(replace(model_config, n_layer=n_layer), dtype=dtype)
+        model = LLaMA(replace(model_config), dtype=dtype)
         model.checkpointing, model.compute_dtype = config.checkpointing, compute_dtype
         weights = live.now
         optimizer = setup(model, config)
-        for _ in range(2):
-            batches = [
-                (torch.zeros(config.batch_size, config.block_size, dtype=torch.int64),) * 2
-                for _ in range(micro_batches)
+        for _ in range(2):  # the first step makes states and bases, the second has them all along
+            tokens = [
+                torch.zeros(config.batch_size, config.block_size, dtype=torch.int64) for _ in range(micro_batches)
             ]
-            step(model, optimizer, batches, config.learning_rate, 'cpu')
-            del batches
+            step(model, optimizer, [(x, x) for x in tokens], config.learning_rate, 'cpu')
+            del tokens
         kept = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
         return Plan(weights, sum(t.untyped_storage().nbytes() for t in kept), live.peak)
-
-
-def trace(model_config, dtype, config, setup, step, compute_dtype=None):
-    """The Plan of a run: `setup` is the method's, `step` is train.training_step, `dtype` that of the weights."""
-    arguments = (model_config, dtype, config, setup, step, compute_dtype)
-    if model_config.n_layer <= 4:
-        return trace_layers(*arguments, model_config.n_layer)
-    three, four = (asdict(trace_layers(*arguments, n)) for n in (3, 4))
-    return Plan(**{part: four[part] + (model_config.n_layer - 4) * (four[part] - three[part]) for part in four})

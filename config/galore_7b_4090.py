@@ -1,7 +1,7 @@
 """LLaMA-7B on one 24 GB card: 8-bit states in a subspace, weights updated inside backward, blocks recomputed.
 
 8 windows x 256 tokens x 64 micro-batches = 131,072 tokens a step; 150,000 steps = 19.66B tokens.
-Everything as in galore_7b.py but for what makes it fit: a planned peak of 25.07 GB = 23.3 GiB, of which weights are 13.5,
+Everything as in galore_7b.py but for what makes it fit: a planned peak of 25.07 GB = 23.3 GiB, of it weights 13.5,
 bases 1.9, 8-bit moments 3.8 and projected gradients while accumulating 3.2. Not yet measured on such a card, and tight:
 CUDA's context comes on top. --batch_size=4 --gradient_accumulation_steps=128 takes less and makes the same step.
     python data/c4/prepare.py --tokenizer=t5-base --tokens=20000000000

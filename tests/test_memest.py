@@ -48,13 +48,6 @@ def test_bytes_planned_equal_bytes_of_a_real_step(mode, dtype):
     assert abs(plan.total / live.peak - 1) < 0.01, (plan.total, live.peak)
 
 
-def test_three_and_four_layers_extrapolate_exactly():
-    config = SimpleNamespace(**CONFIG)
-    arguments = (torch.float32, config, galore.setup, training_step, None)
-    seven = memest.trace(ModelConfig(**TINY | dict(n_layer=7)), *arguments)
-    assert seven == memest.trace_layers(ModelConfig(**TINY), *arguments, 7)
-
-
 def test_per_layer_and_checkpointing_and_8_bits_each_lower_the_plan():
     def total(**changes):
         config = SimpleNamespace(**CONFIG | changes)
