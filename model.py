@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 
 class ModelError(Exception):
@@ -238,7 +239,7 @@ class LLaMA(nn.Module):
     def materialise(self, device='cpu', seed=0):
         """Allocate and initialise a model built on the meta device, module by module. Same seed, same weights."""
         generator = torch.Generator(device).manual_seed(seed)
-        for module in self.modules():
+        for module in tqdm(list(self.modules()), 'making weights', delay=3, leave=False, disable=None):
             if module is not self:
                 module.to_empty(device=device, recurse=False)
             if hasattr(module, 'reset_parameters'):
@@ -308,7 +309,9 @@ class LLaMA(nn.Module):
         with torch.device('meta'):
             model = cls(config, dtype=dtype)
         wanted = dict(model.named_parameters())
-        for name, read in stored_tensors(folder):
+        for name, read in tqdm(
+            stored_tensors(folder), 'reading weights', len(wanted), delay=3, leave=False, disable=None
+        ):
             name = name.removeprefix('model.')
             if (name == 'lm_head.weight' and config.tie_embeddings) or name.endswith('rotary_emb.inv_freq'):
                 continue  # a copy of the embedding; a table we compute

@@ -19,6 +19,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 import adam
 import checkpoint
@@ -243,7 +244,9 @@ def try_compile(model, x, y):
 def evaluate(model, data, config, device, rank=0, world=1):
     """Mean loss in nats a token over the fixed evaluation windows, which processes share among them."""
     total = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens
-    for i, (x, y, _) in enumerate(data.evaluation(config.eval_tokens, config.batch_size)):
+    windows = data.evaluation(config.eval_tokens, config.batch_size)
+    count = min(config.eval_tokens, len(data.tokens)) // (config.block_size * config.batch_size)
+    for i, (x, y, _) in enumerate(tqdm(windows, 'evaluating', count, delay=3, leave=False, disable=None)):
         if i % world == rank:
             total += torch.tensor(
                 [model(x.to(device), y.to(device)).item() * y.numel(), y.numel()], dtype=torch.float64
