@@ -20,6 +20,7 @@ import configurator
 import galore
 import train
 from batches import Tokens
+from build import ROOT, build_model, data_folder
 from memest import LiveBytes
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -37,9 +38,9 @@ def build(config, **changes):
     flags = ['--model=350m', f'--n_layer={config.n_layer}', f'--rank={config.rank}', '--batch_size=4']
     flags += [f'--update_proj_gap={config.update_proj_gap}', '--learning_rate=5e-3', '--warmup_iters=20']
     run = configurator.load(train.__file__, [*flags, *(f'--{k}={v}' for k, v in changes.items())], train.problems)
-    folder = train.data_folder(run)
+    folder = data_folder(run)
     tokens = Tokens(folder, 'train', run.block_size)
-    model = train.build_model(run, folder, tokens.vocab_size, torch.float32, 'cpu')
+    model = build_model(run, folder, tokens.vocab_size, torch.float32, 'cpu')
     return run, model, train.METHODS[run.method].setup(model, run), tokens
 
 
@@ -158,7 +159,7 @@ def main(config):
         lines += [f'## Gradients alive at once ({shape}, fp32, batch 1)', '', *table(head, measure_memory(config)), '']
     print('\n'.join(lines))
     if config.out and config.only == 'all':
-        with open(os.path.join(train.ROOT, config.out), 'w') as f:
+        with open(os.path.join(ROOT, config.out), 'w') as f:
             f.write('\n'.join(lines))
 
 

@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT, TINY, run, train, values
 from safetensors.torch import load_file
 
+import build
 import configurator
 import report
 import train as training
@@ -79,7 +80,7 @@ def test_the_loss_shown_is_the_mean_over_micro_batches_and_steps(tmp_path, data)
     flags = ['--gradient_accumulation_steps=3', '--learning_rate=0', '--log_interval=2', '--max_iters=2']
     out = train(tmp_path, data, *flags).stdout
     config = configurator.load(ROOT / 'train.py', [*TINY, f'--dataset={data}', *flags])
-    model = training.build_model(config, data, 257, torch.float32, 'cpu')
+    model = build.build_model(config, data, 257, torch.float32, 'cpu')
     tokens = training.Tokens(data, 'train', 32)
     losses = [model(*tokens.batch(config.seed, t, 4)[:2]).item() for t in range(6)]
     assert f'loss {sum(losses) / 6:.4f}' in out
@@ -460,7 +461,7 @@ def test_compile_off_says_why_and_goes_on(monkeypatch, capsys):
 
     monkeypatch.setattr(torch, 'compile', no_compiler)
     model = object()
-    assert training.try_compile(model, None, None) is model
+    assert build.try_compile(model, None, None) is model
     assert capsys.readouterr().out == 'compile off: RuntimeError: no compiler here\n'
 
 
