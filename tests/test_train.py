@@ -181,7 +181,7 @@ def test_killed_and_interrupted_then_resumed_equals_uninterrupted_bit_for_bit(mo
     output = ''
     for line in process.stdout:
         output += line
-        if line.startswith(f'step {interrupt_at}/'):
+        if line.startswith(f'step {interrupt_at}/60 | loss'):  # once: a second SIGINT does not wait
             process.send_signal(signal.SIGINT)
     assert process.wait() == 130, output
     assert 'SIGINT at step' in output and '--init_from=resume' in output.split('go on with')[1]
@@ -206,7 +206,7 @@ def test_killed_and_interrupted_then_resumed_equals_uninterrupted_bit_for_bit(mo
 def test_sigterm_saves_too(tmp_path, data):
     process = start(tmp_path, data, '--max_iters=100000', '--log_interval=1', '--eval_interval=100000')
     for line in process.stdout:
-        if line.startswith('step 3/'):
+        if line.startswith('step 3/100000 | loss'):
             process.terminate()
     assert process.wait() == 143
     assert json.loads((tmp_path / 'last/run.json').read_text())['step'] >= 3
@@ -280,7 +280,7 @@ def test_missing_config_file_and_typos_are_all_reported_at_once(tmp_path, data):
 
 IMPOSSIBLE = {
     '--rank=0': 'rank=0 is not a count: use 1 or more',
-    '--model=8m': "model='8m' is not a size: use one of .*did you mean 9m",
+    '--model=13m': "model='13m' is not a size: use one of .*did you mean 130m",
     '--beta2=1': 'beta2=1.0 is not a decay rate',
     '--learning_rate=-1': 'learning_rate=-1.0 is negative',
     '--method=adamw --per_layer --grad_clip=1': 'set grad_clip=0 or per_layer=False',
@@ -480,4 +480,4 @@ def test_the_laptop_config_learns(tmp_path):
     assert out.returncode == 0, out.stderr
     first = float(re.search(r'step 0/30 \| val loss ([\d.]+)', out.stdout)[1])
     assert abs(first - math.log(4096)) < 0.1
-    assert float(values(out.stdout)['val_loss']) < first - 1.5
+    assert float(values(out.stdout)['val_loss']) < first - 1.2
