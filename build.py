@@ -1,5 +1,6 @@
 """From a configuration to a data folder and a model: what happens once, before train.py's loop."""
 
+import difflib
 import os
 import subprocess
 import sys
@@ -21,8 +22,11 @@ def data_folder(config, prepare=True):
     folder = name if os.path.isdir(name) and '/' in name.replace(os.sep, '/') else os.path.join(ROOT, 'data', name)
     if not os.path.isdir(folder):
         have = sorted(d for d in os.listdir(os.path.join(ROOT, 'data')) if os.path.isdir(os.path.join(ROOT, 'data', d)))
+        near = difflib.get_close_matches(name, have, 1)
         raise DataError(
-            f'no data set {name}: use one of {", ".join(have)}, or a path to a folder that prepare.py filled'
+            f'no data set {name}'
+            + f' (did you mean {near[0]}?)' * len(near)
+            + f': use one of {", ".join(have)}, or a path to a folder that prepare.py filled'
         )
     if prepare and name == 'pystdlib' and not os.path.exists(os.path.join(folder, 'meta.json')):
         print('preparing data/pystdlib', flush=True)
@@ -36,6 +40,8 @@ def check_tokenizer(model_folder, data_folder):
     def identity(folder):  # kind, and the vocabulary where there is a file of it; None where nothing is known
         meta, vocabulary = (os.path.join(folder, name) for name in ('meta.json', 'tokenizer.json'))
         kind = tokenizers.read_json(meta).get('tokenizer') if os.path.exists(meta) else None
+        if kind in ('bpe', 'hf') and not os.path.exists(vocabulary):
+            raise DataError(f'{vocabulary} is missing, which {meta} needs: put it back, or name another folder')
         model = tokenizers.read_json(vocabulary).get('model') if os.path.exists(vocabulary) else None
         return model or kind
 
@@ -47,14 +53,11 @@ def check_tokenizer(model_folder, data_folder):
         )
 
 
-def build_model(config, data, vocab_size, dtype, device, resume_from=None):
-    """The model on `device`: from the checkpoint, a Hugging Face folder or hub name, or new."""
-    if resume_from or config.init_from not in ('scratch', 'resume'):
-        folder = resume_from or config.init_from
-        if not os.path.isdir(folder):
-            folder = download(folder)
-        check_tokenizer(folder, data)
-        built = LLaMA.from_pretrained(folder, dtype=dtype, device=device, block_size=config.block_size)
+def build_model(config, data, vocab_size, dtype, device, source=None):
+    """The model on `device`: from the Hugging Face folder `source`, or new where there is none."""
+    if source:
+        check_tokenizer(source, data)
+        built = LLaMA.from_pretrained(source, dtype=dtype, device=device, block_size=config.block_size)
     else:
         shape = SIZES[config.model] | {'vocab_size': vocab_size, 'block_size': config.block_size}
         shape |= {key: getattr(config, key) for key in SHAPE if getattr(config, key)}

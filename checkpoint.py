@@ -21,9 +21,9 @@ def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def save(folder, model, optimizer, run, extra_files=()):
+def save(folder, model, optimizer, run, extra_files):
     """Write weights, `optimizer.pt` and `run.json` (a dict of plain values) to `folder`, replacing what was there only
-    when all is on disk. `extra_files` (the tokenizer's) are copied beside them: the folder is complete in itself."""
+    when all is on disk. `extra_files` (the tokenizer's), name -> bytes, make the folder complete in itself."""
     new = folder + '.new'
     try:
         shutil.rmtree(new, ignore_errors=True)
@@ -31,8 +31,9 @@ def save(folder, model, optimizer, run, extra_files=()):
         torch.save(optimizer.state_dict(), os.path.join(new, 'optimizer.pt'))
         with open(os.path.join(new, 'run.json'), 'w') as f:
             json.dump(run, f, indent=1)
-        for file in extra_files:
-            shutil.copy(file, new)
+        for name, content in extra_files.items():
+            with open(os.path.join(new, name), 'wb') as f:
+                f.write(content)
         swap(new, folder)
     except Exception as error:  # OSError here, safetensors' and torch's own types for the same full disk
         if not os.path.exists(folder) and os.path.exists(folder + '.old'):
@@ -81,6 +82,10 @@ def remove(folder):
         shutil.rmtree(path, ignore_errors=True)
 
 
+def elsewhere(path):
+    return f'move {path} away to resume from best/ beside it, if there is one, or start anew with another --out_dir'
+
+
 def find(folder):
     """-> the folder to read, and its run.json as a dict."""
     for path in (folder, folder + '.old'):
@@ -89,7 +94,7 @@ def find(folder):
                 with open(os.path.join(path, 'run.json')) as f:
                     return path, json.load(f)
             except (OSError, ValueError) as error:
-                raise CheckpointError(f'{path}/run.json cannot be read ({error}): use another checkpoint') from None
+                raise CheckpointError(f'{path}/run.json cannot be read ({error}): {elsewhere(path)}') from None
     raise CheckpointError(f'{folder} does not exist, nothing to resume: drop --init_from=resume to start anew')
 
 
@@ -102,4 +107,4 @@ def load_optimizer(path, optimizer):
         optimizer.load_state_dict(state)
     except Exception as error:
         reason = first_line(error)
-        raise CheckpointError(f'{file} is missing or broken ({reason}): resume from another checkpoint') from error
+        raise CheckpointError(f'{file} is missing or broken ({reason}): {elsewhere(path)}') from error

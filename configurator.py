@@ -276,7 +276,8 @@ def help_text(script, positional=None):
         if key.section != section:
             section = key.section
             out += ['', textwrap.fill(section, max(width, 40))]
-        flag = f'  --{key.name}={shlex.quote(str(key.default))}'
+        default = shlex.quote(str(key.default)) if str(key.default).isprintable() else repr(key.default)
+        flag = f'  --{key.name}={default}'
         if len(flag) > indent - 2:
             out.append(flag)
             flag = ''

@@ -14,6 +14,7 @@ Linear weights are (out, in). Modules carry Hugging Face's names: a state dict d
 import json
 import math
 import os
+import shutil
 from dataclasses import dataclass
 
 import torch
@@ -41,10 +42,16 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # Llama 3's: the keys of ROPE_SCALING; None: none
     tie_embeddings: bool = False  # head and embedding are one matrix
+    max_positions: int = (
+        0  # longest window the weights are made for, which training on shorter ones keeps; 0: block_size
+    )
+    bos_token_id: int | None = None  # these two only pass through, for whoever reads the folder next
+    eos_token_id: int | list | None = None
 
     def __post_init__(self):
         if not self.head_dim and self.n_embd % self.n_head:
             raise ModelError(f'n_embd={self.n_embd} does not divide into n_head={self.n_head} heads: change one')
+        self.max_positions = self.max_positions or self.block_size
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
@@ -350,6 +357,7 @@ class LLaMA(nn.Module):
         for i, shard in enumerate(shards):
             file = 'model.safetensors' if n == 1 else f'model-{i + 1:05d}-of-{n:05d}.safetensors'
             save_file(shard, os.path.join(folder, file), metadata={'format': 'pt'})
+            shutil.copymode(os.path.join(folder, 'config.json'), os.path.join(folder, file))  # not for the owner alone
             files |= dict.fromkeys(shard, file)
         if n > 1:
             total = sum(p.nbytes for p in self.parameters())
@@ -421,6 +429,8 @@ def config_from_hf(hf, folder='config.json'):
             rope_theta=float(rope.get('rope_theta') or hf.get('rope_theta') or 10000.0),
             rope_scaling={key: rope[key] for key in ROPE_SCALING} if kind == 'llama3' else None,
             tie_embeddings=hf.get('tie_word_embeddings', False),
+            bos_token_id=hf.get('bos_token_id'),
+            eos_token_id=hf.get('eos_token_id'),
         )
     except KeyError as missing:
         raise ModelError(f'{folder}: config.json lacks {missing}: this is not a LLaMA folder') from None
@@ -440,7 +450,9 @@ def config_to_hf(c, dtype=torch.float32):
         'num_key_value_heads': c.n_kv_head,
         'head_dim': c.head_dim,
         'hidden_act': 'silu',
-        'max_position_embeddings': c.block_size,
+        'max_position_embeddings': max(c.max_positions, c.block_size),
+        'bos_token_id': c.bos_token_id,
+        'eos_token_id': c.eos_token_id,
         'initializer_range': 0.02,
         'rms_norm_eps': c.norm_eps,
         'tie_word_embeddings': c.tie_embeddings,

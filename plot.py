@@ -49,5 +49,9 @@ if __name__ == '__main__':
         print(f'written: {words.png}')
     except ModuleNotFoundError:
         sys.exit('error: plot.py needs matplotlib: pip install -r requirements-extra.txt')
-    except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
+    except OSError as error:
+        sys.exit(
+            f'error: {error.filename}: {error.strerror}: name folders of runs of train.py, and a --png to write to'
+        )
+    except (KeyError, ValueError, IndexError, TypeError) as error:
         sys.exit(f'error: {error!r}: name folders of runs of train.py, each with a metrics.csv that has {words.y}')

@@ -27,7 +27,7 @@ temperature = 0.8  # below 1 safer, above 1 wilder; 0 always takes the likeliest
 top_k = 0  # choose among the k likeliest tokens only; 0: all
 top_p = 1.0  # choose among the likeliest tokens that together have this probability
 seed = 1  # the same seed gives the same text
-device = 'auto'  # 'auto' | 'cpu' | 'cuda' | 'mps': auto takes cuda where there is one
+device = 'auto'  # 'auto' | 'cpu' | 'cuda': auto takes cuda where there is one
 # ---- end of config ---------------------------------------------------------------------------------------------------
 
 
@@ -42,6 +42,8 @@ def problems(config):
         found.append(f'top_p={config.top_p} is not a probability: use more than 0 and at most 1')
     if config.top_k < 0 or config.tokens < 1 or config.samples < 1:
         found.append('top_k, tokens and samples are counts: top_k is 0 or more, the others 1 or more')
+    if config.device == 'cuda' and not torch.cuda.is_available():
+        found.append("device='cuda', but torch sees no CUDA device: use --device=cpu, or install a CUDA build of torch")
     return found
 
 

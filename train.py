@@ -10,6 +10,7 @@ Train a LLaMA on the machine you own, with GaLore or AdamW, from scratch or from
 """
 
 import difflib
+import importlib.util
 import math
 import os
 import signal
@@ -30,7 +31,7 @@ import report
 import sample
 import tokenizer as tokenizers
 from batches import DataError, Tokens, read_meta
-from build import ROOT, SHAPE, build_model, data_folder, try_compile
+from build import ROOT, SHAPE, build_model, data_folder, download, try_compile
 from model import SIZES, ModelError
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -139,6 +140,8 @@ def problems(config):
             f'gradient_accumulation_steps={c.gradient_accumulation_steps} is counted over all {world} processes: '
             f'use a multiple of {world}'
         )
+    if c.tracker != 'none' and not importlib.util.find_spec(c.tracker):
+        found.append(f"tracker='{c.tracker}' needs a package: pip install {c.tracker}, or use --tracker=none")
     if c.device == 'cuda' and not torch.cuda.is_available() and not c.dry_run:
         found.append("device='cuda', but torch sees no CUDA device: use --device=cpu, or install a CUDA build of torch")
     return found
@@ -202,7 +205,9 @@ def read_back(losses, norms, step, config):
     losses, norms = values.tolist()
     for bad, (loss, norm) in enumerate(zip(losses, norms), start=step - len(losses)):
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            stop_not_finite(f'loss {loss}', bad, config, f', grad norm {norm}')
+            if math.isfinite(loss):
+                stop_not_finite(f'gradient norm {norm}', bad, config, f', loss {loss:.4f}')
+            stop_not_finite(f'loss {loss}', bad, config, f', grad norm {norm:.4g}')
     return losses, norms
 
 
@@ -229,12 +234,32 @@ def print_plan(config, model, plan, folder, meta, device):
         print(f'data: {folder}, {counts}, {meta["vocab_size"]:,} ids')
         epochs = f' = {total * c.max_iters / meta["train_tokens"]:.2f} epochs'
     else:
-        print(f'data: {folder} is not prepared yet: python {os.path.join(folder, "prepare.py")} does that')
+        needed = f' --tokens={total * c.max_iters}' if c.dataset == 'c4' else ''
+        print(f'data: {folder} is not prepared yet: python {os.path.join(folder, "prepare.py")}{needed} does that')
     print(
         f'step: {c.batch_size} windows x {c.block_size} tokens x {c.gradient_accumulation_steps} micro-batches '
         f'= {total:,} tokens; {c.max_iters:,} steps = {total * c.max_iters:,} tokens{epochs}',
         flush=True,
     )
+
+
+def tokenizer_files(*folders):
+    """What a checkpoint carries beside the weights, name -> bytes: the tokenizer, and what its source says of it."""
+    names = [
+        'meta.json',
+        'tokenizer.json',
+        'tokenizer_config.json',
+        'special_tokens_map.json',
+        'generation_config.json',
+    ]
+    files = {}
+    for folder in filter(None, folders):
+        for name in [*names, 'chat_template.jinja']:
+            path = os.path.join(folder, name)
+            if name not in files and os.path.exists(path):
+                with open(path, 'rb') as f:
+                    files[name] = f.read()
+    return files
 
 
 def plan_memory(config, model, dtype):
@@ -255,7 +280,8 @@ def plan_only(config, device, dtype):
     vocab_size = meta['vocab_size'] if meta else SIZES[config.model]['vocab_size']
     if config.init_from not in ('scratch', 'resume') and not os.path.isdir(config.init_from):
         raise Stop(f"init_from='{config.init_from}' is no folder here, and a dry run downloads nothing")
-    model = build_model(config, folder, vocab_size, dtype, 'meta', None)
+    source = None if config.init_from in ('scratch', 'resume') else sample.weights_folder(config.init_from)
+    model = build_model(config, folder, vocab_size, dtype, 'meta', source)
     METHODS[config.method].setup(model, config)
     print_plan(config, model, plan_memory(config, model, dtype), folder, meta, device)
     print('dry run: nothing was trained')
@@ -288,32 +314,39 @@ def main(config):
     meta = read_meta(folder)
     train_data, val_data = (Tokens(folder, split, config.block_size) for split in ('train', 'val'))
     tokenizer = tokenizers.load(folder)
-    names = ('meta.json', 'tokenizer.json', 'tokenizer_config.json')
-    tokenizer_files = [path for path in (os.path.join(folder, name) for name in names) if os.path.exists(path)]
 
     # ---- model and method ----
     saved_at, run = None, {'step': 0, 'best_val_loss': 1e30, 'seconds': 0.0}
     if config.init_from == 'resume':
         saved_at, run = checkpoint.find(last if checkpoint.exists(last) or not checkpoint.exists(best) else best)
-        for key in FIXED:
-            if getattr(config, key) != run['config'][key]:
-                raise Stop(
-                    f'{last} was trained with {key}={run["config"][key]!r} and cannot go on with '
-                    f'{getattr(config, key)!r}: use --{key}={run["config"][key]}, or another --out_dir'
-                )
+        if changed := [key for key in FIXED if getattr(config, key) != run['config'][key]]:
+            was = ' '.join(f'--{key}={run["config"][key]}' for key in changed)
+            now = ' '.join(f'{key}={getattr(config, key)}' for key in changed)
+            raise Stop(f'{saved_at} cannot go on with {now}: type {was}, or the config file it was started with')
+        if run['step'] >= config.max_iters:
+            raise Stop(f'{saved_at} is at step {run["step"]}, max_iters is {config.max_iters}: raise it to go on')
     elif (checkpoint.exists(last) or checkpoint.exists(best)) and not config.overwrite:
         raise Stop(
             f'{config.out_dir} holds a run already: --init_from=resume goes on with it, --overwrite replaces it, '
             'or choose another --out_dir'
         )
     at_start = 0 if on_cuda else report.memory(device)  # Python and torch itself, on a CPU part of the process
-    model = build_model(config, folder, meta['vocab_size'], dtype, device, saved_at)
+    source = saved_at
+    if config.init_from not in ('scratch', 'resume'):
+        source = config.init_from if os.path.isdir(config.init_from) else download(config.init_from)
+        source = sample.weights_folder(source)  # the folder of a run of ours will do, too
+    files = tokenizer_files(folder, source)
+    model = build_model(config, folder, meta['vocab_size'], dtype, device, source)
+    if not source:
+        model.config.eos_token_id = tokenizer.eot
     optimizer = METHODS[config.method].setup(model, config)
     if saved_at:
         checkpoint.load_optimizer(saved_at, optimizer)
     if rank == 0:
         plan = plan_memory(config, model, dtype)
         print_plan(config, model, plan, folder, meta, device)
+        if not on_cuda:
+            print(f'memory: {(at_start + plan.total) / 1e9:.2f} GB with what Python and torch take themselves')
 
     # ---- the run's own files, and its end ----
     if config.overwrite and rank == 0 and not saved_at:
@@ -326,7 +359,7 @@ def main(config):
         metrics = report.Metrics(os.path.join(config.out_dir, 'metrics.csv'), run['step'], tracker)
 
     def save(folder):
-        checkpoint.save(folder, model, optimizer, run | {'config': settings}, tokenizer_files)
+        checkpoint.save(folder, model, optimizer, run | {'config': settings}, files)
 
     signals = []  # Ctrl-C and SIGTERM let the step finish and save; a second one does not wait
 
@@ -432,7 +465,7 @@ def main(config):
     for name, value in {
         'steps': step,
         'tokens': step * tokens_per_step,
-        'train_loss': f'{numbers.get("train_loss", math.nan):.4f}',
+        'train_loss': f'{numbers["train_loss"]:.4f}' if numbers else 'N/A',
         'val_loss': f'{val_loss:.4f}' if val_loss is not None else 'N/A',
         'tokens_per_second': f'{tokens_per_step * (step - first) / seconds:.0f}' if seconds else 'N/A',
         'seconds': f'{run["seconds"]:.1f}',
@@ -455,14 +488,15 @@ def cli(argv):
         main(config)
     except (Stop, DataError, ModelError, checkpoint.CheckpointError, tokenizers.TokenizerError) as error:
         sys.exit(f'error: {error}')
-    except (FileNotFoundError, ImportError) as error:
+    except ImportError as error:
         sys.exit(f'error: {error}')
     except subprocess.CalledProcessError:
         sys.exit('error: the data set could not be prepared, for the reason above')
     except torch.linalg.LinAlgError as error:
         sys.exit(f'error: no basis could be made of a gradient ({error}): use a lower --learning_rate')
     except OSError as error:
-        sys.exit(f'error: {error.filename or config.out_dir} could not be written or read ({error.strerror})')
+        where = f'{error.filename or config.out_dir} could not be written or read ({error.strerror})'
+        sys.exit(f'error: {where if error.strerror else error}')
     except (RuntimeError, MemoryError) as error:  # a GPU's out-of-memory has a type of its own, a CPU's has not
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or 'allocate memory' in str(error):
             sys.exit(f'error: {report.explain_out_of_memory(config, error)}')

@@ -248,6 +248,8 @@ def test_training_goes_on_from_a_hugging_face_folder(finished, tmp_path, data):
     out = train(tmp_path, data, f'--init_from={finished.out / "best"}', '--max_iters=5', '--learning_rate=1e-4')
     assert out.returncode == 0, out.stderr
     first = re.search(r'step 0/5 \| val loss ([\d.]+)', out.stdout)[1]
+    config = json.loads((tmp_path / 'last/config.json').read_text())
+    assert config['eos_token_id'] == 256, 'what the folder says passes through'
     assert first == values(finished.text)['val_loss']
 
 
@@ -307,12 +309,18 @@ def test_a_run_in_the_same_folder_is_refused_until_told_what_to_do(finished, dat
 
 def test_a_checkpoint_of_another_shape_names_the_flag(finished, data):
     out = train(finished.out, data, '--init_from=resume', '--n_embd=64')
-    assert_one_sentence(out, 'was trained with n_embd=32 and cannot go on with 64: use --n_embd=32')
+    assert_one_sentence(out, 'cannot go on with n_embd=64: type --n_embd=32')
+
+
+def test_resuming_a_finished_run_says_that_there_is_nothing_to_do(finished, data):
+    assert_one_sentence(train(finished.out, data, '--init_from=resume'), 'is at step 20, max_iters is 20: raise it')
 
 
 def test_nothing_to_resume_and_no_such_data_set(tmp_path, data):
     assert_one_sentence(train(tmp_path, data, '--init_from=resume'), 'does not exist, nothing to resume')
-    assert_one_sentence(train(tmp_path, 'pystdlb'), 'no data set pystdlb: use one of c4, pystdlib')
+    assert_one_sentence(
+        train(tmp_path, 'pystdlb'), r'no data set pystdlb \(did you mean pystdlib\?\): use one of c4, pystdlib'
+    )
     assert_one_sentence(
         train(tmp_path, 'c4'), r'data/c4/meta.json does not exist: run python .*data/c4/prepare.py first'
     )
