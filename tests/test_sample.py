@@ -56,6 +56,12 @@ def test_a_prompt_longer_than_the_window_is_cut_from_the_left(model):
     assert next(sample.generate(model, prompt, 1, temperature=0)) == slow_greedy(model, prompt[-16:], 1)[-1]
 
 
+def test_an_empty_prompt_starts_from_the_end_of_text(model):
+    # T5's tokenizer makes nothing of a newline
+    made = list(sample.generate(model, [], 5, eot=3, temperature=0))
+    assert [3, *made] == slow_greedy(model, [3], 5)[: len(made) + 1]
+
+
 def test_choose_follows_the_probabilities_and_their_cuts():
     logits = torch.log(torch.tensor([0.05, 0.5, 0.15, 0.3]))
     generator = torch.Generator().manual_seed(0)
