@@ -73,7 +73,7 @@ def store_moment(state, name, moment):
 
 def pieces(W, G, state):
     """Yield (first row, W, G, state) in views of at most PIECE numbers: the fp32 temporaries of an embedding's update
-    are twelve times its bf16 gradient, and in one piece they would be the peak of a 7B's step."""
+    are many times its bf16 gradient, and in one piece they were the peak of a 7B's step."""
     if W.numel() <= PIECE:
         yield 0, W, G, state
         return

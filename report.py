@@ -122,7 +122,7 @@ def explain_out_of_memory(config, error):
     """Three flags to turn, of those that are not turned yet, the gentlest first."""
     flags = []
     if not config.checkpointing:
-        flags.append('--checkpointing (keeps one activation a block, a third slower)')
+        flags.append('--checkpointing (keeps one activation a block, a quarter slower)')
     if not config.per_layer and not (config.method == 'adamw' and config.grad_clip):
         flags.append('--per_layer (no copy of all gradients)')
     if config.batch_size % 2 == 0:

@@ -81,8 +81,8 @@ device = 'auto'  # 'auto' | 'cpu' | 'cuda': auto takes cuda where there is one
 dtype = 'auto'  # 'auto' | 'float32' | 'bfloat16': of the weights; auto: bfloat16 on cuda, else float32
 state_bits = 32  # 32 | 8: of Adam's moments; 8 is blockwise and saves 3/4 of them
 per_layer = False  # update each weight inside backward and drop its gradient; saves a copy of the weights, same result
-checkpointing = False  # keep only each block's input and compute the block again in backward: a third slower
-compile = False  # torch.compile; a minute to start, then faster; off, with the reason, where it does not work
+checkpointing = False  # keep only each block's input and compute the block again in backward: a quarter slower here
+compile = False  # torch.compile: 15 s to start, then a sixth faster here; off, with the reason, where it fails
 
 # reports
 log_interval = 10  # steps between log lines

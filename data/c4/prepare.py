@@ -7,8 +7,8 @@ C4 (English), the web text of the GaLore and LoQT papers, streamed from the Hugg
     python data/c4/prepare.py --input=c4-train.00000-of-01024.json.gz --tokenizer=my_tokenizer/     # no network
 
 The tokenizer is T5's, as in the papers. Whole documents, packed one after another, each with its end-of-text id; the
-papers cut and padded them instead. Expect 1 GB of disk for 500M tokens, and, where the network keeps up, a million
-tokens a second on two cores.
+papers cut and padded them instead. Expect 1 GB of disk for 500M tokens, and, where the network keeps up, less than a
+million tokens a second on two cores (measured on local files with our BPE: 3.8M tokens in 5 s).
 """
 
 import os
