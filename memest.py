@@ -69,19 +69,24 @@ class LiveBytes(TorchDispatchMode):
 def trace(model_config, dtype, config, setup, step, compute_dtype=None):
     """The Plan of a run: `setup` is the method's, `step` is train.training_step, `dtype` that of the weights."""
     micro_batches = min(config.gradient_accumulation_steps, 2)  # a third holds nothing that the second does not
-    if config.state_bits == 8:  # bitsandbytes reads values to make its code, and fake tensors have none: make it before
-        for name in ('M', 'V'):
-            adam.dynamic_map(name, torch.device('cpu'))
+    if 8 in (config.state_bits, config.basis_bits):
+        for name in ('M', 'V', 'P'):  # bitsandbytes reads values to make a code, and fake tensors have none
+            adam.code_of(name, torch.device('cpu'))
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         model = LLaMA(replace(model_config), dtype=dtype)
         model.checkpointing, model.compute_dtype = config.checkpointing, compute_dtype
+        optimizer = setup(model, config)  # may put weights into fewer bits
         weights = live.now
-        optimizer = setup(model, config)
         for _ in range(2):  # the first step makes states and bases, the second has them all along
             tokens = [
                 torch.zeros(config.batch_size, config.block_size, dtype=torch.int64) for _ in range(micro_batches)
             ]
             step(model, optimizer, [(x, x) for x in tokens], config.learning_rate, 'cpu')
             del tokens
-        kept = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        kept = [
+            t
+            for state in optimizer.state.values()
+            for name, t in state.items()
+            if isinstance(t, torch.Tensor) and name not in ('W', 'W_scale')  # int8 weights are weights
+        ]
         return Plan(weights, sum(t.untyped_storage().nbytes() for t in kept), live.peak)

@@ -351,12 +351,15 @@ class LLaMA(nn.Module):
         for name, p in self.named_parameters():
             if size + p.nbytes > shard_bytes and shards[-1]:
                 shards, size = [*shards, {}], 0
-            shards[-1][name if name.startswith('lm_head') else 'model.' + name] = p.detach()
+            # a method that keeps a weight in fewer bits leaves a way to ask for the whole of it
+            whole = getattr(self.get_submodule(name.rpartition('.')[0]), 'dense_weight', p.detach)
+            shards[-1][name if name.startswith('lm_head') else 'model.' + name] = whole
             size += p.nbytes
         files, n = {}, len(shards)
         for i, shard in enumerate(shards):
             file = 'model.safetensors' if n == 1 else f'model-{i + 1:05d}-of-{n:05d}.safetensors'
-            save_file(shard, os.path.join(folder, file), metadata={'format': 'pt'})
+            tensors = {name: whole() for name, whole in shard.items()}
+            save_file(tensors, os.path.join(folder, file), metadata={'format': 'pt'})
             shutil.copymode(os.path.join(folder, 'config.json'), os.path.join(folder, file))  # not for the owner alone
             files |= dict.fromkeys(shard, file)
         if n > 1:

@@ -69,17 +69,22 @@ beta2 = 0.999  # Adam's memory of squared gradients
 grad_clip = 0.0  # largest global gradient norm (of the projected gradients under GaLore); 0: no clipping
 
 # method
-method = 'galore'  # 'adamw' | 'galore': how weights are updated; one file each
-rank = 128  # galore: dimensions of the subspace; less memory and less freedom with fewer
-scale = 0.25  # galore: factor on updates that come back from the subspace (alpha)
+method = 'galore'  # 'adamw' | 'galore' | 'apollo' | 'apollo_mini': how weights are updated; one file each
+rank = 128  # galore, apollo: dimensions of the subspace; less memory and less freedom with fewer; apollo_mini: 1
+scale = 0.25  # galore: factor on updates that come back from the subspace (alpha); apollo: 1, apollo_mini: 11.3
 update_proj_gap = 200  # galore: steps between two refreshes of a layer's subspace (T); 50 to 1000 are much alike
 refresh = 'subspace'  # 'subspace' | 'svd': galore improves its old subspace by one step, or does the paper's slow SVD
 stagger = True  # galore: layers refresh in turns, so that no step stalls; False: all at once, as in the paper
+lazy = 0.0  # galore: a layer's T doubles where its new subspace overlaps the old by more than this share; 0: never
+moments = 'keep'  # 'keep' | 'rotate' | 'reset': what galore does with Adam's moments when a subspace turns
+residual = 'none'  # 'none' | 'fira': galore adds the gradient's part outside the subspace; needs full gradients
 
 # memory and speed
 device = 'auto'  # 'auto' | 'cpu' | 'cuda': auto takes cuda where there is one
 dtype = 'auto'  # 'auto' | 'float32' | 'bfloat16': of the weights; auto: bfloat16 on cuda, else float32
 state_bits = 32  # 32 | 8: of Adam's moments; 8 is blockwise and saves 3/4 of them
+basis_bits = 16  # 16 | 8 | 4: of galore's bases; 16 stands for the weights' own dtype
+weight_bits = 16  # 16 | 8: 8 keeps the blocks' weights as int8 with stochastic rounding (galore); 16: as dtype says
 per_layer = False  # update each weight inside backward and drop its gradient; saves a copy of the weights, same result
 checkpointing = False  # keep only each block's input and compute the block again in backward: a quarter slower here
 compile = False  # torch.compile: 15 s to start, then a sixth faster here; off, with the reason, where it fails
@@ -93,8 +98,23 @@ sample_tokens = 48  # tokens of a sample to print at each evaluation; 0: none
 tracker = 'none'  # 'none' | 'wandb' | 'trackio' | 'tensorboard': imported only if asked for
 # ---- end of config ---------------------------------------------------------------------------------------------------
 
-METHODS = {'adamw': adam, 'galore': galore}  # a module with setup(model, config) -> optimizer; add yours here
-FIXED = ('model', *SHAPE, 'method', 'rank', 'state_bits', 'dtype')  # what a checkpoint's tensors decide
+METHODS = {
+    'adamw': adam,
+    'galore': galore,
+    'apollo': galore,
+    'apollo_mini': galore,
+}  # a module with setup(model, config) -> optimizer; add yours here
+FIXED = (
+    'model',
+    *SHAPE,
+    'method',
+    'rank',
+    'residual',
+    'state_bits',
+    'basis_bits',
+    'weight_bits',
+    'dtype',
+)  # what a checkpoint's tensors decide
 
 
 class Stop(Exception):
@@ -129,6 +149,10 @@ def problems(config):
         found.append(
             "per_layer=True cannot clip under method='adamw', whose global norm needs all gradients: "
             'set grad_clip=0 or per_layer=False'
+        )
+    if c.weight_bits == 8 and (c.method != 'galore' or c.compile):
+        found.append(
+            "weight_bits=8 is built into method='galore' without compile: set --weight_bits=16, or those two to it"
         )
     if c.per_layer and c.compile:
         found.append(
@@ -425,7 +449,10 @@ def main(config):
                 )
             if eval_now and not math.isfinite(val_loss):
                 stop_not_finite(f'val loss {val_loss}', step, config)
-            if save_now and not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+            scales = [
+                t for s in optimizer.state.values() for name, t in s.items() if name.endswith(('scale', 'absmax'))
+            ]
+            if save_now and not torch.stack([t.isfinite().all() for t in (*model.parameters(), *scales)]).all():
                 stop_not_finite('weights that are not finite', step, config)
             better = eval_now and step > first and val_loss < run['best_val_loss']
             run |= {'step': step, 'seconds': before + time.time() - started}
