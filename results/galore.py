@@ -1,0 +1,87 @@
+"""
+GaLore's options and descendants on the laptop config, at equal steps: makes galore.md and galore.png.
+
+    python results/galore.py                 # about twenty runs of three minutes on two CPU cores; finished ones are kept
+"""
+
+import os
+import re
+
+import laptop
+import plot  # found by laptop, which puts the repository's root on the path
+
+RATES = ['5e-3', '1e-2', '2e-2']
+MINI = ['--method=apollo_mini', '--rank=1', '--scale=11.3']
+SHORT = ['--max_iters=300', '--warmup_iters=30', '--eval_interval=100']
+# heading, then (name, learning rates, flags); the best rate of each name counts
+PARTS = [
+    (
+        'Descendants, each at its best of three rates',
+        [
+            ('galore', RATES, []),
+            ('fira', RATES, ['--residual=fira']),
+            ('apollo', RATES, ['--method=apollo', '--scale=1']),
+            ('apollo_mini', RATES, MINI),
+        ],
+    ),
+    (
+        "Adam's moments when a subspace turns",
+        [
+            ('keep (paper)', ['1e-2'], []),
+            ('rotate', ['1e-2'], ['--moments=rotate']),
+            ('reset', ['1e-2'], ['--moments=reset']),
+        ],
+    ),
+    (
+        'Fewer bits, fewer refreshes',
+        [
+            ('fp32', ['1e-2'], []),
+            ('8-bit states', ['1e-2'], ['--state_bits=8']),
+            ('8-bit basis', ['1e-2'], ['--basis_bits=8']),
+            ('4-bit basis', ['1e-2'], ['--basis_bits=4']),
+            ('8-bit weights', ['1e-2'], ['--weight_bits=8']),
+            ('lazy refresh', ['1e-2'], ['--lazy=0.6']),
+            ('all of them', ['1e-2'], ['--state_bits=8', '--basis_bits=4', '--weight_bits=8', '--lazy=0.6']),
+        ],
+    ),
+    (
+        '8-bit states after 300 steps',
+        [
+            ('fp32', ['1e-2'], SHORT),
+            ('8 bits', ['1e-2'], [*SHORT, '--state_bits=8']),
+        ],
+    ),
+]
+
+
+def main():
+    lines = [
+        "# GaLore's options and descendants on the laptop config",
+        '',
+        'Made by `python results/galore.py` (two CPU cores, torch 2.13.0): 3.3M parameters, 750 steps of 2,048 tokens of',
+        "Python's standard library, rank 48 of 192 (APOLLO-Mini: 1), T 50.",
+        '',
+    ]
+    curves = {}
+    for heading, rows in PARTS:
+        lines += [f'## {heading}', '', '| | learning rate | val loss | over the first row |', '|---|---|---|---|']
+        first = None
+        for name, rates, flags in rows:
+            runs = {rate: laptop.run('galore', rate, *flags) for rate in rates}
+            rate = min(runs, key=lambda rate: float(runs[rate]['val_loss']))
+            loss = float(runs[rate]['val_loss'])
+            first = first or loss
+            tried = '' if len(rates) == 1 else f' (of {", ".join(f"{r}: {runs[r]["val_loss"]}" for r in rates)})'
+            lines.append(f'| {name} | {rate}{tried} | {loss:.4f} | {loss / first:.4f} |')
+            if len(rates) > 1:
+                curves[f'{name}, lr {rate}'] = runs[rate]['folder']
+        lines.append('')
+    lines += ['![val loss](galore.png)', '']
+    with open(os.path.join(laptop.ROOT, 'results', 'galore.md'), 'w') as f:
+        f.write('\n'.join(lines))
+    plot.draw(curves.values(), os.path.join(laptop.ROOT, 'results', 'galore.png'), labels=list(curves))
+    print(re.sub(r'\n\n+', '\n', '\n'.join(lines)))
+
+
+if __name__ == '__main__':
+    main()
