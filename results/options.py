@@ -1,13 +1,14 @@
 """
-GaLore's options and descendants on the laptop config, at equal steps: makes galore.md and galore.png.
+GaLore's options and descendants on the laptop config, at equal steps: makes options.md and options.png.
 
-    python results/galore.py                 # about twenty runs of three minutes on two CPU cores; finished ones are kept
+    python results/options.py            # twenty runs of three minutes on two CPU cores; finished ones are kept
 """
 
 import os
 import re
 
 import laptop
+
 import plot  # found by laptop, which puts the repository's root on the path
 
 RATES = ['5e-3', '1e-2', '2e-2']
@@ -58,28 +59,33 @@ def main():
     lines = [
         "# GaLore's options and descendants on the laptop config",
         '',
-        'Made by `python results/galore.py` (two CPU cores, torch 2.13.0): 3.3M parameters, 750 steps of 2,048 tokens of',
-        "Python's standard library, rank 48 of 192 (APOLLO-Mini: 1), T 50.",
+        'Made by `python results/options.py` (two CPU cores, torch 2.13.0): 3.3M parameters, 750 steps of 2,048 tokens',
+        "of Python's standard library, rank 48 of 192 (APOLLO-Mini: 1), T 50.",
         '',
     ]
     curves = {}
     for heading, rows in PARTS:
-        lines += [f'## {heading}', '', '| | learning rate | val loss | over the first row |', '|---|---|---|---|']
+        lines += [
+            f'## {heading}',
+            '',
+            '| | learning rate | tried | val loss | over the first row |',
+            '|---|---|---|---|---|',
+        ]
         first = None
         for name, rates, flags in rows:
             runs = {rate: laptop.run('galore', rate, *flags) for rate in rates}
             rate = min(runs, key=lambda rate: float(runs[rate]['val_loss']))
             loss = float(runs[rate]['val_loss'])
             first = first or loss
-            tried = '' if len(rates) == 1 else f' (of {", ".join(f"{r}: {runs[r]["val_loss"]}" for r in rates)})'
-            lines.append(f'| {name} | {rate}{tried} | {loss:.4f} | {loss / first:.4f} |')
+            tried = ', '.join(f'{r}: {found["val_loss"]}' for r, found in runs.items())
+            lines.append(f'| {name} | {rate} | {tried if len(rates) > 1 else ""} | {loss:.4f} | {loss / first:.4f} |')
             if len(rates) > 1:
                 curves[f'{name}, lr {rate}'] = runs[rate]['folder']
         lines.append('')
-    lines += ['![val loss](galore.png)', '']
-    with open(os.path.join(laptop.ROOT, 'results', 'galore.md'), 'w') as f:
+    lines += ['![val loss](options.png)', '']
+    with open(os.path.join(laptop.ROOT, 'results', 'options.md'), 'w') as f:
         f.write('\n'.join(lines))
-    plot.draw(curves.values(), os.path.join(laptop.ROOT, 'results', 'galore.png'), labels=list(curves))
+    plot.draw(curves.values(), os.path.join(laptop.ROOT, 'results', 'options.png'), labels=list(curves))
     print(re.sub(r'\n\n+', '\n', '\n'.join(lines)))
 
 
