@@ -77,7 +77,7 @@ def main():
             rate = min(runs, key=lambda rate: float(runs[rate]['val_loss']))
             loss = float(runs[rate]['val_loss'])
             first = first or loss
-            tried = ', '.join(f'{r}: {found["val_loss"]}' for r, found in runs.items())
+            tried = ', '.join(f'{r}: {found["val_loss"]}' for r, found in runs.items() if len(rates) > 1)
             lines.append(f'| {name} | {rate} | {tried if len(rates) > 1 else ""} | {loss:.4f} | {loss / first:.4f} |')
             if len(rates) > 1:
                 curves[f'{name}, lr {rate}'] = runs[rate]['folder']
