@@ -15,6 +15,7 @@ What is not in the papers, and why:
     optimizer = AdamW(model.parameters(), lr=1e-3)         # drop-in: backward(), step()
 """
 
+import contextlib
 import logging
 import math
 import zlib
@@ -148,7 +149,9 @@ class AdamW(torch.optim.Optimizer):
     """AdamW, and what all methods share: per-layer mode, clipping, data parallelism, exact resume.
 
     params: parameters, or groups of them as in torch. state_bits: 32 or 8. grad_clip: largest global gradient norm, 0
-    for none. seed: of the stochastic rounding, which is drawn from (seed, step, parameter), so no generator is state.
+    for none. offload: the moments live in main memory, and on the card only while their parameter is updated: once a
+    step, however many micro-batches it has. seed: of the stochastic rounding, which is drawn from (seed, step,
+    parameter), so no generator is state.
 
     Before each backward of a step the loop says whether it is the step's last, `optimizer.last_micro_batch`; a loop
     without accumulation need not. `step()` drops the gradients itself. Afterwards `grad_norm` is a 0-dim tensor.
@@ -157,7 +160,7 @@ class AdamW(torch.optim.Optimizer):
     step, as small as the method needs it) and `update` (one parameter moves)."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, state_bits=32, grad_clip=0.0,
-                 per_layer=False, seed=0, **defaults):  # fmt: skip
+                 per_layer=False, offload=False, seed=0, **defaults):  # fmt: skip
         if state_bits not in (32, 8):
             raise ValueError(f'state_bits={state_bits} is not a width of the moments: use 32 or 8')
         if per_layer and grad_clip and type(self) is AdamW:
@@ -166,6 +169,7 @@ class AdamW(torch.optim.Optimizer):
                 'and by then per_layer has used and dropped them; set grad_clip=0 or per_layer=False'
             )
         self.state_bits, self.grad_clip, self.per_layer, self.seed = state_bits, grad_clip, per_layer, seed
+        self.home = torch.device('cpu') if offload else None  # of the moments; None: beside their parameter
         self.last_micro_batch = True
         self.grad_norm = None
         self.squares = []  # squared norms of the gradients taken so far in this step
@@ -196,7 +200,21 @@ class AdamW(torch.optim.Optimizer):
     def finish(self, p):
         """Per-layer mode, p's gradient of this step complete: update now, unless clipping waits for all the norms."""
         if not self.grad_clip:
-            self.update(p, self.take(p))
+            with self.moments_at_hand(p):
+                self.update(p, self.take(p))
+
+    @contextlib.contextmanager
+    def moments_at_hand(self, p):
+        """p's moments on p's device, and back home afterwards."""
+        state, names = self.state[p], ('M', 'V', 'M_absmax', 'V_absmax')
+        at_home = {name: state[name] for name in names if name in state} if self.home else {}
+        state.update({name: moment.to(p.device) for name, moment in at_home.items()})
+        yield
+        for name in names if self.home else ():
+            if name in state:
+                if name not in at_home:
+                    at_home[name] = torch.empty_like(state[name], device=self.home, pin_memory=p.is_cuda)
+                state[name] = at_home[name].copy_(state[name])
 
     def has_gradient(self, p):
         return p.grad is not None
@@ -246,10 +264,12 @@ class AdamW(torch.optim.Optimizer):
             norm = torch.stack(self.squares).sum().sqrt()
             keep = (self.grad_clip / (norm + 1e-6)).clamp(max=1.0)  # a tensor: nothing waits for the device
             for p, G in zip(waiting, gradients):
-                self.update(p, G.mul_(keep))
+                with self.moments_at_hand(p):
+                    self.update(p, G.mul_(keep))
         else:
             for p in waiting:
-                self.update(p, self.take(p))
+                with self.moments_at_hand(p):
+                    self.update(p, self.take(p))
         if self.squares:
             self.grad_norm = torch.stack(self.squares).sum().sqrt()
             self.squares = []
@@ -262,7 +282,8 @@ class AdamW(torch.optim.Optimizer):
         saved = [i for group in state_dict['param_groups'] for i in group['params']]
         for i, p in zip(saved, (p for group in self.param_groups for p in group['params'])):
             for name, value in state_dict['state'].get(i, {}).items():
-                self.state[p][name] = value.detach().to(p.device, copy=True) if torch.is_tensor(value) else value
+                here = self.home if self.home and name[0] in 'MV' else p.device
+                self.state[p][name] = value.detach().to(here, copy=True) if torch.is_tensor(value) else value
         self.group_of = {p: group for group in self.param_groups for p in group['params']}
 
 
@@ -285,5 +306,6 @@ def setup(model, config):
         state_bits=config.state_bits,
         grad_clip=config.grad_clip,
         per_layer=config.per_layer,
+        offload=config.offload,
         seed=config.seed,
     )

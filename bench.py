@@ -1,166 +1,757 @@
 """
-What GaLore's parts cost and keep, measured here, as ratios within one run; the tables go to results/bench.md.
+What every method costs and keeps, measured side by side in one run: tables in results/bench.md, a picture beside them.
 
-    python bench.py                              # all of it, about ten minutes on two CPU cores
-    python bench.py --only=memory --n_layer=8    # gradients held: normal against per-layer
+    python bench.py                                          # all of it, about 25 minutes on two CPU cores
+    python bench.py --only=training --training_sizes=60m:2   # one part, printed; files are written when all is measured
+    python bench.py --only=refresh --refresh_sizes=350m:2
 
-refresh: on the real gradients of a real run at the 350m model's shapes, how much of the gradient energy that the SVD's
-basis keeps the warm-started subspace iteration keeps too, and in what share of the time; both are timed on the same
-gradient, one after the other.
-memory: the most bytes of gradient that exist at once, counted over the parameters whenever one of them gets its own.
+Methods take turns, one step each, and a number is the median over the rounds: what slows the machine for a while slows
+all of them, so the ratios stand. Beside ours stand torch's AdamW, bitsandbytes, transformers and, where it is installed,
+the authors' own package (pip install --no-deps galore-torch).
 """
 
+import ctypes
+import functools
+import gc
+import importlib.util
+import math
 import os
+import platform
+import statistics
 import sys
 import time
 
 import torch
 
+import adam
 import configurator
 import galore
+import memest
 import train
 from batches import Tokens
 from build import ROOT, build_model, data_folder
-from memest import LiveBytes
+from model import SIZES, LLaMA, ModelConfig
 
 # ---- config ----------------------------------------------------------------------------------------------------------
-only = 'all'  # 'all' | 'refresh' | 'memory': which part to measure
-n_layer = 2  # blocks of the model that gives the gradients; its widths are the 350m model's
-steps = 160  # training steps of the refresh part
-update_proj_gap = 60  # T of the refresh part: each layer refreshes two or three times within the steps
-rank = 256  # of the basis
-out = 'results/bench.md'  # file to write the tables to, when all is measured; '': none
+only = 'all'  # 'all' | 'optimizers' | 'training' | 'stall' | 'states' | 'refresh' | 'memory': which part to measure
+out = 'results/bench.md'  # file for the tables when all is measured, with the picture beside it; '': none
+amortised_over = 200  # T: steps between two refreshes of a basis, over which the cost of one is spread
+
+# Sizes are names of model.SIZES with the number of blocks to take, as in 130m:12; without a number it is all of them.
+# optimizers: steps on given gradients, without a model
+optimizer_sizes = '60m:1 130m:1 350m:1 1b:1'  # whose blocks' matrices
+repeats = 15  # timed steps of each method
+seconds = 6.0  # a method that has used so many sits out the later rounds; each has 3 steps and one refresh at least
+
+# training, stall: whole training steps on random tokens
+training_sizes = '130m:12 1b:4'  # models for whole steps
+rounds = 3  # timed steps of each method
+batch_size = 8  # windows of 256 tokens in a step
+memory_gb = 20  # methods that take more than this together are measured in groups, each with torch's AdamW in it
+stall_sizes = '130m:1 1b:1'  # models for the stall: few blocks, since whole periods of steps are timed
+periods = 2  # periods of refreshes to time; of each step in them the faster time counts
+
+# states: bytes, nothing is timed
+state_sizes = '60m 130m 350m 1b'  # models whose states at two bytes a number are counted
+claim_sizes = '1b 7b'  # models for the paper's percentages: 8-bit states, all memory of training
+real_sizes = '60m 130m 350m 1b'  # those that take real steps on real tensors; others are traced on fake ones
+
+# refresh, memory: the gradients of a real run
+refresh_sizes = '350m:2 1b:1'  # models that give the gradients
+rank = 0  # of the bases; 0: the paper's for the size
+steps = 160  # training steps at most; it ends as soon as every shape has its refreshes
+refreshes = 12  # refreshes to compare with the SVD, for each shape of gradient
+svd_seconds = 60.0  # after so many in SVDs of one shape no further one is made
+update_proj_gap = 60  # T of these parts
+n_layer = 2  # blocks of the 350m model whose gradients in memory are counted
 # ---- end of config ---------------------------------------------------------------------------------------------------
 
+RANKS = {'60m': 128, '130m': 256, '350m': 256, '1b': 512, '7b': 1024}  # the paper's; of others a quarter of the width
+WINDOW = 256  # tokens
+NEVER = 10**9  # steps to the next refresh, where a part makes refreshes itself or leaves them out
+BASELINE, AUTHORS = 'torch AdamW, fused', 'galore-torch 1.0'  # what the others are divided by
 
-def build(config, **changes):
-    """Model, optimizer and batches of a real run on pystdlib with one block's widths of the 350m model."""
-    flags = ['--model=350m', f'--n_layer={config.n_layer}', f'--rank={config.rank}', '--batch_size=4']
-    flags += [f'--update_proj_gap={config.update_proj_gap}', '--learning_rate=5e-3', '--warmup_iters=20']
-    run = configurator.load(train.__file__, [*flags, *(f'--{k}={v}' for k, v in changes.items())], train.problems)
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def sizes(text):
+    """'130m:12 1b' -> [('130m', 12), ('1b', 24)]."""
+    words = [word.partition(':') for word in text.split()]
+    return [(name, int(blocks or SIZES[name]['n_layer'])) for name, _, blocks in words]
+
+
+def rank_of(size):
+    return RANKS.get(size, SIZES[size]['n_embd'] // 4)
+
+
+def keep_freed_memory():
+    """glibc hands every large freed tensor back to the system, which maps and zeroes the next one page by page: half of
+    what one would measure is page faults, most of all of the embedding's 98 MB gradient. Freed memory stays here
+    instead, for all methods alike."""
+    if platform.libc_ver()[0] == 'glibc':
+        ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def clear():
+    """Between two models it does go back, since pieces of all sizes would add up."""
+    gc.collect()
+    if platform.libc_ver()[0] == 'glibc':
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def timed(step):
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def interleaved(methods, repeats, seconds=math.inf, least=3):
+    """{name: median seconds of methods[name]()}, one step each in every round."""
+    spent = {name: [] for name in methods}
+    for i in range(repeats):
+        for name, step in methods.items():
+            if i < least or sum(spent[name]) < seconds:
+                spent[name].append(timed(step))
+    return {name: statistics.median(times) for name, times in spent.items()}
+
+
+def made_in(step):
+    """Bytes of what step() makes, at their most; what was there before does not count, though it changes in place."""
+    with memest.LiveBytes() as live:
+        for t in gc.get_objects():
+            if type(t) in (torch.Tensor, torch.nn.Parameter):  # isinstance would wake lazy objects of all kinds
+                live.seen[t.untyped_storage()] = 0
+        t = None
+        step()
+    return live.peak
+
+
+@functools.cache
+def matmul_rate():
+    """FLOP/s of a large fp32 product, the best of several: what this machine can do for anybody."""
+    a, b = torch.randn(4096, 4096), torch.randn(4096, 4096)
+    return 2 * 4096**3 / min(timed(lambda: a @ b) for _ in range(6))
+
+
+def state_tensors(optimizer):
+    """Each tensor that an optimizer keeps, as (name, tensor)."""
+    for state in optimizer.state.values():
+        yield from ((name, t) for name, t in state.items() if torch.is_tensor(t))
+        if 'projector' in state:  # galore-torch's
+            yield 'P', state['projector'].ortho_matrix
+
+
+def state_bytes(optimizer):
+    """Of the storages, each once: a slice of a matrix keeps all of the matrix."""
+    storages = [t.untyped_storage() for _, t in state_tensors(optimizer)]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+# ---- the authors' package --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def galore_torch():
+    """The package, or None: no requirement of ours, since nothing but these tables needs it."""
+    try:
+        import galore_torch.galore_projector
+    except ImportError as error:  # it also imports helpers of transformers, which may move
+        print(f'galore-torch: {error}; its rows are left out, pip install --no-deps galore-torch', flush=True)
+        return None
+    return galore_torch
+
+
+def galore_torch_adamw(projected, others, rank):
+    """Its AdamW, with bases as its SVD would leave them, slices of square matrices. So the SVDs of the first step, which
+    take minutes at 1b, are spared; the steps between two refreshes cost the same with any basis."""
+    options = dict(rank=rank, update_proj_gap=NEVER, scale=0.25, proj_type='std')
+    groups = [{'params': projected, **options}] + [{'params': others}] * bool(others)
+    optimizer = galore_torch().GaLoreAdamW(groups, lr=1e-3, no_deprecation_warning=True)
+    square = {m: torch.linalg.qr(torch.randn(m, m))[0] for m in {min(p.shape) for p in projected}}
+    for p in projected:
+        Q, tall = square[min(p.shape)].clone(), p.shape[0] >= p.shape[1]
+        projector = galore_torch().galore_projector.GaLoreProjector(**options)
+        projector.ortho_matrix = Q[:rank] if tall else Q[:, :rank]
+        optimizer.state[p].update(step=1, projector=projector)
+    return optimizer
+
+
+# ---- optimizers ------------------------------------------------------------------------------------------------------
+
+
+def bitsandbytes_adamw(parameters):
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(parameters, lr=1e-3)
+
+
+def galore_adamw(parameters, rank, **options):
+    return galore.GaLoreAdamW(parameters, lr=1e-3, rank=rank, update_proj_gap=NEVER, stagger=False, **options)
+
+
+OPTIMIZERS = {  # name -> (list of matrices, rank) -> optimizer
+    BASELINE: lambda matrices, rank: torch.optim.AdamW(matrices, lr=1e-3, fused=True),
+    'torch AdamW': lambda matrices, rank: torch.optim.AdamW(matrices, lr=1e-3),
+    'bitsandbytes AdamW8bit': lambda matrices, rank: bitsandbytes_adamw(matrices),
+    AUTHORS: lambda matrices, rank: galore_torch_adamw(matrices, [], rank),
+    'AdamW': lambda matrices, rank: adam.AdamW(matrices, lr=1e-3),
+    'AdamW, 8-bit states': lambda matrices, rank: adam.AdamW(matrices, lr=1e-3, state_bits=8),
+    'GaLore': galore_adamw,
+    'GaLore, 8-bit states': functools.partial(galore_adamw, state_bits=8),
+    'GaLore, 8-bit states, 4-bit basis': functools.partial(galore_adamw, state_bits=8, basis_bits=4),
+    'GaLore, Fira': functools.partial(galore_adamw, residual='fira'),
+    'APOLLO': lambda matrices, rank: galore.ApolloAdamW(matrices, lr=1e-3, rank=rank),
+}
+
+
+def has_bases(name):
+    return name.startswith('GaLore') or name == AUTHORS
+
+
+def set_due(optimizer, parameters):
+    """The next step gives these parameters new bases."""
+    for p in parameters:
+        state = optimizer.state[p]
+        if 'projector' in state:
+            state['projector'].ortho_matrix = None
+        else:
+            state['next'] = state['step']
+
+
+def given_steps(name, gradients, rank):
+    """-> optimizer, and functions: a step of it on these gradients, one with all bases due, one with the last alone."""
+    matrices = [torch.nn.Parameter(0.02 * torch.randn_like(G)) for G in gradients]
+    optimizer = OPTIMIZERS[name](matrices, rank)
+    # The first gradients come out of autograd: ours makes its first bases in hooks.
+    sum((p * G).sum() for p, G in zip(matrices, gradients)).backward()
+    optimizer.step()
+
+    def step(due=()):
+        set_due(optimizer, due)
+        for p, G in zip(matrices, gradients):
+            p.grad = G
+        optimizer.step()
+
+    return optimizer, step, functools.partial(step, matrices), functools.partial(step, matrices[-1:])
+
+
+def measure_optimizers(config):
+    rows, T = [], config.amortised_over
+    names = [name for name in OPTIMIZERS if name != AUTHORS or galore_torch()]
+    for size, blocks in sizes(config.optimizer_sizes):
+        wide, narrow, depth = (SIZES[size][key] for key in ('n_inner', 'n_embd', 'n_layer'))
+        shapes = [*[(narrow, narrow)] * 4, (wide, narrow), (wide, narrow), (narrow, wide)]
+        gradients = [0.01 * torch.randn(shape) for shape in shapes * blocks]
+        plain, all_due, last_due, made, kept = {}, {}, {}, {}, {}
+        for name in names:
+            optimizer, plain[name], all_due[name], last_due[name] = given_steps(name, gradients, rank_of(size))
+            plain[name]()
+            made[name], kept[name] = made_in(plain[name]), state_bytes(optimizer)
+        plain = interleaved(plain, config.repeats, config.seconds)
+        print(f'optimizers: {size}: {BASELINE} takes {1000 * plain[BASELINE]:.1f} ms; now refreshes', flush=True)
+        all_due = interleaved(
+            {name: step for name, step in all_due.items() if has_bases(name)}, config.repeats, config.seconds, least=1
+        )
+        last_due = interleaved(
+            {name: step for name, step in last_due.items() if has_bases(name) and name != AUTHORS},
+            config.repeats,
+            config.seconds,
+        )
+        refresh = {name: max(all_due.get(name, 0) - plain[name], 0) for name in names}
+        mean = {name: plain[name] + refresh[name] / T for name in names}
+        for name in names:
+            # Of a whole model, whose step is `copies` of ours: galore-torch refreshes all layers at once, ours in turns.
+            copies, at_once = depth / blocks, math.ceil(7 * depth / T)
+            extra = copies * refresh[name]
+            if name in last_due:
+                extra = at_once * max(last_due[name] - plain[name], 0)
+            row = [size, name, 1000 * plain[name], 1000 * refresh[name] if name in all_due else None]
+            row += [1000 * mean[name], mean[name] / mean[BASELINE], mean[name] / mean.get(AUTHORS, math.nan)]
+            stall = (copies * plain[name] + extra) / (copies * mean[name]) if name in all_due else None
+            rows.append([*row, made[name] / 1e6, kept[name] / 1e6, stall])
+        clear()
+    return rows
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+TRAINERS = {  # name -> train.py's flags where the method is ours
+    BASELINE: None,
+    'AdamW': ['--method=adamw'],
+    'GaLore': ['--method=galore'],
+    'GaLore, per_layer': ['--method=galore', '--per_layer=True'],
+    'GaLore, drop-in': ['--method=galore', '--compile=True'],  # with this, setup attaches nothing; nothing is compiled
+    AUTHORS: None,
+    'transformers, torch AdamW, fused': None,
+}
+
+
+def run_config(size, blocks, *flags):
+    flags = [f'--model={size}', f'--n_layer={blocks}', f'--rank={rank_of(size)}', f'--block_size={WINDOW}', *flags]
+    return configurator.load(train.__file__, flags, train.problems)
+
+
+def on_meta(size, blocks):
+    with torch.device('meta'):
+        return LLaMA(ModelConfig(**SIZES[size] | {'n_layer': blocks}))
+
+
+def block_matrices(model):
+    return [module.weight for module in model.layers.modules() if isinstance(module, torch.nn.Linear)]
+
+
+def transformers_llama(size, blocks):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = ModelConfig(**SIZES[size] | {'n_layer': blocks})
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.n_embd,
+            intermediate_size=c.n_inner,
+            num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head,
+            num_key_value_heads=c.n_kv_head,
+            max_position_embeddings=WINDOW,
+            rms_norm_eps=c.norm_eps,
+            tie_word_embeddings=False,
+            use_cache=False,
+            attn_implementation='sdpa',
+        )
+    )
+
+
+def trainer(name, size, blocks, *flags):
+    """-> model, optimizer, a function that takes one training step on (x, y)."""
+    run = run_config(size, blocks, *(TRAINERS[name] or []), *flags)
+    if name.startswith('transformers'):
+        model = transformers_llama(size, blocks)
+        forward = lambda x, y: model(input_ids=x, labels=x).loss  # noqa: E731, it shifts the labels itself
+    else:
+        model = forward = build_model(run, '', SIZES[size]['vocab_size'], torch.float32, 'cpu')
+    if TRAINERS[name]:
+        optimizer = train.METHODS[run.method].setup(model, run)
+    elif name == AUTHORS:
+        projected = block_matrices(model)
+        chosen = set(projected)
+        optimizer = galore_torch_adamw(projected, [p for p in model.parameters() if p not in chosen], run.rank)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+    def step(x, y):
+        train.training_step(forward, optimizer, [(x, y)], 1e-3, 'cpu')
+        optimizer.zero_grad()  # ours has none left
+
+    return model, optimizer, step
+
+
+def kept_bytes(name, size, blocks):
+    """Weights and states before anything is built; of GaLore's at most, with square bases."""
+    model = on_meta(size, blocks)
+    n, projected = model.n_params(), block_matrices(model)
+    if 'AdamW' in name:
+        return 12 * n
+    small = sum(min(p.shape) ** 2 + 2 * rank_of(size) * max(p.shape) for p in projected)
+    return 4 * (n + 2 * (n - sum(p.numel() for p in projected)) + small)
+
+
+def groups(names, size, blocks, limit):
+    """The methods in groups that fit into `limit` bytes, the baseline in each."""
+    baseline = kept_bytes(BASELINE, size, blocks)
+    room = limit - baseline - baseline / 3 - 3e9  # all gradients; activations
+    found, held = [[BASELINE]], 0
+    for name in names[1:]:
+        held += kept_bytes(name, size, blocks)
+        if held > room and len(found[-1]) > 1:
+            found.append([BASELINE])
+            held = kept_bytes(name, size, blocks)
+        found[-1].append(name)
+    return found
+
+
+def refresh_seconds(size, x, y):
+    """Seconds to refresh the bases of one block, on its own gradients: by one step of our iteration, by their SVD."""
+    rank, ours, svd = rank_of(size), 0.0, {}
+    model, _, step = trainer(BASELINE, size, 1)
+    step(x, y)
+    model(x, y).backward()
+    matrices = block_matrices(model)
+    for p in matrices:
+        G = galore.wide(p.grad)
+        again = functools.partial(galore.orthonormal_basis, G, rank, previous=galore.orthonormal_basis(G, rank))
+        ours += interleaved({'': again}, 3)['']
+        if galore_torch() and p.shape not in svd:  # one of each shape, since it takes long
+            projector = galore_torch().galore_projector.GaLoreProjector(rank)
+            side = 'right' if p.shape[0] >= p.shape[1] else 'left'
+            svd[p.shape] = timed(functools.partial(projector.get_orthogonal_matrix, p.grad, rank, side))
+            print(f'training: {size}: the SVD of a {tuple(p.shape)} gradient took {svd[p.shape]:.2f} s', flush=True)
+    return ours, sum(svd.get(p.shape, 0) for p in matrices)
+
+
+def measure_training(config):
+    rows, T = [], config.amortised_over
+    names = [name for name in TRAINERS if name != AUTHORS or galore_torch()]
+    if not importlib.util.find_spec('transformers'):
+        print('transformers is not installed: its row is left out', flush=True)
+        names.pop()
+    for size, blocks in sizes(config.training_sizes):
+        tokens = torch.randint(SIZES[size]['vocab_size'], (config.batch_size, WINDOW + 1))
+        x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        flops = on_meta(size, blocks).flops_per_token(WINDOW)
+        ours, theirs = (blocks * taken for taken in refresh_seconds(size, x[:2], y[:2]))
+        found = {}
+        for group in groups(names, size, blocks, config.memory_gb * 1e9):
+            clear()
+            print(f'training: {size}, {blocks} blocks: {"; ".join(group)}', flush=True)
+            methods, made, kept = {}, {}, {}
+            for name in group:
+                model, optimizer, step = trainer(name, size, blocks, f'--update_proj_gap={NEVER}', '--stagger=False')
+                methods[name] = functools.partial(step, x, y)
+                step(x[:1], y[:1])  # makes states and bases
+                made[name] = made_in(methods[name])
+                kept[name] = sum(p.nbytes for p in model.parameters()) + state_bytes(optimizer)
+            plain = interleaved(methods, config.rounds)
+            del methods, model, optimizer, step
+            for name in group:
+                refresh = theirs if name == AUTHORS else ours if has_bases(name) else 0.0
+                mean = plain[name] + refresh / T
+                stall = (plain[name] + refresh) / mean if name == AUTHORS else None
+                found[name] = plain[name], refresh / T, mean, mean / plain[BASELINE], made[name], kept[name], stall
+        authors = found[AUTHORS][3] if AUTHORS in found else math.nan  # over the baseline, as all ratios, of its group
+        for name, (plain, refresh, mean, ratio, made, kept, stall) in found.items():
+            speed = x.numel() / mean
+            row = [f'{size}, {blocks} blocks', name, 1000 * plain, 1000 * refresh, 1000 * mean, round(speed)]
+            row += [ratio, ratio / authors, made / 1e6, kept / 1e6]
+            rows.append([*row, f'{100 * flops * speed / matmul_rate():.0f} %', stall])
+        clear()
+    return rows
+
+
+def measure_stall(config):
+    """Layers take turns to refresh: as many a step as in the whole model at T, so with few blocks the period is short."""
+    rows = []
+    for size, blocks in sizes(config.stall_sizes):
+        T = max(round(config.amortised_over * blocks / SIZES[size]['n_layer']), 1)
+        step = trainer('GaLore', size, blocks, f'--update_proj_gap={T}')[2]
+        tokens = torch.randint(SIZES[size]['vocab_size'], (config.batch_size, WINDOW))
+        step(tokens[:1], tokens[:1])  # makes the bases; from now on step t is like step t + T
+        times = []
+        for period in range(config.periods):
+            print(f'stall: {size}: period {period + 1} of {config.periods}, {T} steps', flush=True)
+            times.append([timed(functools.partial(step, tokens, tokens)) for _ in range(T)])
+        best = [min(same) for same in zip(*times)]
+        mean, slowest = statistics.mean(best), max(best)
+        rows.append([f'{size}, {blocks} blocks', T, f'{7 * blocks / T:.2f}', 1000 * mean, 1000 * slowest])
+        rows[-1].append(slowest / mean)
+        del step
+        clear()
+    return rows
+
+
+# ---- states ----------------------------------------------------------------------------------------------------------
+
+SMALL = ['--state_bits=8', '--basis_bits=4']
+
+
+def real_optimizer(size, *flags):
+    """The GaLore optimizer of a whole bf16 model after two real steps."""
+    run = run_config(size, SIZES[size]['n_layer'], '--dtype=bfloat16', '--per_layer=True', *flags)
+    model = build_model(run, '', SIZES[size]['vocab_size'], torch.bfloat16, 'cpu')
+    optimizer = galore.setup(model, run)
+    for _ in range(2):
+        tokens = torch.randint(model.config.vocab_size, (1, 32))
+        train.training_step(model, optimizer, [(tokens, tokens)], 1e-3, 'cpu')
+    return optimizer
+
+
+def planned(size, *flags, dtype='bfloat16'):
+    """The plan of a whole model's training: 2,048 tokens a step, blocks computed again in backward."""
+    flags = [f'--dtype={dtype}', '--checkpointing=True', '--batch_size=1', '--block_size=2048', *flags]
+    run = run_config(size, SIZES[size]['n_layer'], *flags)
+    model_config = ModelConfig(**SIZES[size] | {'block_size': run.block_size})
+    dtype, setup = getattr(torch, dtype), train.METHODS[run.method].setup
+    return memest.trace(model_config, dtype, run, setup, train.training_step, dtype)
+
+
+def measure_states(config):
+    rows, real = [], config.real_sizes.split()
+
+    def compare(what, size, how, ours, theirs, claim=''):
+        rows.append([what, size, how, ours, theirs, f'{100 * (1 - ours / theirs):.1f} %', claim])
+        print(f'states: {what}, {size}, {how}: {ours:,} bytes', flush=True)
+        clear()
+
+    for size, blocks in sizes(config.state_sizes):
+        if size in real:
+            tensors = state_tensors(real_optimizer(size))
+            numbers = sum(t.numel() for name, t in tensors if name in ('M', 'V', 'P'))
+        else:
+            numbers = planned(size, dtype='float32').states // 4  # all of them are fp32 then
+        how, bf16_adamw = 'real' if size in real else 'fake', 4 * on_meta(size, blocks).n_params()
+        compare('states of GaLore at 2 bytes a number', size, how, 2 * numbers, bf16_adamw)
+    for size, blocks in sizes(config.claim_sizes):
+        n = on_meta(size, blocks).n_params()
+        plan = planned(size, *SMALL, '--per_layer=True')
+        ours = state_bytes(real_optimizer(size, *SMALL)) if size in real else plan.states
+        how = 'real' if size in real else 'fake'
+        compare('states of GaLore in 8 bits, bases in 4', size, how, ours, 4 * n, '82.5 %' if size == '7b' else '')
+        adamw = planned(size, '--method=adamw')
+        adamw = adamw.total - adamw.states + 4 * n  # its moments at two bytes each, as the paper counts
+        compare('all memory of training', size, 'fake', plan.total, adamw, '63.3 %' if size == '7b' else '')
+    return rows
+
+
+# ---- real gradients --------------------------------------------------------------------------------------------------
+
+
+def real_run(config, size, blocks, *flags):
+    """-> a function of t that takes step t of a run on pystdlib, and its optimizer."""
+    base = ['--batch_size=4', f'--update_proj_gap={config.update_proj_gap}', f'--max_iters={config.steps}']
+    base += ['--learning_rate=5e-3', '--warmup_iters=20', f'--rank={config.rank or rank_of(size)}']
+    run = run_config(size, blocks, *base, *flags)
     folder = data_folder(run)
     tokens = Tokens(folder, 'train', run.block_size)
     model = build_model(run, folder, tokens.vocab_size, torch.float32, 'cpu')
-    return run, model, train.METHODS[run.method].setup(model, run), tokens
+    optimizer = train.METHODS[run.method].setup(model, run)
 
+    def step(t):
+        n = run.gradient_accumulation_steps
+        batches = [tokens.batch(run.seed, t * n + i, run.batch_size)[:2] for i in range(n)]
+        return train.training_step(model, optimizer, batches, train.learning_rate_at(t, run), 'cpu').item()
 
-def step(run, model, optimizer, tokens, t):
-    n = run.gradient_accumulation_steps
-    batches = [tokens.batch(run.seed, t * n + i, run.batch_size)[:2] for i in range(n)]
-    return train.training_step(model, optimizer, batches, train.learning_rate_at(t, run), 'cpu').item()
+    return step, model, optimizer
 
 
 def measure_refresh(config):
-    """-> rows (shape, refreshes, energy of subspace / of svd: mean and least, of the stale P, seconds of each)."""
-    run, model, optimizer, tokens = build(config, max_iters=config.steps)
-    seen = {}  # (m, n) -> list of (energy kept by the new P, by the old one, by the SVD's, seconds, seconds of the SVD)
-    ours = galore.orthonormal_basis
-
-    def measured(G, rank, refresh, previous=None):
-        if previous is None:
-            return ours(G, rank, refresh)
-        started = time.perf_counter()
-        P = ours(G, rank, 'subspace', previous)
-        between = time.perf_counter()
-        best = ours(G, rank, 'svd')
-        ended = time.perf_counter()
-        kept = [(basis.T @ G).square().sum().item() for basis in (P, previous, best)]
-        seen.setdefault(tuple(G.shape), []).append((*kept, between - started, ended - between))
-        return P
-
-    galore.orthonormal_basis = measured
-    try:
-        for t in range(config.steps):
-            loss = step(run, model, optimizer, tokens, t)
-            if t % 20 == 0:
-                print(f'refresh: step {t}/{config.steps}, loss {loss:.3f}', flush=True)
-    finally:
-        galore.orthonormal_basis = ours
+    """Each new P of a run against the SVD's of the same gradient, and both timed."""
     rows = []
-    for (m, n), found in sorted(seen.items()):
-        found = torch.tensor(found, dtype=torch.float64)
-        new, stale = found[:, 0] / found[:, 2], found[:, 1] / found[:, 2]
-        seconds, svd_seconds = found[:, 3].median().item(), found[:, 4].median().item()
-        row = [f'{m} x {n}', len(found), f'{new.mean():.4f}', f'{new.min():.4f}', f'{stale.mean():.4f}']
-        rows.append([*row, f'{1000 * seconds:.0f}', f'{1000 * svd_seconds:.0f}', f'1/{svd_seconds / seconds:.0f}'])
+    for size, blocks in sizes(config.refresh_sizes):
+        seen = {}  # (m, n) -> list of (energy kept by the new P, by the old one, by the SVD's, seconds, seconds of SVD)
+        wanted = {tuple(galore.wide(p).shape) for p in block_matrices(on_meta(size, 1))}
+        ours = galore.orthonormal_basis
+
+        def enough(shape, seen=seen):
+            found = seen.get(shape, [])
+            return len(found) >= config.refreshes or sum(row[4] for row in found) > config.svd_seconds
+
+        def measured(G, rank, refresh, previous=None, seen=seen, enough=enough, ours=ours):
+            if previous is None or enough(tuple(G.shape)):
+                return ours(G, rank, refresh, previous)
+            started = time.perf_counter()
+            P = ours(G, rank, 'subspace', previous)
+            between = time.perf_counter()
+            best = ours(G, rank, 'svd')
+            ended = time.perf_counter()
+            kept = [(basis.T @ G).square().sum().item() for basis in (P, previous, best)]
+            seen.setdefault(tuple(G.shape), []).append((*kept, between - started, ended - between))
+            return P
+
+        step = real_run(config, size, blocks)[0]
+        galore.orthonormal_basis = measured
+        try:
+            for t in range(config.steps):
+                loss = step(t)
+                if t % 10 == 0:
+                    count = ', '.join(f'{m} x {n}: {len(found)}' for (m, n), found in sorted(seen.items()))
+                    print(f'refresh: {size}: step {t}/{config.steps}, loss {loss:.3f}; {count}', flush=True)
+                if all(map(enough, wanted)):
+                    break
+        finally:
+            galore.orthonormal_basis = ours
+        for (m, n), found in sorted(seen.items()):
+            found = torch.tensor(found, dtype=torch.float64)
+            new, stale = found[:, 0] / found[:, 2], found[:, 1] / found[:, 2]
+            taken, svd = found[:, 3].median().item(), found[:, 4].median().item()
+            row = [f'{size}, {blocks} blocks', f'{m} x {n}', config.rank or rank_of(size), len(found)]
+            row += [f'{new.mean():.4f}', f'{new.min():.4f}', f'{stale.mean():.4f}']
+            rows.append([*row, 1000 * taken, 1000 * svd, f'1/{svd / taken:.0f}'])
+        del step
+        clear()
     return rows
 
 
 def measure_memory(config):
-    """-> rows (mode, most MB of gradients at once, in blocks of the model's largest matrix)."""
-    rows = []
-    for name, changes in {
-        'normal': {},
-        'per_layer': {'per_layer': True},
-        'normal, 4 micro-batches': {'gradient_accumulation_steps': 4},
-        'per_layer, 4 micro-batches': {'per_layer': True, 'gradient_accumulation_steps': 4},
+    """Gradients are counted whenever one of them is complete, before and after the optimizer has had it."""
+    rows, micro = [], '--gradient_accumulation_steps=4'
+    for name, flags in {
+        'AdamW': ['--method=adamw'],
+        'AdamW, per_layer': ['--method=adamw', '--per_layer=True'],
+        'GaLore, drop-in': ['--compile=True'],
+        'GaLore': [],
+        'GaLore, per_layer': ['--per_layer=True'],
+        'AdamW, 4 micro-batches': ['--method=adamw', micro],
+        'GaLore, 4 micro-batches': [micro],
+        'GaLore, per_layer, 4 micro-batches': ['--per_layer=True', micro],
     }.items():
-        run, model, optimizer, tokens = build(config, batch_size=1, **changes)
-        parameters, most = list(model.parameters()), [0, 0]
-        step(run, model, optimizer, tokens, 0)  # every P is made here, from one layer's gradient at a time
-        ready = galore.GaLoreAdamW.gradient_ready
+        step, model, optimizer = real_run(config, '350m', config.n_layer, '--batch_size=1', *flags)
+        step(0)  # every P is made here, from one layer's gradient at a time
+        parameters, placeholders = list(model.parameters()), list(getattr(optimizer, 'R', {}).values())
+        most = [0, 0]
 
-        def counted(optimizer, p, ready=ready, parameters=parameters, most=most):
-            full = sum(q.grad.nbytes for q in parameters if q.grad is not None)
-            most[0] = max(most[0], full)
-            ready(optimizer, p)
-            most[1] = max(most[1], sum(R.nbytes for R in optimizer.R.values()))
+        def watched(ready, parameters=parameters, placeholders=placeholders, most=most):
+            def count():
+                for i, tensors in enumerate((parameters, placeholders)):
+                    most[i] = max(most[i], sum(t.grad.nbytes for t in tensors if t.grad is not None))
 
-        for p in parameters:  # in place of the optimizer's own hooks, which drop the gradient
+            def counted(p):
+                count()
+                ready(p)
+                count()
+
+            return counted
+
+        for p in parameters:
             p._post_accumulate_grad_hooks.clear()
-            p.register_post_accumulate_grad_hook(lambda p, optimizer=optimizer: counted(optimizer, p))
-        with LiveBytes() as live:
-            step(run, model, optimizer, tokens, 1)
+            p.register_post_accumulate_grad_hook(watched(optimizer.gradient_ready))
+        if placeholders:
+            optimizer.R_ready = watched(optimizer.R_ready)
+        made = made_in(lambda step=step: step(1))
         largest = max(p.nbytes for p in parameters)
-        rows.append((name, f'{most[0] / 1e6:.1f}', f'{most[0] / largest:.2f}', f'{most[1] / 1e6:.1f}',
-                     f'{live.peak / 1e6:.0f}'))  # fmt: skip
-        print(f'memory: {name}: {rows[-1][1]} MB of gradients', flush=True)
+        rows.append([name, most[0] / 1e6, most[0] / largest, most[1] / 1e6, made / 1e6])
+        print(f'memory: {name}: {most[0] / 1e6:.1f} MB of full gradients', flush=True)
+        del step, model, optimizer, parameters, placeholders, watched, p
+        clear()
     return rows
 
 
+# ---- tables and picture ----------------------------------------------------------------------------------------------
+
+# name -> function that gives the rows, heading, what is measured (keys of the config in braces), head of the table
+PARTS = {
+    'optimizers': (
+        measure_optimizers,
+        'The optimizer alone, on given gradients',
+        "The matrices of some blocks of each size ({optimizer_sizes}), fp32, the paper's ranks, no embeddings: one step "
+        'without a refresh, a refresh of all bases, and a step with its share of one at T {amortised_over}; the last '
+        'column is of all blocks of a whole model, where galore-torch refreshes all layers in one step and ours take '
+        'turns. galore-torch keeps its bases as slices of square matrices, which stay whole.',
+        ['size', 'optimizer', 'ms', 'ms a refresh', 'ms amortised', f'over {BASELINE}', 'over galore-torch',
+         'MB made in a step', 'MB of states', 'slowest step over mean'],
+    ),
+    'training': (
+        measure_training,
+        'Whole training steps',
+        'Forward, backward and update on {batch_size} x 256 random tokens, fp32, vocabulary 32,000: a step without a '
+        'refresh, and the share of one at T {amortised_over}, timed on gradients of the model. MB made in a step: '
+        'gradients, activations and temporaries. Matmul: the share of the rate above that is reached by the FLOPs of '
+        "forward and backward that AdamW needs (GaLore's backward needs fewer). Ratios are taken within groups of "
+        'models that fit {memory_gb} GB together, each with the first row in it.',
+        ['model', 'method', 'ms', 'ms of refreshes', 'ms amortised', 'tokens/s', f'over {BASELINE}',
+         'over galore-torch', 'MB made in a step', 'MB of weights and states', 'matmul', 'slowest step over mean'],
+    ),
+    'stall': (
+        measure_stall,
+        'The slowest step of a training run',
+        'Whole steps of GaLore with layers that refresh in turns, as many a step as in the whole model at T '
+        '{amortised_over}; in a model of few blocks a step is short, and what a refresh adds to it counts for more than '
+        'in the whole one. Of each step of a period the faster of {periods} times counts.',
+        ['model', 'steps in a period', 'refreshes a step', 'ms, mean', 'ms, slowest', 'slowest over mean'],
+    ),
+    'states': (
+        measure_states,
+        'Bytes',
+        'Against AdamW in bf16, with moments of two bytes, 4 bytes a parameter. All memory of training: planned peak at '
+        '1 x 2,048 tokens with blocks computed again in backward, ours with per_layer, 8-bit states and 4-bit bases; '
+        'AdamW with weights, gradients and moments of two bytes each and what its own planned step has alive besides. '
+        'Real: counted after two real steps; fake: a step on fake tensors. Not counted: as in memest.py.',
+        ['what', 'model', 'tensors', 'bytes', "AdamW's", 'below it', "the paper's claim"],
+    ),
+    'refresh': (
+        measure_refresh,
+        'A new P on real gradients',
+        'Training on pystdlib, T {update_proj_gap}: how much of the gradient energy that the SVD would keep a new P '
+        'keeps, and the old one would have; both are timed on the same gradient.',
+        ['model', 'gradient', 'rank', 'refreshes', "energy kept, of the SVD's: mean", 'least', 'by the old P', 'ms',
+         'ms of the SVD', 'time'],
+    ),
+    'memory': (
+        measure_memory,
+        'Gradients alive at once',
+        '{n_layer} blocks of the 350m model, fp32, batch 1 x 256, pystdlib: the most there are whenever one of them is '
+        'complete, between two refreshes.',
+        ['mode', 'most MB of full gradients', 'in largest matrices', 'MB of projected ones', 'MB made in a step'],
+    ),
+}  # fmt: skip
+
+
+def cell(value):
+    """Numbers with three digits or more, whatever their size; what is not there is empty."""
+    if value is None or value != value:
+        return ''
+    if isinstance(value, float):
+        return f'{value:,.0f}' if abs(value) >= 100 else f'{value:.1f}' if abs(value) >= 10 else f'{value:.2f}'
+    return f'{value:,}' if isinstance(value, int) else value
+
+
 def table(head, rows):
-    return [f'| {" | ".join(map(str, row))} |' for row in (head, ['---'] * len(head), *rows)]
+    return [f'| {" | ".join(map(cell, row))} |' for row in (head, ['---'] * len(head), *rows)]
+
+
+def draw(rows, png):
+    """Two panels: what a training step and an optimizer's step take, over torch's fused AdamW."""
+    try:
+        import matplotlib
+    except ImportError:
+        print('no picture: matplotlib is not installed (pip install -r requirements-extra.txt)')
+        return False
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(14, 6), layout='constrained')
+    for axes, part, column, title in zip(
+        panels, ('training', 'optimizers'), (6, 5), ('whole training step', "the optimizer's step alone, log scale")
+    ):
+        names = list(dict.fromkeys(row[1] for row in rows[part]))
+        models = list(dict.fromkeys(row[0] for row in rows[part]))
+        for i, model in enumerate(models):
+            ratios = {row[1]: row[column] for row in rows[part] if row[0] == model}
+            where = [names.index(name) + 0.8 * ((i + 0.5) / len(models) - 0.5) for name in ratios]
+            bars = axes.barh(where, list(ratios.values()), 0.75 / len(models), label=model)
+            axes.bar_label(bars, fmt='%.2f', fontsize=7, padding=2)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.axvline(1, color='black', lw=0.8)
+        axes.set(title=title, xlabel=f'time over {BASELINE}, refreshes included')
+        axes.legend()
+    panels[1].set_xscale('log')
+    figure.savefig(png, dpi=120)
+    plt.close(figure)
+    return True
 
 
 def main(config):
+    keep_freed_memory()
     torch.manual_seed(0)
-    command = f'`python {" ".join(["bench.py", *sys.argv[1:]])}`'
     lines = [
-        '# Measured parts',
+        '# Measured side by side',
         '',
-        f'Made by {command}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads.',
+        f'Made by `python {" ".join(["bench.py", *sys.argv[1:]])}` with torch {torch.__version__} on '
+        f'{torch.get_num_threads()} CPU threads that multiply fp32 matrices at {matmul_rate() / 1e9:.0f} GFLOP/s. '
+        'Methods take turns, times are medians. For all of them alike, glibc keeps freed memory (mallopt): otherwise '
+        "half of what is measured is page faults. MB made in a step are the storages made in it and alive at once; "
+        'weights and states that were there before do not count.',
         '',
     ]
-    shape = f'{config.n_layer} blocks of the 350m shape, rank {config.rank}'
-    if config.only in ('all', 'refresh'):
-        head = [
-            'gradient',
-            'refreshes',
-            'energy kept, of the SVD\'s: mean',
-            'least',
-            'by the old P',
-            'ms',
-            'ms of the SVD',
-            'time',
-        ]
-        lines += [
-            f'## A new P on real gradients ({shape}, T {config.update_proj_gap}, {config.steps} steps of training)',
-            '',
-        ]
-        lines += [*table(head, measure_refresh(config)), '']
-    if config.only in ('all', 'memory'):
-        head = [
-            'mode',
-            'most MB of full gradients',
-            'in largest matrices',
-            'MB of projected ones beside them',
-            'peak MB made in the step',
-        ]
-        lines += [f'## Gradients alive at once ({shape}, fp32, batch 1)', '', *table(head, measure_memory(config)), '']
-    print('\n'.join(lines))
-    if config.out and config.only == 'all':
-        with open(os.path.join(ROOT, config.out), 'w') as f:
-            f.write('\n'.join(lines))
+    print(lines[2], flush=True)
+    rows, write = {}, config.out and config.only == 'all'
+    path = os.path.join(ROOT, config.out)
+    for name, (measure, heading, text, head) in PARTS.items():
+        if config.only not in ('all', name):
+            continue
+        started = time.perf_counter()
+        rows[name] = measure(config)
+        part = [f'## {heading}', '', text.format(**vars(config)), '', *table(head, rows[name]), '']
+        print('\n'.join(part), f'{name}: {(time.perf_counter() - started) / 60:.1f} minutes', sep='\n', flush=True)
+        lines += part
+        if write:  # after each part: what is measured is not lost
+            with open(path, 'w') as f:
+                f.write('\n'.join(lines))
+    png = os.path.splitext(path)[0] + '.png'
+    if write and draw(rows, png):
+        with open(path, 'a') as f:
+            f.write(f'\n![time over {BASELINE}]({os.path.basename(png)})\n')
 
 
 if __name__ == '__main__':

@@ -169,7 +169,7 @@ class GaLoreAdamW(AdamW):
 
     def __init__(self, params, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, rank=128, update_proj_gap=200,
                  scale=0.25, refresh='subspace', stagger=True, basis_bits=16, lazy=0.0, moments='keep', residual='none',
-                 state_bits=32, grad_clip=0.0, per_layer=False, seed=0):  # fmt: skip
+                 state_bits=32, grad_clip=0.0, per_layer=False, offload=False, seed=0):  # fmt: skip
         for name, value, allowed in (
             ('refresh', refresh, ('subspace', 'svd')),
             ('basis_bits', basis_bits, (16, 8, 4)),
@@ -186,7 +186,18 @@ class GaLoreAdamW(AdamW):
         self.R = {}  # p -> a placeholder of shape (r, n) that takes no memory; its .grad is R while a step is under way
         self.attached = set()
         super().__init__(
-            params, lr, betas, eps, weight_decay, state_bits, grad_clip, per_layer, seed, rank=rank, scale=scale
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            state_bits,
+            grad_clip,
+            per_layer,
+            offload,
+            seed,
+            rank=rank,
+            scale=scale,
         )
 
     def add_param_group(self, group):
@@ -273,16 +284,11 @@ class GaLoreAdamW(AdamW):
         if self.lazy:
             state['overlap'] = Q.square().sum() / len(Q)  # 1: the same subspace, r / m: a random one
         if 'M' in state and self.moments != 'keep':
-            M, V = load(state, 'M'), load(state, 'V')
-            if self.moments == 'rotate':
-                new_M, new_V = turned(M, V, Q, group['betas'], step)
-                M.copy_(new_M)
-                V.copy_(new_V)
-            else:
-                M.zero_()
-                V.zero_()
-            store(state, 'M', M)
-            store(state, 'V', V)
+            with self.moments_at_hand(p):
+                M, V = load(state, 'M'), load(state, 'V')
+                new_M, new_V = turned(M, V, Q, group['betas'], step) if self.moments == 'rotate' else (0 * M, 0 * V)
+                for name, old, new in (('M', M, new_M), ('V', V, new_V)):
+                    store(state, name, old.copy_(new))
 
     def be_lazy(self, p):
         """When p's next refresh has come: put it off where the last one found the subspace hardly turned. The one place
@@ -398,12 +404,23 @@ class ApolloAdamW(AdamW):
     which is meant for rank 1 and scale sqrt(128)."""
 
     def __init__(self, params, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, rank=128, update_proj_gap=200,
-                 scale=1.0, tensorwise=False, state_bits=32, grad_clip=0.0, per_layer=False, seed=0):  # fmt: skip
+                 scale=1.0, tensorwise=False, state_bits=32, grad_clip=0.0, per_layer=False, offload=False, seed=0):  # fmt: skip
         if update_proj_gap < 1:
             raise ValueError(f'update_proj_gap={update_proj_gap} is not a number of steps: use 1 or more')
         self.T, self.tensorwise = update_proj_gap, tensorwise
         super().__init__(
-            params, lr, betas, eps, weight_decay, state_bits, grad_clip, per_layer, seed, rank=rank, scale=scale
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            state_bits,
+            grad_clip,
+            per_layer,
+            offload,
+            seed,
+            rank=rank,
+            scale=scale,
         )
 
     def update(self, p, G):
@@ -444,6 +461,7 @@ def setup(model, config):
         state_bits=config.state_bits,
         grad_clip=config.grad_clip,
         per_layer=config.per_layer,
+        offload=config.offload,
         seed=config.seed,
     )
     groups = [{'params': [module.weight for module in linears]}, *({**group, 'rank': 0} for group in others)]

@@ -49,7 +49,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != 'meta':  # `trace` keeps main memory there
                 self.add(tensor.untyped_storage())
         return out
 
@@ -76,6 +76,8 @@ def trace(model_config, dtype, config, setup, step, compute_dtype=None):
         model = LLaMA(replace(model_config), dtype=dtype)
         model.checkpointing, model.compute_dtype = config.checkpointing, compute_dtype
         optimizer = setup(model, config)  # may put weights into fewer bits
+        if config.offload:
+            optimizer.home = torch.device('meta')
         weights = live.now
         for _ in range(2):  # the first step makes states and bases, the second has them all along
             tokens = [
@@ -87,6 +89,7 @@ def trace(model_config, dtype, config, setup, step, compute_dtype=None):
             t
             for state in optimizer.state.values()
             for name, t in state.items()
-            if isinstance(t, torch.Tensor) and name not in ('W', 'W_scale')  # int8 weights are weights
+            # int8 weights are weights, and what is offloaded takes none of the card
+            if isinstance(t, torch.Tensor) and name not in ('W', 'W_scale') and t.device.type != 'meta'
         ]
         return Plan(weights, sum(t.untyped_storage().nbytes() for t in kept), live.peak)

@@ -85,6 +85,7 @@ dtype = 'auto'  # 'auto' | 'float32' | 'bfloat16': of the weights; auto: bfloat1
 state_bits = 32  # 32 | 8: of Adam's moments; 8 is blockwise and saves 3/4 of them
 basis_bits = 16  # 16 | 8 | 4: of galore's bases; 16 stands for the weights' own dtype
 weight_bits = 16  # 16 | 8: 8 keeps the blocks' weights as int8 with stochastic rounding (galore); 16: as dtype says
+offload = False  # Adam's moments stay in main memory and visit the card once a step, while their layer is updated
 per_layer = False  # update each weight inside backward and drop its gradient; saves a copy of the weights, same result
 checkpointing = False  # keep only each block's input and compute the block again in backward: a quarter slower here
 compile = False  # torch.compile: 15 s to start, then a sixth faster here; off, with the reason, where it fails
