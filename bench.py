@@ -6,7 +6,7 @@ What every method costs and keeps, measured side by side in one run: tables in r
     python bench.py --only=refresh --refresh_sizes=350m:2
 
 Methods take turns, one step each, and a number is the median over the rounds: what slows the machine for a while slows
-all of them, so the ratios stand. Beside ours stand torch's AdamW, bitsandbytes, transformers and, where it is installed,
+all of them, so the ratios stand. Beside ours are torch's AdamW, bitsandbytes, transformers and, where it is installed,
 the authors' own package (pip install --no-deps galore-torch).
 """
 
@@ -14,9 +14,11 @@ import ctypes
 import functools
 import gc
 import importlib.util
+import itertools
 import math
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -41,10 +43,10 @@ amortised_over = 200  # T: steps between two refreshes of a basis, over which th
 # optimizers: steps on given gradients, without a model
 optimizer_sizes = '60m:1 130m:1 350m:1 1b:1'  # whose blocks' matrices
 repeats = 15  # timed steps of each method
-seconds = 6.0  # a method that has used so many sits out the later rounds; each has 3 steps and one refresh at least
+seconds = 3.0  # a method that has used so many sits out the later rounds; each has 3 steps and one refresh at least
 
 # training, stall: whole training steps on random tokens
-training_sizes = '130m:12 1b:4'  # models for whole steps
+training_sizes = '130m:12 1b:3'  # models for whole steps
 rounds = 3  # timed steps of each method
 batch_size = 8  # windows of 256 tokens in a step
 memory_gb = 20  # methods that take more than this together are measured in groups, each with torch's AdamW in it
@@ -59,11 +61,11 @@ real_sizes = '60m 130m 350m 1b'  # those that take real steps on real tensors; o
 # refresh, memory: the gradients of a real run
 refresh_sizes = '350m:2 1b:1'  # models that give the gradients
 rank = 0  # of the bases; 0: the paper's for the size
-steps = 160  # training steps at most; it ends as soon as every shape has its refreshes
-refreshes = 12  # refreshes to compare with the SVD, for each shape of gradient
-svd_seconds = 60.0  # after so many in SVDs of one shape no further one is made
-update_proj_gap = 60  # T of these parts
-n_layer = 2  # blocks of the 350m model whose gradients in memory are counted
+steps = 120  # training steps at most; it ends as soon as every shape of gradient has its refreshes
+refreshes = 12  # refreshes to compare with the SVD, for each shape
+minutes = 2.0  # for each model; a shape that has no two refreshes by then gets them
+update_proj_gap = 50  # T
+memory_sizes = '350m:2'  # models whose gradients in memory are counted
 # ---- end of config ---------------------------------------------------------------------------------------------------
 
 RANKS = {'60m': 128, '130m': 256, '350m': 256, '1b': 512, '7b': 1024}  # the paper's; of others a quarter of the width
@@ -81,6 +83,11 @@ def sizes(text):
     return [(name, int(blocks or SIZES[name]['n_layer'])) for name, _, blocks in words]
 
 
+def named(size, blocks):
+    all_of_them = SIZES[size]['n_layer']
+    return size if blocks == all_of_them else f'{size}, {blocks} of {all_of_them} blocks'
+
+
 def rank_of(size):
     return RANKS.get(size, SIZES[size]['n_embd'] // 4)
 
@@ -94,8 +101,13 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def clear():
-    """Between two models it does go back, since pieces of all sizes would add up."""
+def clear(*optimizers):
+    """Between two models it does go back, since pieces of all sizes would add up. A parameter and the optimizer in its
+    hook hold each other where gc cannot see it: without hooks they go."""
+    for optimizer in optimizers:
+        parameters = [p for group in optimizer.param_groups for p in group['params']]
+        for p in (*parameters, *getattr(optimizer, 'R', {}).values()):
+            p._post_accumulate_grad_hooks = None
     gc.collect()
     if platform.libc_ver()[0] == 'glibc':
         ctypes.CDLL(None).malloc_trim(0)
@@ -164,8 +176,8 @@ def galore_torch():
 
 
 def galore_torch_adamw(projected, others, rank):
-    """Its AdamW, with bases as its SVD would leave them, slices of square matrices. So the SVDs of the first step, which
-    take minutes at 1b, are spared; the steps between two refreshes cost the same with any basis."""
+    """Its AdamW, with bases of the layout that its SVD leaves, slices of square matrices: steps between two refreshes
+    cost the same with any basis, and the SVDs of the first step, minutes at 1b, are spared."""
     options = dict(rank=rank, update_proj_gap=NEVER, scale=0.25, proj_type='std')
     groups = [{'params': projected, **options}] + [{'params': others}] * bool(others)
     optimizer = galore_torch().GaLoreAdamW(groups, lr=1e-3, no_deprecation_warning=True)
@@ -244,11 +256,12 @@ def measure_optimizers(config):
         wide, narrow, depth = (SIZES[size][key] for key in ('n_inner', 'n_embd', 'n_layer'))
         shapes = [*[(narrow, narrow)] * 4, (wide, narrow), (wide, narrow), (narrow, wide)]
         gradients = [0.01 * torch.randn(shape) for shape in shapes * blocks]
-        plain, all_due, last_due, made, kept = {}, {}, {}, {}, {}
+        plain, all_due, last_due, made, kept, used = {}, {}, {}, {}, {}, []
         for name in names:
             optimizer, plain[name], all_due[name], last_due[name] = given_steps(name, gradients, rank_of(size))
             plain[name]()
             made[name], kept[name] = made_in(plain[name]), state_bytes(optimizer)
+            used.append(optimizer)
         plain = interleaved(plain, config.repeats, config.seconds)
         print(f'optimizers: {size}: {BASELINE} takes {1000 * plain[BASELINE]:.1f} ms; now refreshes', flush=True)
         all_due = interleaved(
@@ -262,7 +275,7 @@ def measure_optimizers(config):
         refresh = {name: max(all_due.get(name, 0) - plain[name], 0) for name in names}
         mean = {name: plain[name] + refresh[name] / T for name in names}
         for name in names:
-            # Of a whole model, whose step is `copies` of ours: galore-torch refreshes all layers at once, ours in turns.
+            # The stall is a whole model's, `copies` of ours: galore-torch refreshes all layers at once, ours in turns.
             copies, at_once = depth / blocks, math.ceil(7 * depth / T)
             extra = copies * refresh[name]
             if name in last_due:
@@ -271,7 +284,7 @@ def measure_optimizers(config):
             row += [1000 * mean[name], mean[name] / mean[BASELINE], mean[name] / mean.get(AUTHORS, math.nan)]
             stall = (copies * plain[name] + extra) / (copies * mean[name]) if name in all_due else None
             rows.append([*row, made[name] / 1e6, kept[name] / 1e6, stall])
-        clear()
+        clear(*used)
     return rows
 
 
@@ -403,17 +416,18 @@ def measure_training(config):
         ours, theirs = (blocks * taken for taken in refresh_seconds(size, x[:2], y[:2]))
         found = {}
         for group in groups(names, size, blocks, config.memory_gb * 1e9):
-            clear()
-            print(f'training: {size}, {blocks} blocks: {"; ".join(group)}', flush=True)
-            methods, made, kept = {}, {}, {}
+            print(f'training: {named(size, blocks)}: {"; ".join(group)}', flush=True)
+            methods, made, kept, used = {}, {}, {}, []
             for name in group:
                 model, optimizer, step = trainer(name, size, blocks, f'--update_proj_gap={NEVER}', '--stagger=False')
                 methods[name] = functools.partial(step, x, y)
                 step(x[:1], y[:1])  # makes states and bases
                 made[name] = made_in(methods[name])
                 kept[name] = sum(p.nbytes for p in model.parameters()) + state_bytes(optimizer)
+                used.append(optimizer)
             plain = interleaved(methods, config.rounds)
             del methods, model, optimizer, step
+            clear(*used)
             for name in group:
                 refresh = theirs if name == AUTHORS else ours if has_bases(name) else 0.0
                 mean = plain[name] + refresh / T
@@ -422,19 +436,18 @@ def measure_training(config):
         authors = found[AUTHORS][3] if AUTHORS in found else math.nan  # over the baseline, as all ratios, of its group
         for name, (plain, refresh, mean, ratio, made, kept, stall) in found.items():
             speed = x.numel() / mean
-            row = [f'{size}, {blocks} blocks', name, 1000 * plain, 1000 * refresh, 1000 * mean, round(speed)]
+            row = [named(size, blocks), name, 1000 * plain, 1000 * refresh, 1000 * mean, round(speed)]
             row += [ratio, ratio / authors, made / 1e6, kept / 1e6]
             rows.append([*row, f'{100 * flops * speed / matmul_rate():.0f} %', stall])
-        clear()
     return rows
 
 
 def measure_stall(config):
-    """Layers take turns to refresh: as many a step as in the whole model at T, so with few blocks the period is short."""
+    """Layers take turns to refresh, as many a step as in the whole model at T: with few blocks the period is short."""
     rows = []
     for size, blocks in sizes(config.stall_sizes):
         T = max(round(config.amortised_over * blocks / SIZES[size]['n_layer']), 1)
-        step = trainer('GaLore', size, blocks, f'--update_proj_gap={T}')[2]
+        _, optimizer, step = trainer('GaLore', size, blocks, f'--update_proj_gap={T}')
         tokens = torch.randint(SIZES[size]['vocab_size'], (config.batch_size, WINDOW))
         step(tokens[:1], tokens[:1])  # makes the bases; from now on step t is like step t + T
         times = []
@@ -443,10 +456,9 @@ def measure_stall(config):
             times.append([timed(functools.partial(step, tokens, tokens)) for _ in range(T)])
         best = [min(same) for same in zip(*times)]
         mean, slowest = statistics.mean(best), max(best)
-        rows.append([f'{size}, {blocks} blocks', T, f'{7 * blocks / T:.2f}', 1000 * mean, 1000 * slowest])
+        rows.append([named(size, blocks), T, f'{7 * blocks / T:.2f}', 1000 * mean, 1000 * slowest])
         rows[-1].append(slowest / mean)
-        del step
-        clear()
+        clear(optimizer)
     return rows
 
 
@@ -455,15 +467,17 @@ def measure_stall(config):
 SMALL = ['--state_bits=8', '--basis_bits=4']
 
 
-def real_optimizer(size, *flags):
-    """The GaLore optimizer of a whole bf16 model after two real steps."""
+def real_states(size, *flags):
+    """-> the states of a whole bf16 model that GaLore has trained for two steps, as (name, tensor)."""
     run = run_config(size, SIZES[size]['n_layer'], '--dtype=bfloat16', '--per_layer=True', *flags)
     model = build_model(run, '', SIZES[size]['vocab_size'], torch.bfloat16, 'cpu')
     optimizer = galore.setup(model, run)
     for _ in range(2):
         tokens = torch.randint(model.config.vocab_size, (1, 32))
         train.training_step(model, optimizer, [(tokens, tokens)], 1e-3, 'cpu')
-    return optimizer
+    kept = list(state_tensors(optimizer))
+    clear(optimizer)
+    return kept
 
 
 def planned(size, *flags, dtype='bfloat16'):
@@ -481,12 +495,10 @@ def measure_states(config):
     def compare(what, size, how, ours, theirs, claim=''):
         rows.append([what, size, how, ours, theirs, f'{100 * (1 - ours / theirs):.1f} %', claim])
         print(f'states: {what}, {size}, {how}: {ours:,} bytes', flush=True)
-        clear()
 
     for size, blocks in sizes(config.state_sizes):
         if size in real:
-            tensors = state_tensors(real_optimizer(size))
-            numbers = sum(t.numel() for name, t in tensors if name in ('M', 'V', 'P'))
+            numbers = sum(t.numel() for name, t in real_states(size) if name in ('M', 'V', 'P'))
         else:
             numbers = planned(size, dtype='float32').states // 4  # all of them are fp32 then
         how, bf16_adamw = 'real' if size in real else 'fake', 4 * on_meta(size, blocks).n_params()
@@ -494,7 +506,7 @@ def measure_states(config):
     for size, blocks in sizes(config.claim_sizes):
         n = on_meta(size, blocks).n_params()
         plan = planned(size, *SMALL, '--per_layer=True')
-        ours = state_bytes(real_optimizer(size, *SMALL)) if size in real else plan.states
+        ours = sum(t.nbytes for _, t in real_states(size, *SMALL)) if size in real else plan.states
         how = 'real' if size in real else 'fake'
         compare('states of GaLore in 8 bits, bases in 4', size, how, ours, 4 * n, '82.5 %' if size == '7b' else '')
         adamw = planned(size, '--method=adamw')
@@ -528,16 +540,12 @@ def measure_refresh(config):
     """Each new P of a run against the SVD's of the same gradient, and both timed."""
     rows = []
     for size, blocks in sizes(config.refresh_sizes):
-        seen = {}  # (m, n) -> list of (energy kept by the new P, by the old one, by the SVD's, seconds, seconds of SVD)
-        wanted = {tuple(galore.wide(p).shape) for p in block_matrices(on_meta(size, 1))}
+        # (m, n) -> list of (energy kept by the new P, by the old one, by the SVD's, seconds, seconds of the SVD)
+        seen = {tuple(galore.wide(p).shape): [] for p in block_matrices(on_meta(size, 1))}
         ours = galore.orthonormal_basis
 
-        def enough(shape, seen=seen):
-            found = seen.get(shape, [])
-            return len(found) >= config.refreshes or sum(row[4] for row in found) > config.svd_seconds
-
-        def measured(G, rank, refresh, previous=None, seen=seen, enough=enough, ours=ours):
-            if previous is None or enough(tuple(G.shape)):
+        def measured(G, rank, refresh, previous=None, seen=seen, ours=ours):
+            if previous is None or len(seen[tuple(G.shape)]) >= config.refreshes:
                 return ours(G, rank, refresh, previous)
             started = time.perf_counter()
             P = ours(G, rank, 'subspace', previous)
@@ -545,37 +553,61 @@ def measure_refresh(config):
             best = ours(G, rank, 'svd')
             ended = time.perf_counter()
             kept = [(basis.T @ G).square().sum().item() for basis in (P, previous, best)]
-            seen.setdefault(tuple(G.shape), []).append((*kept, between - started, ended - between))
+            seen[tuple(G.shape)].append((*kept, between - started, ended - between))
             return P
 
-        step = real_run(config, size, blocks)[0]
+        step, _, optimizer = real_run(config, size, blocks)
+        started = time.perf_counter()
         galore.orthonormal_basis = measured
         try:
             for t in range(config.steps):
                 loss = step(t)
                 if t % 10 == 0:
-                    count = ', '.join(f'{m} x {n}: {len(found)}' for (m, n), found in sorted(seen.items()))
-                    print(f'refresh: {size}: step {t}/{config.steps}, loss {loss:.3f}; {count}', flush=True)
-                if all(map(enough, wanted)):
+                    count = ', '.join(f'{m} x {n}: {len(found)}' for (m, n), found in seen.items())
+                    print(f'refresh: {size}: step {t}/{config.steps}, loss {loss:.3f}, refreshes {count}', flush=True)
+                late = time.perf_counter() - started > 60 * config.minutes
+                if min(map(len, seen.values())) >= (min(2, config.refreshes) if late else config.refreshes):
                     break
         finally:
             galore.orthonormal_basis = ours
-        for (m, n), found in sorted(seen.items()):
+        for (m, n), found in seen.items():
+            if not found:
+                continue
             found = torch.tensor(found, dtype=torch.float64)
             new, stale = found[:, 0] / found[:, 2], found[:, 1] / found[:, 2]
             taken, svd = found[:, 3].median().item(), found[:, 4].median().item()
-            row = [f'{size}, {blocks} blocks', f'{m} x {n}', config.rank or rank_of(size), len(found)]
+            row = [named(size, blocks), f'{m} x {n}', config.rank or rank_of(size), len(found)]
             row += [f'{new.mean():.4f}', f'{new.min():.4f}', f'{stale.mean():.4f}']
             rows.append([*row, 1000 * taken, 1000 * svd, f'1/{svd / taken:.0f}'])
-        del step
-        clear()
+        clear(optimizer)
     return rows
 
 
+def watch(model, optimizer):
+    """-> [most bytes of full gradients, of projected ones], kept up whenever a gradient is complete, before and after
+    the optimizer has had it."""
+    kinds, most = (list(model.parameters()), list(getattr(optimizer, 'R', {}).values())), [0, 0]
+
+    def count():
+        for i, tensors in enumerate(kinds):
+            most[i] = max(most[i], sum(t.grad.nbytes for t in tensors if t.grad is not None))
+
+    def counted(ready, p):
+        count()
+        ready(p)
+        count()
+
+    for p in kinds[0]:
+        p._post_accumulate_grad_hooks.clear()
+        p.register_post_accumulate_grad_hook(functools.partial(counted, optimizer.gradient_ready))
+    if kinds[1]:
+        optimizer.R_ready = functools.partial(counted, optimizer.R_ready)
+    return most
+
+
 def measure_memory(config):
-    """Gradients are counted whenever one of them is complete, before and after the optimizer has had it."""
     rows, micro = [], '--gradient_accumulation_steps=4'
-    for name, flags in {
+    modes = {
         'AdamW': ['--method=adamw'],
         'AdamW, per_layer': ['--method=adamw', '--per_layer=True'],
         'GaLore, drop-in': ['--compile=True'],
@@ -584,35 +616,17 @@ def measure_memory(config):
         'AdamW, 4 micro-batches': ['--method=adamw', micro],
         'GaLore, 4 micro-batches': [micro],
         'GaLore, per_layer, 4 micro-batches': ['--per_layer=True', micro],
-    }.items():
-        step, model, optimizer = real_run(config, '350m', config.n_layer, '--batch_size=1', *flags)
+    }
+    for (size, blocks), (name, flags) in itertools.product(sizes(config.memory_sizes), modes.items()):
+        step, model, optimizer = real_run(config, size, blocks, '--batch_size=1', *flags)
         step(0)  # every P is made here, from one layer's gradient at a time
-        parameters, placeholders = list(model.parameters()), list(getattr(optimizer, 'R', {}).values())
-        most = [0, 0]
-
-        def watched(ready, parameters=parameters, placeholders=placeholders, most=most):
-            def count():
-                for i, tensors in enumerate((parameters, placeholders)):
-                    most[i] = max(most[i], sum(t.grad.nbytes for t in tensors if t.grad is not None))
-
-            def counted(p):
-                count()
-                ready(p)
-                count()
-
-            return counted
-
-        for p in parameters:
-            p._post_accumulate_grad_hooks.clear()
-            p.register_post_accumulate_grad_hook(watched(optimizer.gradient_ready))
-        if placeholders:
-            optimizer.R_ready = watched(optimizer.R_ready)
-        made = made_in(lambda step=step: step(1))
-        largest = max(p.nbytes for p in parameters)
-        rows.append([name, most[0] / 1e6, most[0] / largest, most[1] / 1e6, made / 1e6])
-        print(f'memory: {name}: {most[0] / 1e6:.1f} MB of full gradients', flush=True)
-        del step, model, optimizer, parameters, placeholders, watched, p
-        clear()
+        most = watch(model, optimizer)
+        made = made_in(functools.partial(step, 1))
+        largest = max(p.nbytes for p in model.parameters())
+        row = [named(size, blocks), name, most[0] / 1e6, most[0] / largest, most[1] / 1e6, made / 1e6]
+        rows.append(row)
+        print(f'memory: {size}: {name}: {most[0] / 1e6:.1f} MB of full gradients', flush=True)
+        clear(optimizer)
     return rows
 
 
@@ -623,10 +637,10 @@ PARTS = {
     'optimizers': (
         measure_optimizers,
         'The optimizer alone, on given gradients',
-        "The matrices of some blocks of each size ({optimizer_sizes}), fp32, the paper's ranks, no embeddings: one step "
-        'without a refresh, a refresh of all bases, and a step with its share of one at T {amortised_over}; the last '
-        'column is of all blocks of a whole model, where galore-torch refreshes all layers in one step and ours take '
-        'turns. galore-torch keeps its bases as slices of square matrices, which stay whole.',
+        "The blocks' matrices alone ({optimizer_sizes}), fp32, the paper's ranks: a step without a refresh, a refresh "
+        'of all bases, a step with its share of one at T {amortised_over}. The last column is of a model with all its '
+        'blocks: galore-torch refreshes all of them in one step, ours take turns. galore-torch keeps its bases as '
+        'slices of square matrices, which stay whole.',
         ['size', 'optimizer', 'ms', 'ms a refresh', 'ms amortised', f'over {BASELINE}', 'over galore-torch',
          'MB made in a step', 'MB of states', 'slowest step over mean'],
     ),
@@ -645,17 +659,17 @@ PARTS = {
         measure_stall,
         'The slowest step of a training run',
         'Whole steps of GaLore with layers that refresh in turns, as many a step as in the whole model at T '
-        '{amortised_over}; in a model of few blocks a step is short, and what a refresh adds to it counts for more than '
-        'in the whole one. Of each step of a period the faster of {periods} times counts.',
+        '{amortised_over}; in a model of few blocks a step is short, and a refresh stands out more than in the whole '
+        'one. Each step of a period is timed {periods} times, and the least time counts.',
         ['model', 'steps in a period', 'refreshes a step', 'ms, mean', 'ms, slowest', 'slowest over mean'],
     ),
     'states': (
         measure_states,
         'Bytes',
-        'Against AdamW in bf16, with moments of two bytes, 4 bytes a parameter. All memory of training: planned peak at '
-        '1 x 2,048 tokens with blocks computed again in backward, ours with per_layer, 8-bit states and 4-bit bases; '
-        'AdamW with weights, gradients and moments of two bytes each and what its own planned step has alive besides. '
-        'Real: counted after two real steps; fake: a step on fake tensors. Not counted: as in memest.py.',
+        'Against AdamW in bf16, whose two moments take 4 bytes a parameter. All memory of training is the planned peak '
+        'at 1 x 2,048 tokens, bf16, blocks computed again in backward: ours with per_layer, 8-bit states and 4-bit '
+        "bases, AdamW's with all gradients, 2 bytes a parameter, and the moments above. Counted: weights, gradients, "
+        'states, activations, temporaries; what is not, memest.py says. Real: after two steps; fake: planned.',
         ['what', 'model', 'tensors', 'bytes', "AdamW's", 'below it', "the paper's claim"],
     ),
     'refresh': (
@@ -669,9 +683,9 @@ PARTS = {
     'memory': (
         measure_memory,
         'Gradients alive at once',
-        '{n_layer} blocks of the 350m model, fp32, batch 1 x 256, pystdlib: the most there are whenever one of them is '
-        'complete, between two refreshes.',
-        ['mode', 'most MB of full gradients', 'in largest matrices', 'MB of projected ones', 'MB made in a step'],
+        'Training on pystdlib, fp32, batch 1 x 256, a step without a refresh: the most there are whenever one of them is '
+        'complete.',
+        ['model', 'method', 'most MB of full gradients', 'in largest matrices', 'MB of projected ones', 'MB made in a step'],
     ),
 }  # fmt: skip
 
@@ -727,7 +741,7 @@ def main(config):
     lines = [
         '# Measured side by side',
         '',
-        f'Made by `python {" ".join(["bench.py", *sys.argv[1:]])}` with torch {torch.__version__} on '
+        f'Made by `python {shlex.join(["bench.py", *sys.argv[1:]])}` with torch {torch.__version__} on '
         f'{torch.get_num_threads()} CPU threads that multiply fp32 matrices at {matmul_rate() / 1e9:.0f} GFLOP/s. '
         'Methods take turns, times are medians. For all of them alike, glibc keeps freed memory (mallopt): otherwise '
         "half of what is measured is page faults. MB made in a step are the storages made in it and alive at once; "

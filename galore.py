@@ -167,9 +167,8 @@ class GaLoreAdamW(AdamW):
     The very first P of a weight comes from the first gradient it meets, a later one from the mean over the whole step:
     otherwise the first step with accumulation would hold the full gradients of all layers."""
 
-    def __init__(self, params, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, rank=128, update_proj_gap=200,
-                 scale=0.25, refresh='subspace', stagger=True, basis_bits=16, lazy=0.0, moments='keep', residual='none',
-                 state_bits=32, grad_clip=0.0, per_layer=False, offload=False, seed=0):  # fmt: skip
+    def __init__(self, params, lr=1e-2, rank=128, update_proj_gap=200, scale=0.25, refresh='subspace', stagger=True,
+                 basis_bits=16, lazy=0.0, moments='keep', residual='none', **adam):  # fmt: skip
         for name, value, allowed in (
             ('refresh', refresh, ('subspace', 'svd')),
             ('basis_bits', basis_bits, (16, 8, 4)),
@@ -185,20 +184,7 @@ class GaLoreAdamW(AdamW):
         self.basis_bits, self.lazy, self.moments, self.residual = basis_bits, lazy, moments, residual
         self.R = {}  # p -> a placeholder of shape (r, n) that takes no memory; its .grad is R while a step is under way
         self.attached = set()
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            state_bits,
-            grad_clip,
-            per_layer,
-            offload,
-            seed,
-            rank=rank,
-            scale=scale,
-        )
+        super().__init__(params, lr, rank=rank, scale=scale, **adam)
 
     def add_param_group(self, group):
         super().add_param_group(group)
@@ -403,25 +389,11 @@ class ApolloAdamW(AdamW):
     accumulate. Arguments as in adam.AdamW; rank, update_proj_gap, scale as in GaLoreAdamW; tensorwise: APOLLO-Mini,
     which is meant for rank 1 and scale sqrt(128)."""
 
-    def __init__(self, params, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, rank=128, update_proj_gap=200,
-                 scale=1.0, tensorwise=False, state_bits=32, grad_clip=0.0, per_layer=False, offload=False, seed=0):  # fmt: skip
+    def __init__(self, params, lr=1e-2, rank=128, update_proj_gap=200, scale=1.0, tensorwise=False, **adam):
         if update_proj_gap < 1:
             raise ValueError(f'update_proj_gap={update_proj_gap} is not a number of steps: use 1 or more')
         self.T, self.tensorwise = update_proj_gap, tensorwise
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            state_bits,
-            grad_clip,
-            per_layer,
-            offload,
-            seed,
-            rank=rank,
-            scale=scale,
-        )
+        super().__init__(params, lr, rank=rank, scale=scale, **adam)
 
     def update(self, p, G):
         group, state = self.group_of[p], self.state[p]
@@ -443,8 +415,8 @@ def setup(model, config):
     """What train.py calls for method='galore', 'apollo' and 'apollo_mini': the blocks' Linear layers in the subspace,
     all else by plain Adam."""
     linears = [module for module in model.layers.modules() if isinstance(module, torch.nn.Linear)]
-    chosen = {module.weight for module in linears}
-    others = split_decay(p for p in model.parameters() if p not in chosen)
+    chosen = {id(module.weight) for module in linears}
+    others = split_decay(p for p in model.parameters() if id(p) not in chosen)
     int8 = []
     if config.weight_bits == 8:  # one after another, so that no second copy of the model exists
         for module in linears:

@@ -455,6 +455,23 @@ def test_it_learns_as_a_drop_in_in_an_ordinary_loop():
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_a_gradient_that_was_set_by_hand_serves_as_well_as_one_of_backward():
+    G = torch.randn(12, 30, generator=torch.Generator().manual_seed(0))
+    by_backward, by_hand = (torch.nn.Parameter(torch.zeros(12, 30)) for _ in range(2))
+    first, second = GaLoreAdamW([by_backward], rank=4), GaLoreAdamW([by_hand], rank=4)
+    (by_backward * G).sum().backward()
+    by_hand.grad = G.clone()
+    first.step()
+    second.step()
+    assert torch.equal(by_backward, by_hand) and by_hand.abs().max() > 0
+
+
+@pytest.mark.parametrize('method', [GaLoreAdamW, ApolloAdamW])
+def test_a_mistyped_argument_is_refused(method):
+    with pytest.raises(TypeError, match='update_proj_gp'):
+        method([torch.nn.Parameter(torch.zeros(2, 2))], update_proj_gp=50)
+
+
 def test_impossible_arguments_name_the_thing_and_what_to_type():
     with pytest.raises(ValueError, match="use 'subspace' or 'svd'"):
         GaLoreAdamW([torch.nn.Parameter(torch.zeros(2, 2))], refresh='qr')

@@ -8,7 +8,9 @@ import pytest
 import torch
 from test_galore import CONFIG, TINY, dense, model_and_optimizer, train
 
+import adam
 import galore
+from adam import load
 from galore import ApolloAdamW, GaLoreAdamW, decode_int8, encode_int8, limited, orthonormal_basis, turned
 from model import LLaMA
 
@@ -59,6 +61,7 @@ def test_turned_by_a_signed_permutation_permutes_both_and_flips_the_sign_of_M_al
 def test_turned_is_ldadams_rule_element_by_element():
     t, r, n = 12, 5, 7
     M, V = moments(r, n, t)
+    V[:, :3] /= 20  # less than M squared, as after a few large gradients at the end
     Q = orthonormal_basis(random(20, 30, seed=1), r, 'svd').T @ orthonormal_basis(random(20, 30, seed=2), r, 'svd')
     Q = Q + 0.5 * torch.eye(r)  # neither orthogonal nor symmetric
     wanted_M, wanted_V = torch.zeros(r, n), torch.zeros(r, n)
@@ -79,30 +82,34 @@ def test_turned_is_ldadams_rule_element_by_element():
     assert negative, 'no element where the absolute value matters'
 
 
+@pytest.mark.parametrize('bits', [32, 8])
 @pytest.mark.parametrize('shape', [(12, 30), (30, 12)])
 @pytest.mark.parametrize('how', ['keep', 'rotate', 'reset'])
-def test_moments_at_a_refresh(how, shape):
-    W = torch.nn.Parameter(torch.zeros(shape))
-    optimizer = GaLoreAdamW([W], rank=4, update_proj_gap=3, refresh='svd', stagger=False, moments=how)
+def test_moments_at_a_refresh(how, shape, bits, monkeypatch):
+    monkeypatch.setattr(adam, 'SMALLEST_8BIT', 64)  # else these 120 numbers would stay in fp32
+    W, tall = torch.nn.Parameter(torch.zeros(shape)), shape[0] > shape[1]
+    options = dict(rank=4, update_proj_gap=3, refresh='svd', stagger=False, moments=how, state_bits=bits)
+    optimizer = GaLoreAdamW([W], **options)
     for step in range(3):
         give(optimizer, W, random(*shape, seed=step))
-    old = {name: optimizer.state[W][name].clone() for name in ('P', 'M', 'V')}
+    state = optimizer.state[W]
+    old, M, V = state['P'].clone(), load(state, 'M').clone(), load(state, 'V').clone()
     G = random(*shape, seed=3)
     give(optimizer, W, G)  # the step of the refresh
-    state, G = optimizer.state[W], G if shape[0] < shape[1] else G.T
+    G = G.T if tall else G
     P = torch.linalg.svd(G)[0][:, :4]
     torch.testing.assert_close(state['P'], P)
-    M, V = old['M'], old['V']
-    if how == 'rotate':  # into the full space with the old P and back with the new one; by LDAdam's rule
-        full_M, full_V, square = 1 - 0.9**3, 1 - 0.999**3, (P.T @ old['P']) ** 2
-        mean = P.T @ (old['P'] @ M) / full_M
+    if how == 'rotate':  # into the full space with the old P and back with the new one; V by LDAdam's rule
+        full_M, full_V, square = 1 - 0.9**3, 1 - 0.999**3, (P.T @ old) ** 2
+        mean = P.T @ (old @ M) / full_M
         V = full_V * (square @ (V / full_V - (M / full_M) ** 2) + mean**2).abs()
         M = full_M * mean
     elif how == 'reset':
         M, V = torch.zeros(4, 30), torch.zeros(4, 30)
     _, M, V = adam_by_hand(P.T @ G, M, V, 4)
-    torch.testing.assert_close(state['M'], M, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(state['V'], V, rtol=1e-4, atol=1e-8)
+    for name, wanted in (('M', M), ('V', V)):
+        off = (load(state, name) - wanted).norm() / wanted.norm()
+        assert off < (1e-5 if bits == 32 else 0.05), (name, off)
 
 
 # ---- bases in 8 and 4 bits ---------------------------------------------------------------------------------------
@@ -155,9 +162,10 @@ def test_basis_in_few_bits_gives_the_same_path_attached_or_as_a_drop_in(bits):
 # ---- lazy refreshes ----------------------------------------------------------------------------------------------
 
 
-def rank_4_gradient(seed):
-    """(64, 40), its column space 4 random directions: the subspace that the next P then spans."""
-    return torch.linalg.qr(random(64, 4, seed=seed))[0] @ random(4, 80, seed=seed + 1000)
+def rank_4_gradient(step, space=None):
+    """(64, 80), another one at each step. Its columns span 4 random directions, numbered `space`: the next P's."""
+    space = step if space is None else space
+    return torch.linalg.qr(random(64, 4, seed=space))[0] @ random(4, 80, seed=1000 + step)
 
 
 def lazy_refreshes(gradient, steps, refresh='svd', **options):
@@ -177,9 +185,8 @@ def lazy_refreshes(gradient, steps, refresh='svd', **options):
 @pytest.mark.parametrize('refresh', ['svd', 'subspace'])
 @pytest.mark.parametrize('options', [{}, dict(basis_bits=8), dict(basis_bits=4)], ids=str)
 def test_refreshes_of_a_subspace_that_stays_come_at_doubling_gaps(refresh, options):
-    # another gradient at each step, in one and the same subspace: T = 4 becomes 8, then 16, then 32
-    space = torch.linalg.qr(random(64, 4))[0]
-    found = lazy_refreshes(lambda step: space @ random(4, 80, seed=step), 62, refresh, **options)
+    # T = 4 becomes 8, then 16, then 32
+    found = lazy_refreshes(lambda step: rank_4_gradient(step, space=0), 62, refresh, **options)
     assert [step for step, _ in found] == [0, 4, 12, 28, 60]
     for _, overlap in found[1:]:
         assert abs(overlap - 1) < (0.03 if options else 1e-5)
@@ -194,7 +201,7 @@ def test_refreshes_of_a_subspace_that_turns_keep_coming_every_T_steps():
 
 
 def test_a_subspace_that_turns_after_calm_is_refreshed_every_T_steps_again():
-    found = [step for step, _ in lazy_refreshes(lambda step: rank_4_gradient(0 if step < 20 else step), 62)]
+    found = [step for step, _ in lazy_refreshes(lambda step: rank_4_gradient(step, 0 if step < 20 else step), 62)]
     assert found[:4] == [0, 4, 12, 28]
     assert {b - a for a, b in zip(found[-5:], found[-4:])} == {4}
 
@@ -248,8 +255,8 @@ def test_int8_scales_follow_a_block_that_outgrows_or_shrinks_and_nothing_is_clip
 
 
 def test_an_int8_weight_takes_galores_step_on_average():
-    """One step on many equal rows of an exactly known weight, against W - lr (alpha P N + decay W)."""
-    model, optimizer = model_and_optimizer(weight_bits=8, weight_decay=0.1, rank=4)
+    """The mean over 400 seeds of one and the same step, against W - lr (alpha P N + decay W)."""
+    model, optimizer = model_and_optimizer(weight_bits=8, learning_rate=1e-2, weight_decay=5.0, rank=4)
     for linear in (model.layers[0].self_attn.q_proj, model.layers[0].mlp.up_proj, model.layers[0].mlp.down_proj):
         p, G = linear.weight, random(*linear.weight.shape)
         state = optimizer.state[p]
@@ -258,7 +265,7 @@ def test_an_int8_weight_takes_galores_step_on_average():
         P = orthonormal_basis(G.T if tall else G, 4)
         N = torch.sign(P.T @ (G.T if tall else G))  # Adam's first step
         update = (P @ N).T if tall else P @ N
-        wanted, mean = before - 1e-3 * (0.25 * update + 0.1 * before), torch.zeros(p.shape)
+        kept, mean = (1 - 1e-2 * 5) * before, torch.zeros(p.shape)
         for seed in range(400):
             optimizer.seed = seed
             optimizer.state[p] = {'W': q.clone(), 'W_scale': scale.clone()}
@@ -267,11 +274,41 @@ def test_an_int8_weight_takes_galores_step_on_average():
             optimizer.step()
             mean += optimizer.weight(p) / 400
         steps = scale.repeat_interleave(p.numel() // len(scale)).view(p.shape)
-        assert ((mean - wanted) / steps).abs().max() < 5 * 0.5 / 400**0.5
-        # the update is found again in the mean change, and is not lost in its noise
-        assert (
-            torch.nn.functional.cosine_similarity((mean - before).flatten(), (wanted - before).flatten(), dim=0) > 0.6
-        )
+        # in steps; the standard error is at most 0.5 / sqrt(400) = 0.025, the decay of the largest weight 5
+        assert ((mean - kept + 1e-2 * 0.25 * update) / steps).abs().max() < 5 * 0.025
+        found = torch.nn.functional.cosine_similarity((mean - kept).flatten(), -update.flatten(), dim=0)
+        assert found > 0.9, 'the update is lost in the noise'
+
+
+@pytest.mark.parametrize('kind', ['int8', 'bf16'])
+@pytest.mark.parametrize('shape', [(2048, 2304), (2304, 2048)])
+def test_a_large_weight_that_moves_some_rows_at_a_time_arrives_whole_and_outgrown_scales_with_it(shape, kind):
+    # 4.7 million numbers, of which 2 ** 22 move at once; the step is some ten times the weights' size
+    before, tall = 0.02 * random(*shape), shape[0] > shape[1]
+    q, scale = encode_int8(before)
+    if kind == 'int8':
+        W, before = torch.nn.Parameter(torch.zeros(()).expand(shape)), decode_int8(q, scale)
+    else:
+        W = torch.nn.Parameter(before.bfloat16())
+        before = W.detach().float()
+    optimizer = GaLoreAdamW([W], lr=20.0, rank=4)
+    if kind == 'int8':
+        optimizer.state[W].update(W=q.clone(), W_scale=scale.clone())
+    W.grad = random(*shape, seed=1).to(W.dtype)
+    G = W.grad.float().T if tall else W.grad.float()
+    with torch.no_grad():
+        optimizer.new_basis(W, G)
+    P = orthonormal_basis(G, 4).to(W.dtype).float()
+    update = P @ torch.sign(P.T @ G)  # Adam's first step
+    wanted = before - 20.0 * 0.25 * (update.T if tall else update)
+    optimizer.step()
+    error = (optimizer.weight(W).float() - wanted).abs()
+    if kind == 'int8':
+        new_scale = optimizer.state[W]['W_scale']
+        assert (new_scale > 2 * scale).float().mean() > 0.9
+        assert (error.reshape(len(scale), -1) < 1.001 * new_scale[:, None]).all()
+    else:
+        assert (error <= 2**-7 * wanted.abs() + 1e-5).all()  # a step of bf16
 
 
 def fit_one_batch(steps=30, **mode):
@@ -287,7 +324,7 @@ def fit_one_batch(steps=30, **mode):
 
 
 def test_a_model_with_int8_weights_learns_as_one_in_fp32_and_holds_no_second_copy():
-    model, optimizer, losses = fit_one_batch(weight_bits=8)
+    _, optimizer, losses = fit_one_batch(weight_bits=8)
     exact = fit_one_batch()[2]
     assert losses[-1] < 0.5 * losses[0] and abs(losses[-1] - exact[-1]) < 0.1 * losses[0]
     for p in optimizer.turn:
