@@ -68,13 +68,17 @@ def load(state, name):
     if name + '_absmax' not in state:
         return state[name]
     code, absmax = code_of(name, state[name].device), state[name + '_absmax']
-    return kernels().dequantize_blockwise(state[name], absmax=absmax, code=code, blocksize=BLOCK)
+    decoded = kernels().dequantize_blockwise(state[name], absmax=absmax, code=code, blocksize=BLOCK)
+    return decoded.square_() if name == 'V' else decoded
 
 
 def store(state, name, changed):
-    """Quantise a changed copy back to 8 bits, blockwise (8-bit Optimizers, 2110.02861, section 2); else nothing."""
+    """Quantise a changed copy back to 8 bits, blockwise (8-bit Optimizers, 2110.02861, section 2); else nothing.
+
+    Of V the root is kept: it spans half as many decades, so small ones beside large ones do not become zero, which the
+    step would be divided by."""
     if name + '_absmax' in state:
-        code = code_of(name, changed.device)
+        changed, code = changed.sqrt() if name == 'V' else changed, code_of(name, changed.device)
         quantised, how = kernels().quantize_blockwise(changed, code=code, blocksize=BLOCK)
         state[name].copy_(quantised)
         state[name + '_absmax'].copy_(how.absmax)
@@ -151,7 +155,7 @@ class AdamW(torch.optim.Optimizer):
     params: parameters, or groups of them as in torch. state_bits: 32 or 8. grad_clip: largest global gradient norm, 0
     for none. offload: the moments live in main memory, and on the card only while their parameter is updated: once a
     step, however many micro-batches it has. seed: of the stochastic rounding, which is drawn from (seed, step,
-    parameter), so no generator is state.
+    parameter), so no generator is state. group_defaults: what a method adds to the keys of its groups.
 
     Before each backward of a step the loop says whether it is the step's last, `optimizer.last_micro_batch`; a loop
     without accumulation need not. `step()` drops the gradients itself. Afterwards `grad_norm` is a 0-dim tensor.
@@ -160,7 +164,7 @@ class AdamW(torch.optim.Optimizer):
     step, as small as the method needs it) and `update` (one parameter moves)."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, state_bits=32, grad_clip=0.0,
-                 per_layer=False, offload=False, seed=0, **defaults):  # fmt: skip
+                 per_layer=False, offload=False, seed=0, group_defaults=None):  # fmt: skip
         if state_bits not in (32, 8):
             raise ValueError(f'state_bits={state_bits} is not a width of the moments: use 32 or 8')
         if per_layer and grad_clip and type(self) is AdamW:
@@ -174,7 +178,7 @@ class AdamW(torch.optim.Optimizer):
         self.grad_norm = None
         self.squares = []  # squared norms of the gradients taken so far in this step
         self.number, self.group_of = {}, {}
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **defaults))
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **(group_defaults or {})))
 
     def add_param_group(self, group):
         super().add_param_group(group)

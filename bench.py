@@ -101,16 +101,19 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def clear(*optimizers):
-    """Between two models it does go back, since pieces of all sizes would add up. A parameter and the optimizer in its
-    hook hold each other where gc cannot see it: without hooks they go."""
-    for optimizer in optimizers:
-        parameters = [p for group in optimizer.param_groups for p in group['params']]
-        for p in (*parameters, *getattr(optimizer, 'R', {}).values()):
-            p._post_accumulate_grad_hooks = None
+def clear():
+    """Between two models it does go back, since pieces of all sizes would add up."""
     gc.collect()
     if platform.libc_ver()[0] == 'glibc':
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def unhook(optimizer):
+    """A parameter holds our optimizer through its hook, where gc does not see it, and is held by it: neither would go."""
+    parameters = [p for group in optimizer.param_groups for p in group['params']]
+    for p in (*parameters, *getattr(optimizer, 'R', {}).values()):
+        if p._post_accumulate_grad_hooks:
+            p._post_accumulate_grad_hooks.clear()
 
 
 def timed(step):
@@ -256,12 +259,12 @@ def measure_optimizers(config):
         wide, narrow, depth = (SIZES[size][key] for key in ('n_inner', 'n_embd', 'n_layer'))
         shapes = [*[(narrow, narrow)] * 4, (wide, narrow), (wide, narrow), (narrow, wide)]
         gradients = [0.01 * torch.randn(shape) for shape in shapes * blocks]
-        plain, all_due, last_due, made, kept, used = {}, {}, {}, {}, {}, []
+        plain, all_due, last_due, made, kept = {}, {}, {}, {}, {}
         for name in names:
             optimizer, plain[name], all_due[name], last_due[name] = given_steps(name, gradients, rank_of(size))
             plain[name]()
             made[name], kept[name] = made_in(plain[name]), state_bytes(optimizer)
-            used.append(optimizer)
+            unhook(optimizer)
         plain = interleaved(plain, config.repeats, config.seconds)
         print(f'optimizers: {size}: {BASELINE} takes {1000 * plain[BASELINE]:.1f} ms; now refreshes', flush=True)
         all_due = interleaved(
@@ -284,7 +287,8 @@ def measure_optimizers(config):
             row += [1000 * mean[name], mean[name] / mean[BASELINE], mean[name] / mean.get(AUTHORS, math.nan)]
             stall = (copies * plain[name] + extra) / (copies * mean[name]) if name in all_due else None
             rows.append([*row, made[name] / 1e6, kept[name] / 1e6, stall])
-        clear(*used)
+        del optimizer
+        clear()
     return rows
 
 
@@ -426,8 +430,10 @@ def measure_training(config):
                 kept[name] = sum(p.nbytes for p in model.parameters()) + state_bytes(optimizer)
                 used.append(optimizer)
             plain = interleaved(methods, config.rounds)
-            del methods, model, optimizer, step
-            clear(*used)
+            for optimizer in used:
+                unhook(optimizer)
+            del methods, used, model, optimizer, step
+            clear()
             for name in group:
                 refresh = theirs if name == AUTHORS else ours if has_bases(name) else 0.0
                 mean = plain[name] + refresh / T
@@ -447,7 +453,7 @@ def measure_stall(config):
     rows = []
     for size, blocks in sizes(config.stall_sizes):
         T = max(round(config.amortised_over * blocks / SIZES[size]['n_layer']), 1)
-        _, optimizer, step = trainer('GaLore', size, blocks, f'--update_proj_gap={T}')
+        model, optimizer, step = trainer('GaLore', size, blocks, f'--update_proj_gap={T}')
         tokens = torch.randint(SIZES[size]['vocab_size'], (config.batch_size, WINDOW))
         step(tokens[:1], tokens[:1])  # makes the bases; from now on step t is like step t + T
         times = []
@@ -458,7 +464,9 @@ def measure_stall(config):
         mean, slowest = statistics.mean(best), max(best)
         rows.append([named(size, blocks), T, f'{7 * blocks / T:.2f}', 1000 * mean, 1000 * slowest])
         rows[-1].append(slowest / mean)
-        clear(optimizer)
+        unhook(optimizer)
+        del model, optimizer, step
+        clear()
     return rows
 
 
@@ -476,7 +484,7 @@ def real_states(size, *flags):
         tokens = torch.randint(model.config.vocab_size, (1, 32))
         train.training_step(model, optimizer, [(tokens, tokens)], 1e-3, 'cpu')
     kept = list(state_tensors(optimizer))
-    clear(optimizer)
+    unhook(optimizer)
     return kept
 
 
@@ -495,6 +503,7 @@ def measure_states(config):
     def compare(what, size, how, ours, theirs, claim=''):
         rows.append([what, size, how, ours, theirs, f'{100 * (1 - ours / theirs):.1f} %', claim])
         print(f'states: {what}, {size}, {how}: {ours:,} bytes', flush=True)
+        clear()
 
     for size, blocks in sizes(config.state_sizes):
         if size in real:
@@ -556,7 +565,7 @@ def measure_refresh(config):
             seen[tuple(G.shape)].append((*kept, between - started, ended - between))
             return P
 
-        step, _, optimizer = real_run(config, size, blocks)
+        step, model, optimizer = real_run(config, size, blocks)
         started = time.perf_counter()
         galore.orthonormal_basis = measured
         try:
@@ -579,7 +588,9 @@ def measure_refresh(config):
             row = [named(size, blocks), f'{m} x {n}', config.rank or rank_of(size), len(found)]
             row += [f'{new.mean():.4f}', f'{new.min():.4f}', f'{stale.mean():.4f}']
             rows.append([*row, 1000 * taken, 1000 * svd, f'1/{svd / taken:.0f}'])
-        clear(optimizer)
+        unhook(optimizer)
+        del model, optimizer, step
+        clear()
     return rows
 
 
@@ -626,7 +637,9 @@ def measure_memory(config):
         row = [named(size, blocks), name, most[0] / 1e6, most[0] / largest, most[1] / 1e6, made / 1e6]
         rows.append(row)
         print(f'memory: {size}: {name}: {most[0] / 1e6:.1f} MB of full gradients', flush=True)
-        clear(optimizer)
+        unhook(optimizer)
+        del model, optimizer, step
+        clear()
     return rows
 
 
@@ -683,9 +696,10 @@ PARTS = {
     'memory': (
         measure_memory,
         'Gradients alive at once',
-        'Training on pystdlib, fp32, batch 1 x 256, a step without a refresh: the most there are whenever one of them is '
-        'complete.',
-        ['model', 'method', 'most MB of full gradients', 'in largest matrices', 'MB of projected ones', 'MB made in a step'],
+        'Training on pystdlib, fp32, batch 1 x 256, a step without a refresh: the most there are whenever one of them '
+        'is complete.',
+        ['model', 'method', 'most MB of full gradients', 'in largest matrices', 'MB of projected ones',
+         'MB made in a step'],
     ),
 }  # fmt: skip
 

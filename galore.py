@@ -127,7 +127,8 @@ def encode_int8(W, seed=None, scale=None):
     is thrown about by random rounding even where its update is zero; on a grid that stays, it is not."""
     blocks = W.float().reshape(-1, block_of(W))  # (numel / block, block)
     largest = blocks.abs().amax(1)
-    fresh = (largest * 1.25 / 127).clamp_min(1e-12)  # room to grow
+    # Room to grow; and in bf16's few bits, so that a whole number times it is exact and divides back to itself.
+    fresh = (largest * 1.25 / 127).clamp_min(1e-12).bfloat16().float()
     if scale is None:
         scale = fresh
     else:
@@ -137,7 +138,8 @@ def encode_int8(W, seed=None, scale=None):
         steps.round_()
     else:
         generator = torch.Generator(W.device).manual_seed(seed)
-        steps.add_(torch.rand(steps.shape, generator=generator, device=W.device)).floor_()
+        low = steps.floor()
+        steps = low + (torch.rand(steps.shape, generator=generator, device=W.device) < steps - low)
     return steps.clamp_(-127, 127).to(torch.int8).view(W.shape), scale
 
 
@@ -160,12 +162,13 @@ class GaLoreAdamW(AdamW):
     scale: factor on the update that comes back from the subspace. refresh: 'subspace' or 'svd'. stagger: layer i of L
     has its first refresh at step i T / L; False is the paper's: all layers at steps 0, T, 2 T.
     basis_bits: 16 (P in the weight's own dtype), 8 or 4 (blockwise, as in Q-GaLore).
-    lazy: a layer whose new P overlaps the old by more than this, ||P_old.T P_new||^2 / r, has its T doubled, from then
-    on; 0: never. moments: when P turns they 'keep' their numbers (the paper), 'rotate' with it, or 'reset' to zero.
-    residual: 'fira' adds the part of G outside the subspace, 'none' leaves it out.
+    lazy: a layer whose new P overlaps the old by more than this, ||P_old.T P_new||^2 / r, waits twice as long for its
+    next one; one that overlaps less is back at T after that; 0: never. moments: when P turns they 'keep' their numbers
+    (the paper), 'rotate' with it, or 'reset': Adam starts anew. residual: 'fira' adds the part of G outside the
+    subspace, which needs the whole G of the step; 'none' leaves it out.
 
-    The very first P of a weight comes from the first gradient it meets, a later one from the mean over the whole step:
-    otherwise the first step with accumulation would hold the full gradients of all layers."""
+    Without a residual the very first P of a weight comes from the first gradient it meets, a later one from the mean
+    over the whole step: otherwise the first step with accumulation would hold the full gradients of all layers."""
 
     def __init__(self, params, lr=1e-2, rank=128, update_proj_gap=200, scale=0.25, refresh='subspace', stagger=True,
                  basis_bits=16, lazy=0.0, moments='keep', residual='none', **adam):  # fmt: skip
@@ -184,7 +187,7 @@ class GaLoreAdamW(AdamW):
         self.basis_bits, self.lazy, self.moments, self.residual = basis_bits, lazy, moments, residual
         self.R = {}  # p -> a placeholder of shape (r, n) that takes no memory; its .grad is R while a step is under way
         self.attached = set()
-        super().__init__(params, lr, rank=rank, scale=scale, **adam)
+        super().__init__(params, lr, group_defaults=dict(rank=rank, scale=scale), **adam)
 
     def add_param_group(self, group):
         super().add_param_group(group)
@@ -231,8 +234,11 @@ class GaLoreAdamW(AdamW):
 
     def is_due(self, p):
         """Does this step give p a new P? Known before backward."""
-        state = self.state[p]
-        return 'next' in state and state.get('step', 0) >= state['next']
+        return self.age(p) >= self.state[p].get('next', math.inf)
+
+    def age(self, p):
+        """Steps that p has taken; 'step' alone counts those since its moments were reset."""
+        return self.state[p].get('step', 0) + self.state[p].get('before', 0)
 
     def basis(self, p):
         """P (m, r) as kept, or decoded."""
@@ -257,7 +263,7 @@ class GaLoreAdamW(AdamW):
     def new_basis(self, p, G):
         """P from G (m, n), computed once and handed to all processes, so that rounding cannot set them apart."""
         state, group = self.state[p], self.group_of[p]
-        old, step = self.basis(p).float() if 'P' in state else None, state.get('step', 0)
+        old, step = self.basis(p).float() if 'P' in state else None, self.age(p)
         P = orthonormal_basis(G, group['rank'], self.refresh, old)  # (m, r)
         if several_processes():
             dist.broadcast(P, 0)
@@ -267,6 +273,8 @@ class GaLoreAdamW(AdamW):
             return
         state['next'] = step + state.get('gap', self.T)
         Q = P.T @ old  # (r, r)
+        if self.moments == 'reset':  # Adam starts anew, with its bias correction
+            state['before'], state['step'] = step, 0
         if self.lazy:
             state['overlap'] = Q.square().sum() / len(Q)  # 1: the same subspace, r / m: a random one
         if 'M' in state and self.moments != 'keep':
@@ -280,7 +288,7 @@ class GaLoreAdamW(AdamW):
         """When p's next refresh has come: put it off where the last one found the subspace hardly turned. The one place
         where a number is read from the device, long after it was computed."""
         state = self.state[p]
-        if state['step'] == state['next'] and 'overlap' in state:
+        if self.age(p) == state['next'] and 'overlap' in state:
             gap, calm = state.get('gap', self.T), float(state.pop('overlap')) > self.lazy
             state['next'] += gap if calm else 0
             state['gap'] = 2 * gap if calm else self.T
@@ -291,7 +299,7 @@ class GaLoreAdamW(AdamW):
         """R += P.T @ G, and G is dropped. Exact under accumulation, since P stays the same between refreshes."""
         if p.grad is None:
             return
-        if self.is_due(p):
+        if 'P' not in self.state[p] or self.is_due(p):
             self.new_basis(p, wide(average_(p.grad)))
         G, P, placeholder = wide(p.grad), self.basis(p), self.R[p]
         dtype = torch.float32 if G.device.type == 'cpu' else G.dtype
@@ -345,7 +353,7 @@ class GaLoreAdamW(AdamW):
             S = G - P @ R  # (m, n)
             phi = N.norm(dim=0) / R.norm(dim=0).clamp_min(1e-12)  # (n,)
             U = P @ N.to(dtype) + limited(S * phi.to(dtype), state)  # (m, n)
-            self.move(p, p, group['scale'] * (U if p is wide(p) else U.T), state['step'])
+            self.move(p, p, group['scale'] * (U if p is wide(p) else U.T), self.age(p))
         elif p.dtype == torch.float32 and 'W' not in state:  # in one product, without the m x n update
             lr = group['lr']
             wide(p).addmm_(P, N, beta=1 - lr * group['weight_decay'], alpha=-lr * group['scale'])
@@ -354,7 +362,7 @@ class GaLoreAdamW(AdamW):
             rows = max((1 << 22) // p.shape[1], 1)
             for row in range(0, len(p), rows):
                 part = group['scale'] * (left[row : row + rows] @ right)  # (rows, p's columns)
-                self.move(p, p[row : row + rows], part, state['step'], row)
+                self.move(p, p[row : row + rows], part, self.age(p), row)
         self.be_lazy(p)
 
     # ---- weights in 8 bits
@@ -393,7 +401,7 @@ class ApolloAdamW(AdamW):
         if update_proj_gap < 1:
             raise ValueError(f'update_proj_gap={update_proj_gap} is not a number of steps: use 1 or more')
         self.T, self.tensorwise = update_proj_gap, tensorwise
-        super().__init__(params, lr, rank=rank, scale=scale, **adam)
+        super().__init__(params, lr, group_defaults=dict(rank=rank, scale=scale), **adam)
 
     def update(self, p, G):
         group, state = self.group_of[p], self.state[p]
@@ -418,6 +426,8 @@ def setup(model, config):
     chosen = {id(module.weight) for module in linears}
     others = split_decay(p for p in model.parameters() if id(p) not in chosen)
     int8 = []
+    if config.weight_bits == 8 and (config.method != 'galore' or config.compile):
+        raise ValueError("weight_bits=8 is built into method='galore' without compile: use weight_bits=16")
     if config.weight_bits == 8:  # one after another, so that no second copy of the model exists
         for module in linears:
             W = module.weight
