@@ -53,7 +53,7 @@ memory_gb = 20  # methods that take more than this together are measured in grou
 stall_sizes = '130m:1 1b:1'  # models for the stall: few blocks, since whole periods of steps are timed
 periods = 2  # periods of refreshes to time; of each step in them the faster time counts
 
-# states: bytes, nothing is timed
+# states: bytes of whole models, nothing is timed
 state_sizes = '60m 130m 350m 1b'  # models whose states at two bytes a number are counted
 claim_sizes = '1b 7b'  # models for the paper's percentages: 8-bit states, all memory of training
 real_sizes = '60m 130m 350m 1b'  # those that take real steps on real tensors; others are traced on fake ones
@@ -75,6 +75,19 @@ BASELINE, AUTHORS = 'torch AdamW, fused', 'galore-torch 1.0'  # what the others 
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def problems(config):
+    """Sizes that are none, before anything is measured."""
+    found = []
+    for key, text in vars(config).items():
+        for word in text.split() if key.endswith('_sizes') else ():
+            name, colon, blocks = word.partition(':')
+            whole = key in ('state_sizes', 'claim_sizes', 'real_sizes')
+            if name not in SIZES or (colon and (whole or not blocks.isdigit() or blocks == '0')):
+                shape = 'a NAME' if whole else 'NAME or NAME:BLOCKS, with a NAME'
+                found.append(f'{key}: {word} is not {shape} of {" ".join(SIZES)}')
+    return found
 
 
 def sizes(text):
@@ -109,7 +122,7 @@ def clear():
 
 
 def unhook(optimizer):
-    """A parameter holds our optimizer through its hook, where gc does not see it, and is held by it: neither would go."""
+    """A parameter holds our optimizer in its hook, where gc does not see it, and is held by it: neither would go."""
     parameters = [p for group in optimizer.param_groups for p in group['params']]
     for p in (*parameters, *getattr(optimizer, 'R', {}).values()):
         if p._post_accumulate_grad_hooks:
@@ -239,9 +252,6 @@ def given_steps(name, gradients, rank):
     """-> optimizer, and functions: a step of it on these gradients, one with all bases due, one with the last alone."""
     matrices = [torch.nn.Parameter(0.02 * torch.randn_like(G)) for G in gradients]
     optimizer = OPTIMIZERS[name](matrices, rank)
-    # The first gradients come out of autograd: ours makes its first bases in hooks.
-    sum((p * G).sum() for p, G in zip(matrices, gradients)).backward()
-    optimizer.step()
 
     def step(due=()):
         set_due(optimizer, due)
@@ -262,6 +272,7 @@ def measure_optimizers(config):
         plain, all_due, last_due, made, kept = {}, {}, {}, {}, {}
         for name in names:
             optimizer, plain[name], all_due[name], last_due[name] = given_steps(name, gradients, rank_of(size))
+            plain[name]()  # makes states and bases
             plain[name]()
             made[name], kept[name] = made_in(plain[name]), state_bytes(optimizer)
             unhook(optimizer)
@@ -505,15 +516,16 @@ def measure_states(config):
         print(f'states: {what}, {size}, {how}: {ours:,} bytes', flush=True)
         clear()
 
-    for size, blocks in sizes(config.state_sizes):
+    for size in config.state_sizes.split():
         if size in real:
             numbers = sum(t.numel() for name, t in real_states(size) if name in ('M', 'V', 'P'))
         else:
             numbers = planned(size, dtype='float32').states // 4  # all of them are fp32 then
-        how, bf16_adamw = 'real' if size in real else 'fake', 4 * on_meta(size, blocks).n_params()
-        compare('states of GaLore at 2 bytes a number', size, how, 2 * numbers, bf16_adamw)
-    for size, blocks in sizes(config.claim_sizes):
-        n = on_meta(size, blocks).n_params()
+        n = on_meta(size, SIZES[size]['n_layer']).n_params()
+        how = 'real' if size in real else 'fake'
+        compare('states of GaLore at 2 bytes a number', size, how, 2 * numbers, 4 * n)
+    for size in config.claim_sizes.split():
+        n = on_meta(size, SIZES[size]['n_layer']).n_params()
         plan = planned(size, *SMALL, '--per_layer=True')
         ours = sum(t.nbytes for _, t in real_states(size, *SMALL)) if size in real else plan.states
         how = 'real' if size in real else 'fake'
@@ -738,11 +750,12 @@ def draw(rows, png):
             where = [names.index(name) + 0.8 * ((i + 0.5) / len(models) - 0.5) for name in ratios]
             bars = axes.barh(where, list(ratios.values()), 0.75 / len(models), label=model)
             axes.bar_label(bars, fmt='%.2f', fontsize=7, padding=2)
+        axes.margins(x=0.1)  # for the labels
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.axvline(1, color='black', lw=0.8)
         axes.set(title=title, xlabel=f'time over {BASELINE}, refreshes included')
-        axes.legend()
+        axes.legend(loc='lower right')
     panels[1].set_xscale('log')
     figure.savefig(png, dpi=120)
     plt.close(figure)
@@ -765,6 +778,8 @@ def main(config):
     print(lines[2], flush=True)
     rows, write = {}, config.out and config.only == 'all'
     path = os.path.join(ROOT, config.out)
+    if write:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
     for name, (measure, heading, text, head) in PARTS.items():
         if config.only not in ('all', name):
             continue
@@ -783,4 +798,4 @@ def main(config):
 
 
 if __name__ == '__main__':
-    main(configurator.load_or_exit(__file__, sys.argv[1:]))
+    main(configurator.load_or_exit(__file__, sys.argv[1:], problems))

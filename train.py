@@ -289,7 +289,8 @@ def tokenizer_files(*folders):
 
 def plan_memory(config, model, dtype):
     setup = METHODS[config.method].setup
-    return memest.trace(model.config, dtype, config, setup, training_step, model.activation_dtype)
+    main_memory = not config.dry_run and model.head.device.type == 'cpu'  # offloaded or not, it takes the same
+    return memest.trace(model.config, dtype, config, setup, training_step, model.activation_dtype, main_memory)
 
 
 def plan_only(config, device, dtype):

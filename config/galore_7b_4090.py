@@ -1,7 +1,7 @@
 """LLaMA-7B on one 24 GB card: 8-bit states in a subspace, weights updated inside backward, blocks recomputed.
 
 16 windows x 256 tokens x 32 micro-batches = 131,072 tokens a step; 150,000 steps = 19.66B tokens.
-Everything as in galore_7b.py but for what makes it fit: a planned peak of 99.99 GB = 99.9 GiB, of it weights 13.5,
+Everything as in galore_7b.py but for what makes it fit: a planned peak of 19.92 GB = 18.6 GiB, of it weights 13.5,
 projected gradients while accumulating 3.2, each block's input 1.1, 4-bit bases 0.5. The 8-bit moments, 3.8 GB in main
 memory, visit the card once a step; with --offload=False they stay on it, and the plan is 23.7 GB. Planned, not measured:
 no such card was at hand; CUDA's context comes on top. Two whole steps of it ran on a CPU, see results/galore_7b.md.

@@ -1,0 +1,108 @@
+"""bench.py: every part at tiny size gives its rows, of numbers that can be."""
+
+import importlib.util
+
+import pytest
+from conftest import run
+
+PARTS = ['optimizer', 'training', 'stall', 'refresh', 'memory']
+TINY = [f'--{name}_sizes=9m:1' for name in PARTS] + ['--claim_sizes=9m', '--state_sizes=9m 60m', '--real_sizes=9m']
+TINY += ['--repeats=3', '--seconds=1', '--rounds=1', '--batch_size=1', '--periods=1', '--amortised_over=20']
+TINY += ['--refreshes=1', '--update_proj_gap=5']
+AUTHORS = bool(importlib.util.find_spec('galore_torch'))
+
+
+def table(text, heading):
+    """{head: cells} of each row of the table under a heading."""
+    lines = text.split(f'## {heading}\n')[1].split('\n## ')[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines if line.startswith('|')]
+    return [dict(zip(rows[0], row)) for row in rows[2:]]
+
+
+def number(cell):
+    return float(cell.replace(',', '').removesuffix('%'))
+
+
+@pytest.fixture(scope='module')
+def tables(tmp_path_factory):
+    """What a run of all parts writes."""
+    folder = tmp_path_factory.mktemp('bench')
+    done = run(['bench.py', *TINY, f'--out={folder / "results" / "bench.md"}'])
+    assert done.returncode == 0, done.stderr
+    if importlib.util.find_spec('matplotlib'):
+        assert (folder / 'results' / 'bench.png').stat().st_size > 10_000
+    return (folder / 'results' / 'bench.md').read_text()
+
+
+def test_optimizers_have_times_and_states(tables):
+    rows = {row['optimizer']: row for row in table(tables, 'The optimizer alone, on given gradients')}
+    assert len(rows) == 10 + AUTHORS
+    for row in rows.values():
+        assert number(row['ms amortised']) >= number(row['ms']) > 0
+    matrices = 4 * 128 * 128 + 3 * 128 * 352
+    states = {name: number(row['MB of states']) for name, row in rows.items()}
+    assert states['AdamW'] == pytest.approx(8 * matrices / 1e6, abs=0.01)
+    assert states['GaLore'] == pytest.approx(4 * (7 * 128 * 32 + 2 * 32 * (4 * 128 + 3 * 352)) / 1e6, abs=0.01)
+    assert states['GaLore, 8-bit states, 4-bit basis'] < states['GaLore, 8-bit states'] < states['GaLore']
+    assert number(rows['GaLore']['slowest step over mean']) >= 0.9
+
+
+def test_training_steps_are_compared_with_the_baseline(tables):
+    rows = {row['method']: row for row in table(tables, 'Whole training steps')}
+    assert len(rows) == 6 + AUTHORS
+    assert number(rows['torch AdamW, fused']['over torch AdamW, fused']) == 1
+    for row in rows.values():
+        assert number(row['tokens/s']) > 0 and 0 < number(row['matmul']) < 150
+        assert 0.05 < number(row['over torch AdamW, fused']) < 20
+    kept = {name: number(row['MB of weights and states']) for name, row in rows.items()}
+    assert kept['GaLore'] < kept['AdamW'] == kept['torch AdamW, fused']
+
+
+def test_stall_is_the_slowest_over_the_mean(tables):
+    (row,) = table(tables, 'The slowest step of a training run')
+    assert row['steps in a period'] == '5' and row['refreshes a step'] == '1.40'
+    assert number(row['ms, slowest']) >= number(row['ms, mean']) > 0
+    assert number(row['slowest over mean']) >= 1
+
+
+def test_states_are_the_bytes_of_the_papers_counting(tables):
+    rows = table(tables, 'Bytes')
+    counted = {row['model']: row for row in rows if row['what'] == 'states of GaLore at 2 bytes a number'}
+    assert number(counted['60m']['bytes']) == 163_743_744 and counted['60m']['tensors'] == 'fake'
+    assert counted['9m']['tensors'] == 'real'
+    assert [row['what'] for row in rows[2:]] == ['states of GaLore in 8 bits, bases in 4', 'all memory of training']
+    for row in rows:
+        assert 0 < number(row['bytes']) < number(row["AdamW's"])
+
+
+def test_refreshes_are_compared_with_the_svd(tables):
+    rows = table(tables, 'A new P on real gradients')
+    assert [row['gradient'] for row in rows] == ['128 x 128', '128 x 352']
+    for row in rows:
+        assert 0.5 < number(row["energy kept, of the SVD's: mean"]) <= 1.0001
+        assert number(row['by the old P']) < number(row["energy kept, of the SVD's: mean"])
+
+
+def test_gradients_alive_at_once_are_fewer_per_layer(tables):
+    full = {row['method']: number(row['most MB of full gradients']) for row in table(tables, 'Gradients alive at once')}
+    assert full['GaLore, per_layer'] < full['GaLore'] < full['GaLore, drop-in'] == full['AdamW']
+    assert full['AdamW, per_layer'] < full['AdamW']
+
+
+def test_groups_hold_the_baseline_and_every_method_once():
+    import bench
+
+    names = list(bench.TRAINERS)
+    assert bench.groups(names, '130m', 12, 100e9) == [names]
+    several = bench.groups(names, '1b', 6, 20e9)
+    assert len(several) > 1 and all(group[0] == bench.BASELINE for group in several)
+    assert [name for group in several for name in group[1:]] == names[1:]
+
+
+def test_one_part_alone_writes_nothing_and_unknown_sizes_are_refused(tmp_path):
+    done = run(['bench.py', '--only=memory', '--memory_sizes=9m:1', f'--out={tmp_path / "bench.md"}'])
+    assert done.returncode == 0 and '## Gradients alive at once' in done.stdout, done.stderr
+    assert not list(tmp_path.iterdir())
+    done = run(['bench.py', '--optimizer_sizes=9mm', '--training_sizes=9m:x', '--real_sizes=9m:1'])
+    assert done.returncode == 2
+    assert all(f'{word} is not' in done.stderr for word in ('9mm', '9m:x', '9m:1'))
