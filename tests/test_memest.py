@@ -62,3 +62,72 @@ def test_per_layer_and_checkpointing_and_8_bits_each_lower_the_plan():
     assert total(per_layer=True, checkpointing=True, batch_size=1) < total(checkpointing=True, batch_size=1)
     assert total(checkpointing=True) < total()
     assert total(state_bits=8) < total()
+
+
+def test_allocator_rounds_splits_and_joins_as_torchs_does_by_hand():
+    MB = memest.MB
+    card = memest.Allocator()
+    small = card.malloc(100)  # rounded to 512, from a segment of 2 MB
+    assert (small.size, card.reserved) == (512, 2 * MB)
+    card.malloc(MB)  # the rest of that segment holds it
+    assert card.reserved == 2 * MB
+    card.malloc(MB)  # but not another one
+    assert card.reserved == 4 * MB
+    middle = card.malloc(3 * MB)  # from 1 to 10 MB: a segment of 20 MB
+    assert card.reserved == 24 * MB
+    card.malloc(11 * MB)
+    assert card.reserved == 24 * MB, 'in what is left of the 20'
+    large = card.malloc(21 * MB + 1)
+    assert card.reserved == 46 * MB, 'its own segment, rounded to 2 MB'
+    card.free(large)
+    again = card.malloc(21 * MB)  # what is over, 1 MB or less, is not split off
+    assert (card.reserved, again.size) == (46 * MB, 22 * MB)
+    card.free(again)
+    first = card.malloc(10 * MB)  # the smallest free block that is large enough: 22, since 6 of the 20 are left
+    second = card.malloc(12 * MB)
+    assert card.reserved == 46 * MB
+    card.free(first)
+    card.free(second)
+    assert card.malloc(22 * MB).size == 22 * MB and card.reserved == 46 * MB, 'free neighbours are joined'
+    card.free(middle)
+    card.malloc(4 * MB)
+    assert card.reserved == 46 * MB
+
+
+def test_reserved_is_never_less_than_what_is_alive_and_fits_the_real_allocators_bound():
+    generator = torch.Generator().manual_seed(0)
+    card, alive, most = memest.Allocator(), [], 0
+    for _ in range(3000):
+        if alive and torch.rand((), generator=generator) < 0.5:
+            card.free(alive.pop(int(torch.randint(len(alive), (), generator=generator))))
+        else:
+            alive.append(card.malloc(int(2 ** (27 * torch.rand((), generator=generator)))))
+        most = max(most, sum(block.size for block in alive))
+        assert card.reserved >= most
+    for block in alive:
+        card.free(block)
+    whole = sum(size for pool in card.free_blocks.values() for size, _, _ in pool)
+    assert whole == card.reserved, 'no byte is lost or counted twice'
+    assert all(b.before is None and b.after is None for pool in card.free_blocks.values() for _, _, b in pool)
+
+
+@pytest.mark.parametrize('method,state', [(adam, {}), (galore, dict(moments='rotate', update_proj_gap=1))])
+def test_offloaded_moments_take_none_of_the_card_and_change_no_weight(method, state):
+    def run(**changes):
+        config = SimpleNamespace(**CONFIG | state | changes)
+        model = LLaMA(ModelConfig(**TINY)).materialise(seed=0)
+        optimizer = method.setup(model, config)
+        for step in range(3):
+            x = torch.randint(0, 301, (4, 32), generator=torch.Generator().manual_seed(step))
+            training_step(model, optimizer, [(x, x)], 1e-3, 'cpu')
+        return torch.cat([p.detach().flatten() for p in model.parameters()]), optimizer
+
+    (weights, _), (offloaded, optimizer) = run(), run(offload=True)
+    assert optimizer.home == torch.device('cpu') and torch.equal(weights, offloaded)
+    plans = [
+        memest.trace(ModelConfig(**TINY), torch.float32, SimpleNamespace(**CONFIG | {'offload': offload}),
+                     method.setup, training_step)
+        for offload in (False, True)
+    ]  # fmt: skip
+    bases = sum(s['P'].nbytes for s in optimizer.state.values() if 'P' in s)
+    assert plans[1].states == bases and plans[1].total < plans[0].total - 0.9 * (plans[0].states - bases)
