@@ -245,8 +245,10 @@ class GaLoreAdamW(AdamW):
         state = self.state[p]
         if self.basis_bits != 4:
             return load(state, 'P')
-        how = kernels().QuantState(state['P_absmax'], (min(p.shape), len(self.R[p])), None, BLOCK_4BIT, 'nf4', p.dtype)
-        return kernels().dequantize_4bit(state['P'], how)
+        # Flat: bitsandbytes' CPU kernel decodes a matrix wrongly whose rows are not whole blocks (0.50.2).
+        shape = (min(p.shape), len(self.R[p]))
+        how = kernels().QuantState(state['P_absmax'], (shape[0] * shape[1],), None, BLOCK_4BIT, 'nf4', p.dtype)
+        return kernels().dequantize_4bit(state['P'], how).view(shape)
 
     def keep_basis(self, p, P):
         state = self.state[p]
@@ -257,7 +259,7 @@ class GaLoreAdamW(AdamW):
             state['P_absmax'] = torch.empty(-(-P.numel() // BLOCK), device=P.device)
             store(state, 'P', P)
         else:
-            state['P'], how = kernels().quantize_4bit(P, blocksize=BLOCK_4BIT, quant_type='nf4')
+            state['P'], how = kernels().quantize_4bit(P.view(-1), blocksize=BLOCK_4BIT, quant_type='nf4')
             state['P_absmax'] = how.absmax
 
     def new_basis(self, p, G):
