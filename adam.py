@@ -18,6 +18,7 @@ What is not in the papers, and why:
 import contextlib
 import logging
 import math
+import weakref
 import zlib
 
 import torch
@@ -134,6 +135,18 @@ def add_(W, N, lr, decay, seed):
     W.copy_(exact)
 
 
+def weakly(method):
+    """A hook that calls `method` as long as its object lives. Autograd holds hooks where Python's collector does
+    not look: held in earnest, an optimizer and its parameters would never be freed."""
+    alive = weakref.WeakMethod(method)
+
+    def hook(*arguments):
+        if method := alive():
+            method(*arguments)
+
+    return hook
+
+
 def several_processes():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -184,7 +197,7 @@ class AdamW(torch.optim.Optimizer):
         super().add_param_group(group)
         for p in self.param_groups[-1]['params']:
             self.number[p], self.group_of[p] = len(self.number), self.param_groups[-1]
-            p.register_post_accumulate_grad_hook(self.gradient_ready)
+            p.register_post_accumulate_grad_hook(weakly(self.gradient_ready))
 
     @property
     def lr(self):

@@ -32,7 +32,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from adam import BLOCK, AdamW, adam_direction, add_, average_, kernels, load, several_processes, split_decay, store
+from adam import (
+    BLOCK,
+    AdamW,
+    adam_direction,
+    add_,
+    average_,
+    kernels,
+    load,
+    several_processes,
+    split_decay,
+    store,
+    weakly,
+)
 
 GROWTH = 1.01  # the most by which a limited update's norm may grow from one step to the next (Fira, APOLLO)
 BLOCK_4BIT = 64  # numbers of a 4-bit basis that share a scale
@@ -186,7 +198,7 @@ class GaLoreAdamW(AdamW):
         self.T, self.refresh, self.stagger = update_proj_gap, refresh, stagger
         self.basis_bits, self.lazy, self.moments, self.residual = basis_bits, lazy, moments, residual
         self.R = {}  # p -> a placeholder of shape (r, n) that takes no memory; its .grad is R while a step is under way
-        self.attached = set()
+        self.attached, self.owner = set(), {}
         super().__init__(params, lr, group_defaults=dict(rank=rank, scale=scale), **adam)
 
     def add_param_group(self, group):
@@ -211,7 +223,8 @@ class GaLoreAdamW(AdamW):
         for module in linears:
             p = module.weight
             self.attached.add(p)
-            self.R[p].register_post_accumulate_grad_hook(lambda _, p=p: self.R_ready(p))
+            self.R[p].register_post_accumulate_grad_hook(weakly(self.R_ready))
+            self.owner[self.R[p]] = p
             module.forward = partial(self.linear, module)
 
     def linear(self, module, x):
@@ -225,10 +238,10 @@ class GaLoreAdamW(AdamW):
         return y if module.bias is None else y + module.bias
 
     @torch.no_grad()
-    def R_ready(self, p):
+    def R_ready(self, R):
         """Autograd calls this when R has taken in a micro-batch."""
         if self.per_layer and self.last_micro_batch:
-            self.finish(p)
+            self.finish(self.owner[R])
 
     # ---- P
 

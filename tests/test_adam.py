@@ -1,5 +1,8 @@
 """adam.py against torch.optim.AdamW, and the things bf16 training silently gets wrong elsewhere."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -193,3 +196,13 @@ def test_a_large_tensor_updated_in_pieces_equals_the_whole(shape, bits, monkeypa
             b.step()
     assert torch.equal(whole, parts)
     assert a.state[whole].keys() == b.state[parts].keys() and b.state[parts]['step'] == 5
+
+
+def test_a_dropped_optimizer_is_freed_with_its_parameters():
+    net = tiny_net()
+    optimizer = AdamW(net.parameters())
+    train(net, optimizer, 1)
+    gone = [weakref.ref(p) for p in (*net.parameters(), optimizer)]
+    del net, optimizer
+    gc.collect()
+    assert all(ref() is None for ref in gone)

@@ -1,0 +1,72 @@
+"""
+Real steps of the 24 GB config on a CPU with 24 GB of memory: 350m, 1b and LLaMA-7B itself; makes galore_7b.md.
+
+    python results/galore_7b.py              # about forty minutes on two cores; finished runs are kept in out/real
+
+Two optimizer steps, with a checkpoint and a new process between them. In the first every basis is made and two
+micro-batches are accumulated; in the second every basis is refreshed (T = 1) from a full gradient that lives alone.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SIZES = {'350m': 256, '1b': 512, '7b': 1024}  # ranks
+COMMON = 'config/galore_7b_4090.py --device=cpu --dataset=pystdlib --vocab_size=32000 --batch_size=1 --warmup_iters=0'
+COMMON += ' --update_proj_gap=1 --lr_decay_iters=100 --eval_tokens=256 --sample_tokens=0 --save_interval=1'
+STEPS = ['--gradient_accumulation_steps=2 --max_iters=1 --overwrite']
+STEPS += ['--gradient_accumulation_steps=1 --max_iters=2 --init_from=resume']
+
+
+def run(size, rank, number):
+    """-> command, and the text that one run under /usr/bin/time printed."""
+    out_dir = f'out/real/{size}'
+    words = f'{COMMON} --model={size} --rank={rank} --out_dir={out_dir} {STEPS[number]}'
+    log = os.path.join(ROOT, f'{out_dir}.{number + 1}.log')
+    os.makedirs(os.path.dirname(log), exist_ok=True)
+    if not os.path.exists(log) or 'Exit status: 0' not in open(log).read():
+        print('python train.py', words, flush=True)
+        with open(log, 'w') as f:
+            command = ['/usr/bin/time', '-v', sys.executable, 'train.py', *words.split()]
+            subprocess.run(command, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT, check=True)
+    with open(log) as f:
+        return f'/usr/bin/time -v python train.py {words}', f.read()
+
+
+def found(pattern, text):
+    return re.findall(pattern, text)[-1]
+
+
+def main():
+    lines = [
+        '# Real steps of `config/galore_7b_4090.py` on a CPU',
+        '',
+        'Made by `python results/galore_7b.py` on two cores with 24 GB of memory, no GPU. All layers, bf16 weights, 8-bit',
+        'states, 4-bit bases, per_layer, checkpointing. The first step makes every basis and accumulates 2 micro-batches of',
+        '256 tokens; then a checkpoint; a new process resumes from it, and its step refreshes every basis (T = 1), each from',
+        'a full gradient that lives alone. Offloading is none here: main memory is the card.',
+        '',
+        '| model | step | loss | seconds of the step | of the process | peak resident | planned |',
+        '|---|---|---|---|---|---|---|',
+    ]
+    commands = []
+    for size, rank in SIZES.items():
+        for number in range(2):
+            command, text = run(size, rank, number)
+            commands.append(command)
+            loss, ms = re.findall(r'^step \d+/\d+ \| loss ([\d.]+).* (\d+) ms \|', text, re.M)[-1]
+            clock = found(r'Elapsed .*: ([\d:.]+)', text)
+            peak = int(found(r'Maximum resident set size \(kbytes\): (\d+)', text)) * 1024
+            planned = int(found(r'peak_bytes_planned: (\d+)', text))
+            row = [size, number + 1, loss, round(int(ms) / 1000), clock, f'{peak / 2**30:.2f} GiB']
+            lines.append(f'| {" | ".join(map(str, [*row, f"{planned / 2**30:.2f} GiB"]))} |')
+    lines += ['', 'Commands:', '', '```', *commands, '```', '']
+    with open(os.path.join(ROOT, 'results', 'galore_7b.md'), 'w') as f:
+        f.write('\n'.join(lines))
+    print('\n'.join(lines))
+
+
+if __name__ == '__main__':
+    main()
