@@ -26,7 +26,11 @@ def run(size, rank, number):
     words = f'{COMMON} --model={size} --rank={rank} --out_dir={out_dir} {STEPS[number]}'
     log = os.path.join(ROOT, f'{out_dir}.{number + 1}.log')
     os.makedirs(os.path.dirname(log), exist_ok=True)
-    if not os.path.exists(log) or 'Exit status: 0' not in open(log).read():
+    done = False
+    if os.path.exists(log):
+        with open(log) as f:
+            done = 'Exit status: 0' in f.read()
+    if not done:
         print('python train.py', words, flush=True)
         with open(log, 'w') as f:
             command = ['/usr/bin/time', '-v', sys.executable, 'train.py', *words.split()]
@@ -43,10 +47,10 @@ def main():
     lines = [
         '# Real steps of `config/galore_7b_4090.py` on a CPU',
         '',
-        'Made by `python results/galore_7b.py` on two cores with 24 GB of memory, no GPU. All layers, bf16 weights, 8-bit',
-        'states, 4-bit bases, per_layer, checkpointing. The first step makes every basis and accumulates 2 micro-batches of',
-        '256 tokens; then a checkpoint; a new process resumes from it, and its step refreshes every basis (T = 1), each from',
-        'a full gradient that lives alone. Offloading is none here: main memory is the card.',
+        'Made by `python results/galore_7b.py` on two cores with 24 GB of memory, no GPU. All layers, bf16 weights,',
+        '8-bit states, 4-bit bases, per_layer, checkpointing. The first step makes every basis and accumulates two',
+        'micro-batches of 256 tokens; then a checkpoint; a new process resumes from it, and its step refreshes every',
+        'basis (T = 1), each from a full gradient that lives alone. Nothing is offloaded: main memory is the card.',
         '',
         '| model | step | loss | seconds of the step | of the process | peak resident | planned |',
         '|---|---|---|---|---|---|---|',
