@@ -33,7 +33,7 @@ SMALLEST_8BIT = 4096  # smaller tensors (norms) keep fp32 states, as in bitsandb
 # ---- pure functions of tensors -----------------------------------------------------------------------------------
 
 
-def adam_(W, G, state, lr, betas, eps, decay=0.0, state_bits=32):
+def adam_(W, G, state, lr, betas, eps, decay=0.0, state_bits=32, seed=0):
     """The four lines above on an fp32 W, in place: G (W's shape) goes into the moments in `state`, W moves.
 
     torch's fused kernel passes over memory once where the lines written out take nine passes: six times faster here."""
@@ -43,14 +43,16 @@ def adam_(W, G, state, lr, betas, eps, decay=0.0, state_bits=32):
     t = torch.full((), state['step'] - 1.0, device=W.device)  # the kernel counts it up itself
     adamw([W], [G.float().contiguous()], [M], [V], [], [t], fused=True, amsgrad=False, maximize=False,
           lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=decay)  # fmt: skip
-    store(state, 'M', M)
-    store(state, 'V', V)
+    store(state, 'M', M, seed)
+    store(state, 'V', V, seed + 1)
 
 
-def adam_direction(G, state, betas, eps, state_bits=32):
-    """Take gradient G (any shape) into the moments in `state`, in place, and return Mh / (sqrt(Vh) + eps) in fp32."""
+def adam_direction(G, state, betas, eps, state_bits=32, seed=0):
+    """Take gradient G (any shape) into the moments in `state`, in place, and return Mh / (sqrt(Vh) + eps) in fp32.
+
+    seed: of the rounding of 8-bit moments."""
     N = torch.zeros(G.shape, device=G.device)
-    adam_(N, G, state, -1.0, betas, eps, state_bits=state_bits)  # 0 - (-1) direction
+    adam_(N, G, state, -1.0, betas, eps, state_bits=state_bits, seed=seed)  # 0 - (-1) direction
     return N
 
 
@@ -69,20 +71,30 @@ def load(state, name):
     if name + '_absmax' not in state:
         return state[name]
     code, absmax = code_of(name, state[name].device), state[name + '_absmax']
-    decoded = kernels().dequantize_blockwise(state[name], absmax=absmax, code=code, blocksize=BLOCK)
-    return decoded.square_() if name == 'V' else decoded
+    return kernels().dequantize_blockwise(state[name], absmax=absmax, code=code, blocksize=BLOCK)
 
 
-def store(state, name, changed):
+def store(state, name, changed, seed=0):
     """Quantise a changed copy back to 8 bits, blockwise (8-bit Optimizers, 2110.02861, section 2); else nothing.
 
-    Of V the root is kept: it spans half as many decades, so small ones beside large ones do not become zero, which the
-    step would be divided by."""
-    if name + '_absmax' in state:
-        changed, code = changed.sqrt() if name == 'V' else changed, code_of(name, changed.device)
-        quantised, how = kernels().quantize_blockwise(changed, code=code, blocksize=BLOCK)
-        state[name].copy_(quantised)
-        state[name + '_absmax'].copy_(how.absmax)
+    Rounded at random, unlike there: V changes by a thousandth a step and 8 bits tell apart some hundredths, so to the
+    nearest it stays where it is (laptop run, 300 steps: loss 0.8 % above that of fp32 states, at random 0.4 %)."""
+    if name + '_absmax' not in state:
+        return
+    code = code_of(name, changed.device)
+    options = dict(code=code, blocksize=BLOCK)
+    nearest, how = kernels().quantize_blockwise(changed, **options)
+    # Noise as wide as the distance of the codes there, decoded as if that were the code; then the nearest again.
+    gaps = torch.cat([code[1:2] - code[:1], (code[2:] - code[:-2]) / 2, code[-1:] - code[-2:-1]])
+    gap = kernels().dequantize_blockwise(nearest, absmax=how.absmax, code=gaps, blocksize=BLOCK)
+    generator = torch.Generator(changed.device).manual_seed(seed)
+    noise = torch.rand(changed.shape, generator=generator, device=changed.device).sub_(0.5)
+    noisy = noise.mul_(gap).add_(changed)
+    if name == 'V':
+        noisy.clamp_min_(0)
+    quantised, how = kernels().quantize_blockwise(noisy, **options)
+    state[name].copy_(quantised)
+    state[name + '_absmax'].copy_(how.absmax)
 
 
 def pieces(W, G, state):
@@ -254,6 +266,7 @@ class AdamW(torch.optim.Optimizer):
         state.setdefault('step', 0)
         for row, W, part_of_G, part in pieces(p, G, state):
             options = dict(betas=group['betas'], eps=group['eps'], state_bits=self.state_bits)
+            options['seed'] = self.random_seed(p, part['step'], row)
             if W.dtype == torch.float32 and W.is_contiguous():
                 adam_(W, part_of_G, part, group['lr'], decay=group['weight_decay'], **options)
             else:

@@ -362,7 +362,8 @@ class GaLoreAdamW(AdamW):
             if 'P' not in state or self.is_due(p):
                 self.new_basis(p, G)
             R = self.basis(p).T.to(dtype) @ G  # (r, n)
-        N = adam_direction(R, state, group['betas'], group['eps'], self.state_bits)  # (r, n)
+        seed = self.random_seed(p, self.age(p))
+        N = adam_direction(R, state, group['betas'], group['eps'], self.state_bits, seed)  # (r, n)
         P = self.basis(p).to(dtype)  # (m, r)
         if self.residual == 'fira':  # Adam would turn column R_j into N_j: let it lengthen the rest of column j as much
             S = G - P @ R  # (m, n)
@@ -427,7 +428,8 @@ class ApolloAdamW(AdamW):
         generator = torch.Generator(G.device).manual_seed(self.random_seed(p, state.get('step', 0) // self.T))
         P = torch.randn(m, r, generator=generator, device=G.device) / r**0.5  # (m, r)
         R = P.T @ G  # (r, n)
-        N = adam_direction(R, state, group['betas'], group['eps'], self.state_bits)  # (r, n)
+        seed = self.random_seed(p, state.get('step', 0))
+        N = adam_direction(R, state, group['betas'], group['eps'], self.state_bits, seed)  # (r, n)
         dim = None if self.tensorwise else 0
         s = torch.linalg.vector_norm(N, dim=dim) / torch.linalg.vector_norm(R, dim=dim).clamp_min(1e-12)  # (n,) or ()
         U = limited(G * s, state).mul_(group['scale'])  # (m, n)
