@@ -22,12 +22,13 @@ def run(method, rate, *flags):
     """The final lines of one run as a dict; from its log where it ran before."""
     out_dir = os.path.join('out', 'laptop', '_'.join([method, rate, *flags]).replace('--', ''))
     log = os.path.join(ROOT, out_dir, 'log.txt')
-    if not os.path.exists(log) or 'device: cpu' not in read_lines(log):
+    if not os.path.exists(log):
         os.makedirs(os.path.dirname(log), exist_ok=True)
         words = [f'config/{method}_laptop.py', f'--learning_rate={rate}', f'--out_dir={out_dir}', '--overwrite', *flags]
         print('python train.py', *words, flush=True)
-        with open(log, 'w') as f:
+        with open(log + '.part', 'w') as f:
             subprocess.run([sys.executable, 'train.py', *words], cwd=ROOT, stdout=f, check=True)
+        os.rename(log + '.part', log)  # one that was interrupted runs again
     lines = read_lines(log)
     found = dict(line.split(': ', 1) for line in lines[-10:])
     found['sample'] = [line for line in lines if line.startswith('sample: ')][-1].removeprefix('sample: ')
