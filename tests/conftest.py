@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch is imported: tensors of tests are too small to share
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ['--model=9m', '--n_layer=2', '--n_embd=32', '--n_head=4', '--n_inner=64', '--block_size=32', '--batch_size=4']
 TINY += ['--rank=8', '--update_proj_gap=5', '--warmup_iters=2', '--eval_tokens=512', '--log_interval=5']
