@@ -20,9 +20,9 @@ PARTS = [
         'Descendants, each at its best rate',
         [
             ('galore', ['1e-2'], []),  # the best of three, see laptop.md
-            ('fira', RATES, ['--residual=fira']),
+            ('fira', ['1e-2'], ['--residual=fira']),
             ('apollo', RATES, ['--method=apollo', '--scale=1']),
-            ('apollo_mini', RATES, MINI),
+            ('apollo_mini', ['1e-2'], MINI),
         ],
     ),
     (
