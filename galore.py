@@ -372,7 +372,7 @@ class GaLoreAdamW(AdamW):
             self.move(p, p, group['scale'] * (U if p is wide(p) else U.T), self.age(p))
         elif p.dtype == torch.float32 and 'W' not in state:  # in one product, without the m x n update
             lr = group['lr']
-            wide(p).addmm_(P, N, beta=1 - lr * group['weight_decay'], alpha=-lr * group['scale'])
+            wide(p).addmm_(P, N.mul_(group['scale']), beta=1 - lr * group['weight_decay'], alpha=-lr)
         else:  # some rows at a time
             left, right = (P, N.to(dtype)) if p is wide(p) else (N.T.to(dtype), P.T)
             rows = max((1 << 22) // p.shape[1], 1)
