@@ -5,9 +5,10 @@ The peak memory of a run, known before it starts: a step of it is run on fake te
     plan = trace(model_config, dtype, config, setup, step)      # what train.py prints before it starts
 
 The step is train.py's own, with the method's own optimizer, so the plan cannot drift from the code. Counted: the
-storage of every tensor. Not counted: CUDA's context (about half a GB), the allocator's rounding, workspaces of
-libraries, and refreshes of a basis after the first step. Every layer is traced: a line drawn through the peaks of a few
-goes wrong where the peak moves to another phase with more layers (a 7B's from the embedding's update to its gradients).
+storage of every tensor, and, as `reserved`, what CUDA's allocator makes of it. Not counted: CUDA's context (half a GB),
+workspaces of libraries, and refreshes of a basis after the first step. Every layer is traced: a line drawn through the
+peaks of a few goes wrong where the peak moves to another phase with more layers (a 7B's from the embedding's update to
+its gradients).
 """
 
 import bisect

@@ -161,8 +161,8 @@ class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of x W^T in nats, over targets that are not -100, without the (N, V) logits.
 
     Forward and backward together, ROWS rows of logits at a time. torch's F.linear_cross_entropy does this too, but in
-    bf16 either adds losses up in bf16, 0.2 nats off at 16,384 rows, or, on a CPU, copies the head in fp32 twice over:
-    1.3 GB of a 7B's peak. Here all but the products is fp32."""
+    bf16 either adds losses up in bf16, 0.2 nats off at 16,384 rows, or, on a CPU, makes two fp32 tensors of the
+    head's size: 1 GB at 7B. Here all but the products is fp32."""
 
     ROWS = 512
 

@@ -99,23 +99,10 @@ sample_tokens = 48  # tokens of a sample to print at each evaluation; 0: none
 tracker = 'none'  # 'none' | 'wandb' | 'trackio' | 'tensorboard': imported only if asked for
 # ---- end of config ---------------------------------------------------------------------------------------------------
 
-METHODS = {
-    'adamw': adam,
-    'galore': galore,
-    'apollo': galore,
-    'apollo_mini': galore,
-}  # a module with setup(model, config) -> optimizer; add yours here
-FIXED = (
-    'model',
-    *SHAPE,
-    'method',
-    'rank',
-    'residual',
-    'state_bits',
-    'basis_bits',
-    'weight_bits',
-    'dtype',
-)  # what a checkpoint's tensors decide
+# A module with setup(model, config) -> optimizer; add yours here.
+METHODS = {'adamw': adam, 'galore': galore, 'apollo': galore, 'apollo_mini': galore}
+# What a checkpoint's tensors decide.
+FIXED = ('model', *SHAPE, 'method', 'rank', 'residual', 'state_bits', 'basis_bits', 'weight_bits', 'dtype')
 
 
 class Stop(Exception):
@@ -153,7 +140,7 @@ def problems(config):
         )
     if c.weight_bits == 8 and (c.method != 'galore' or c.compile):
         found.append(
-            "weight_bits=8 is built into method='galore' without compile: set --weight_bits=16, or those two to it"
+            "weight_bits=8 works only with method='galore' and without compile: set --weight_bits=16, or change those"
         )
     if c.per_layer and c.compile:
         found.append(

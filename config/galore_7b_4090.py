@@ -1,4 +1,4 @@
-"""LLaMA-7B on one 24 GB card: 8-bit states in a subspace, weights updated inside backward, blocks recomputed.
+"""LLaMA-7B on one 24 GB card: 8-bit states in a subspace, one full gradient at a time, blocks recomputed.
 
 16 windows x 256 tokens x 32 micro-batches = 131,072 tokens a step; 150,000 steps = 19.66B tokens.
 Everything as in galore_7b.py but for what makes it fit: a planned peak of 19.92 GB = 18.6 GiB, of it weights 13.5,
@@ -19,7 +19,7 @@ max_iters = 150_000
 warmup_iters = 15_000
 learning_rate = 0.005
 min_lr = 0.0005
-grad_clip = 1.0  # of the projected gradients, which accumulation holds in any case
+grad_clip = 1.0  # of the projected gradients, which accumulation holds in any case; weights move when the norm is known
 method = 'galore'
 rank = 1024
 scale = 0.25
