@@ -26,6 +26,8 @@ import torch.distributed as dist
 from torch.optim.adamw import adamw
 
 BLOCK = 256  # numbers that share a scale in 8-bit states
+BLOCK_4BIT = 64  # numbers that share one in NF4
+PARTS = '', '_absmax', '_offset', '_outer_absmax'  # what `encode` makes of a tensor, as endings of its name
 PIECE = 1 << 24  # numbers updated at once
 SMALLEST_8BIT = 4096  # smaller tensors (norms) keep fp32 states, as in bitsandbytes
 
@@ -132,6 +134,32 @@ def code_of(name, device):
     return _codes[name, device]
 
 
+def encode(A, quantize='nf4', double_quant=False):
+    """A (any shape) as named tensors: itself, or NF4 (QLoRA, 2305.14314): 4 bits a number, and an fp32 scale for each
+    64 of the flat tensor. double_quant: the scales in 8 bits, around their mean, with an fp32 scale for each 256."""
+    if quantize == 'none':
+        return {'': A}
+    # Flat: bitsandbytes' CPU kernel decodes a matrix wrongly whose rows are not whole blocks (0.50.2).
+    packed, how = kernels().quantize_4bit(A.float().reshape(-1), blocksize=BLOCK_4BIT, quant_type='nf4')
+    if not double_quant:
+        return {'': packed, '_absmax': how.absmax}
+    offset, code = how.absmax.mean(), code_of('M', A.device)
+    scales, outer = kernels().quantize_blockwise(how.absmax - offset, code=code, blocksize=BLOCK)
+    return {'': packed, '_absmax': scales, '_offset': offset, '_outer_absmax': outer.absmax}
+
+
+def decode(parts, shape, dtype):
+    """The tensor that `encode` made the parts of, in a dtype of one's choice."""
+    packed, absmax = parts[''], parts.get('_absmax')
+    if absmax is None:
+        return packed.to(dtype)
+    if '_offset' in parts:
+        outer, code = parts['_outer_absmax'], code_of('M', packed.device)
+        absmax = kernels().dequantize_blockwise(absmax, absmax=outer, code=code, blocksize=BLOCK) + parts['_offset']
+    how = kernels().QuantState(absmax, (shape[0] * shape[1],), None, BLOCK_4BIT, 'nf4', dtype)
+    return kernels().dequantize_4bit(packed, how).view(shape)
+
+
 def add_(W, N, lr, decay, seed):
     """W <- (1 - lr decay) W - lr N, in place. Only a bf16 W uses `seed`: it is rounded up or down at random, with the
     odds that make the rounded weight right on average."""
@@ -168,6 +196,37 @@ def average_(G):
         dist.all_reduce(G)
         G /= dist.get_world_size()
     return G
+
+
+# ---- weights in few bits -----------------------------------------------------------------------------------------
+
+
+class Packed(torch.nn.Module):
+    """A module whose large tensors are kept encoded, in buffers: 'W' in the buffers W, W_absmax and so on.
+
+    `how` are the arguments of `encode`, `shapes` the tensors' shapes by name, `started` whether a P was made."""
+
+    def keep(self, name, A):
+        for part, tensor in encode(A, *self.how).items():
+            self.register_buffer(name + part, tensor)
+
+    def read(self, name, dtype):
+        parts = {part: self._buffers[name + part] for part in PARTS if name + part in self._buffers}
+        return decode(parts, self.shapes[name], dtype)
+
+    def forget(self, name):
+        for part in PARTS:
+            self._buffers.pop(name + part, None)
+
+    def restore(self, tensors):
+        """Become what `state_dict()` said, whatever tensors there are now."""
+        for name in self.shapes:
+            self.forget(name)
+        for name, tensor in tensors.items():
+            if name in self._parameters:
+                self._parameters[name].data.copy_(tensor)
+            else:
+                self.register_buffer(name, tensor.to(next(self.parameters()).device, copy=True))
 
 
 # ---- the optimizer -----------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ repeats = 15  # timed steps of each method
 seconds = 3.0  # a method that has used so many sits out the later rounds; each has 3 steps and one refresh at least
 
 # training, stall: whole training steps on random tokens
-training_sizes = '130m:12 1b:3'  # models for whole steps
+training_sizes = '130m:12 1b:6'  # models for whole steps
 rounds = 3  # timed steps of each method
 batch_size = 8  # windows of 256 tokens in a step
 memory_gb = 20  # methods that take more than this together are measured in groups, each with torch's AdamW in it

@@ -10,7 +10,7 @@ import torch
 import tokenizer as tokenizers
 from batches import DataError
 from checkpoint import first_line
-from model import SIZES, LLaMA, ModelConfig, ModelError
+from model import SIZES, Linear, LLaMA, ModelConfig, ModelError
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 SHAPE = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner', 'vocab_size')  # keys that override what `model` has
@@ -53,16 +53,17 @@ def check_tokenizer(model_folder, data_folder):
         )
 
 
-def build_model(config, data, vocab_size, dtype, device, source=None):
-    """The model on `device`: from the Hugging Face folder `source`, or new where there is none."""
+def build_model(config, data, vocab_size, dtype, device, source=None, linear=Linear):
+    """The model on `device`: from the Hugging Face folder `source`, or new where there is none. linear: the module that
+    the method wants the blocks made of."""
     if source:
         check_tokenizer(source, data)
-        built = LLaMA.from_pretrained(source, dtype=dtype, device=device, block_size=config.block_size)
+        built = LLaMA.from_pretrained(source, dtype=dtype, device=device, block_size=config.block_size, linear=linear)
     else:
         shape = SIZES[config.model] | {'vocab_size': vocab_size, 'block_size': config.block_size}
         shape |= {key: getattr(config, key) for key in SHAPE if getattr(config, key)}
         with torch.device('meta'):
-            built = LLaMA(ModelConfig(**shape), dtype=dtype)
+            built = LLaMA(ModelConfig(**shape), dtype=dtype, linear=linear)
         if device != 'meta':
             built.materialise(device, config.seed)
     if built.config.vocab_size < vocab_size:

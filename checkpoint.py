@@ -27,7 +27,7 @@ def save(folder, model, optimizer, run, extra_files):
     new = folder + '.new'
     try:
         shutil.rmtree(new, ignore_errors=True)
-        model.save_pretrained(new)
+        model.save_pretrained(new, merged=run.get('config', {}).get('save_merged', True))
         torch.save(optimizer.state_dict(), os.path.join(new, 'optimizer.pt'))
         with open(os.path.join(new, 'run.json'), 'w') as f:
             json.dump(run, f, indent=1)

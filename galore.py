@@ -38,7 +38,8 @@ from adam import (
     adam_direction,
     add_,
     average_,
-    kernels,
+    decode,
+    encode,
     load,
     several_processes,
     split_decay,
@@ -47,7 +48,6 @@ from adam import (
 )
 
 GROWTH = 1.01  # the most by which a limited update's norm may grow from one step to the next (Fira, APOLLO)
-BLOCK_4BIT = 64  # numbers of a 4-bit basis that share a scale
 
 # ---- pure functions of tensors -----------------------------------------------------------------------------------
 
@@ -258,10 +258,7 @@ class GaLoreAdamW(AdamW):
         state = self.state[p]
         if self.basis_bits != 4:
             return load(state, 'P')
-        # Flat: bitsandbytes' CPU kernel decodes a matrix wrongly whose rows are not whole blocks (0.50.2).
-        shape = (min(p.shape), len(self.R[p]))
-        how = kernels().QuantState(state['P_absmax'], (shape[0] * shape[1],), None, BLOCK_4BIT, 'nf4', p.dtype)
-        return kernels().dequantize_4bit(state['P'], how).view(shape)
+        return decode({'': state['P'], '_absmax': state['P_absmax']}, (min(p.shape), len(self.R[p])), p.dtype)
 
     def keep_basis(self, p, P):
         state = self.state[p]
@@ -272,8 +269,8 @@ class GaLoreAdamW(AdamW):
             state['P_absmax'] = torch.empty(-(-P.numel() // BLOCK), device=P.device)
             store(state, 'P', P)
         else:
-            state['P'], how = kernels().quantize_4bit(P.view(-1), blocksize=BLOCK_4BIT, quant_type='nf4')
-            state['P_absmax'] = how.absmax
+            for part, tensor in encode(P).items():
+                state['P' + part] = tensor
 
     def new_basis(self, p, G):
         """P from G (m, n), computed once and handed to all processes, so that rounding cannot set them apart."""

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import adam
-from model import LLaMA
+from model import Linear, LLaMA
 
 
 @dataclass
@@ -149,16 +149,16 @@ class LiveBytes(TorchDispatchMode):
             self.allocator.free(block)
 
 
-def trace(model_config, dtype, config, setup, step, compute_dtype=None, main_memory=False):
+def trace(model_config, dtype, config, setup, step, compute_dtype=None, main_memory=False, linear=Linear):
     """The Plan of a run: `setup` is the method's, `step` is train.training_step, `dtype` that of the weights.
 
-    main_memory: of a run on a CPU, where what is offloaded counts too."""
+    main_memory: of a run on a CPU, where what is offloaded counts too. linear: what the blocks are made of."""
     micro_batches = min(config.gradient_accumulation_steps, 2)  # a third holds nothing that the second does not
-    if 8 in (config.state_bits, config.basis_bits):
+    if 8 in (config.state_bits, config.basis_bits) or config.double_quant:
         for name in ('M', 'V', 'P'):  # bitsandbytes reads values to make a code, and fake tensors have none
             adam.code_of(name, torch.device('cpu'))
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(Allocator()) as live:
-        model = LLaMA(replace(model_config), dtype=dtype)
+        model = LLaMA(replace(model_config), dtype=dtype, linear=linear)
         model.checkpointing, model.compute_dtype = config.checkpointing, compute_dtype
         optimizer = setup(model, config)  # may put weights into fewer bits
         if config.offload and not main_memory:

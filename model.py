@@ -200,13 +200,13 @@ class HeadLoss(torch.autograd.Function):
 
 
 class Attention(nn.Module):
-    def __init__(self, c, **kw):
+    def __init__(self, c, linear, **kw):
         super().__init__()
         self.d = c.head_dim
-        self.q_proj = Linear(c.n_embd, c.n_head * c.head_dim, **kw)
-        self.k_proj = Linear(c.n_embd, c.n_kv_head * c.head_dim, **kw)
-        self.v_proj = Linear(c.n_embd, c.n_kv_head * c.head_dim, **kw)
-        self.o_proj = Linear(c.n_head * c.head_dim, c.n_embd, **kw)
+        self.q_proj = linear(c.n_embd, c.n_head * c.head_dim, **kw)
+        self.k_proj = linear(c.n_embd, c.n_kv_head * c.head_dim, **kw)
+        self.v_proj = linear(c.n_embd, c.n_kv_head * c.head_dim, **kw)
+        self.o_proj = linear(c.n_head * c.head_dim, c.n_embd, **kw)
 
     def forward(self, x, cos, sin, cache=None, i=0):
         B, T, _ = x.shape
@@ -225,23 +225,23 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, c, **kw):
+    def __init__(self, c, linear, **kw):
         super().__init__()
-        self.gate_proj = Linear(c.n_embd, c.n_inner, **kw)
-        self.up_proj = Linear(c.n_embd, c.n_inner, **kw)
-        self.down_proj = Linear(c.n_inner, c.n_embd, **kw)
+        self.gate_proj = linear(c.n_embd, c.n_inner, **kw)
+        self.up_proj = linear(c.n_embd, c.n_inner, **kw)
+        self.down_proj = linear(c.n_inner, c.n_embd, **kw)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, D)
 
 
 class Block(nn.Module):
-    def __init__(self, c, **kw):
+    def __init__(self, c, linear, **kw):
         super().__init__()
         self.input_layernorm = RMSNorm(c.n_embd, c.norm_eps, **kw)
-        self.self_attn = Attention(c, **kw)
+        self.self_attn = Attention(c, linear, **kw)
         self.post_attention_layernorm = RMSNorm(c.n_embd, c.norm_eps, **kw)
-        self.mlp = MLP(c, **kw)
+        self.mlp = MLP(c, linear, **kw)
 
     def forward(self, x, cos, sin, cache=None, i=0):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, i)
@@ -259,16 +259,19 @@ def arithmetic(device, dtype):
 
 class LLaMA(nn.Module):
     """The model. `device` and `dtype` are those of the weights; under `torch.device('meta')` nothing is allocated
-    until `materialise`, which makes the weights one module at a time, so that a 7B is born in its own 13 GB."""
+    until `materialise`, which makes the weights one module at a time, so that a 7B is born in its own 13 GB.
 
-    def __init__(self, config, device=None, dtype=None):
+    linear: what the blocks' layers are made with, called as Linear is. A method that keeps its weights in few bits has
+    a module of its own; it says `dense_weight()`, and takes one with `set_weight(W)`, both (out, in)."""
+
+    def __init__(self, config, device=None, dtype=None, linear=Linear):
         super().__init__()
         kw = dict(device=device, dtype=dtype)
         self.config = config
         self.checkpointing = False  # True: keep only each block's input and run the block again in backward
         self.compute_dtype = None  # None: `arithmetic` chooses
         self.embed_tokens = Embedding(config.vocab_size, config.n_embd, **kw)
-        self.layers = nn.ModuleList(Block(config, **kw) for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(Block(config, linear, **kw) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps, **kw)
         if not config.tie_embeddings:
             self.lm_head = Linear(config.n_embd, config.vocab_size, **kw)
@@ -302,8 +305,17 @@ class LLaMA(nn.Module):
 
     def n_params(self, embeddings=True):
         """Number of parameters; without embeddings, of those that multiply (the head stays), as FLOP counts want."""
-        n = sum(p.numel() for p in self.parameters())
+        n = sum(math.prod(shape) for _, shape, _ in self.dense_weights())
         return n if embeddings or self.config.tie_embeddings else n - self.embed_tokens.weight.numel()
+
+    def dense_weights(self):
+        """Yield (name, shape, function that gives the whole tensor) of each weight of a plain LLaMA."""
+        for prefix, module in self.named_modules():
+            if hasattr(module, 'dense_weight'):  # kept in few bits, or in factors
+                yield prefix + '.weight', (module.out_features, module.in_features), module.dense_weight
+            else:
+                for name, p in module.named_parameters(prefix, recurse=False):
+                    yield name, tuple(p.shape), p.detach
 
     def flops_per_token(self, T):
         """FLOPs of forward and backward a token: 6 a weight, 12 D T a layer for attention (PaLM, 2204.02311)."""
@@ -336,21 +348,22 @@ class LLaMA(nn.Module):
     # ---- Hugging Face layout ----------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=None, device='cpu', block_size=None):
+    def from_pretrained(cls, folder, dtype=None, device='cpu', block_size=None, linear=Linear):
         """The model in a Hugging Face folder: LLaMA, Mistral, SmolLM2 and whatever shares their layout.
 
         dtype None keeps the file's own; block_size None takes the longest window the model was made for. Tensors are
         read one at a time, straight into place. Raises ModelError where a file is missing, broken or asks for more than
         is here."""
-        config = config_from_hf(read_json(os.path.join(folder, 'config.json')), folder)
+        stored = read_json(os.path.join(folder, 'config.json'))
+        config = config_from_hf(stored, folder)
         if block_size is not None and block_size > config.block_size:
             raise ModelError(
                 f'{folder} is made for windows of {config.block_size} tokens: set block_size to at most that'
             )
         config.block_size = block_size or config.block_size
         with torch.device('meta'):
-            model = cls(config, dtype=dtype)
-        wanted = dict(model.named_parameters())
+            model = cls(config, dtype=dtype, linear=linear)
+        wanted = {name: shape for name, shape, _ in model.dense_weights()}
         for name, read in tqdm(
             stored_tensors(folder), 'reading weights', len(wanted), delay=3, leave=False, disable=None
         ):
@@ -360,36 +373,49 @@ class LLaMA(nn.Module):
             if name not in wanted:
                 raise ModelError(f'{folder} holds a tensor this model has no place for: {name}')
             tensor = read()
-            if tensor.shape != wanted[name].shape:
-                shapes = f'{tuple(tensor.shape)}, but config.json makes it {tuple(wanted[name].shape)}'
+            if tensor.shape != wanted[name]:
+                shapes = f'{tuple(tensor.shape)}, but config.json makes it {wanted[name]}'
                 raise ModelError(f'{folder}: {name} is {shapes}: its files do not belong together')
             module, _, leaf = name.rpartition('.')
-            parameter = nn.Parameter(
-                tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
-            )  # not the file's mmap
-            setattr(model.get_submodule(module), leaf, parameter)
+            module = model.get_submodule(module)
+            tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)  # not the file's mmap
+            if hasattr(module, 'set_weight'):
+                module.to_empty(device=device, recurse=False).set_weight(tensor)
+            else:
+                setattr(module, leaf, nn.Parameter(tensor))
+            del wanted[name]
+        for name in list(wanted) if stored.get('packed_weights') else ():
+            module = model.get_submodule(name.rpartition('.')[0])
+            if not hasattr(module, 'set_weight'):
+                raise ModelError(
+                    f'{folder} keeps its weights packed: python sample.py {folder} --save_to=DIR makes a plain folder'
+                )
+            module.to_empty(device=device, recurse=False)  # the method's own state fills it
             del wanted[name]
         if wanted:
             raise ModelError(f'{folder} lacks {len(wanted)} of the model\'s tensors, the first {next(iter(wanted))}')
         model.set_block_size(config.block_size, device)
         return model
 
-    def save_pretrained(self, folder, shard_bytes=4 * 2**30):
+    def save_pretrained(self, folder, shard_bytes=4 * 2**30, merged=True):
         """Write config.json and model.safetensors, or shards of at most `shard_bytes` with their index: a GPU's weights
-        pass through main memory one file at a time."""
+        pass through main memory one file at a time. merged=False leaves out what the method packs and saves itself."""
         from safetensors.torch import save_file
 
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, 'config.json'), 'w') as f:
-            json.dump(config_to_hf(self.config, self.head.dtype), f, indent=2)
+            marked = {} if merged else {'packed_weights': True}
+            json.dump(config_to_hf(self.config, self.head.dtype) | marked, f, indent=2)
         shards, size = [{}], 0
-        for name, p in self.named_parameters():
-            if size + p.nbytes > shard_bytes and shards[-1]:
+        each, total = self.head.element_size(), 0
+        for name, shape, whole in self.dense_weights():
+            if not merged and hasattr(self.get_submodule(name.rpartition('.')[0]), 'set_weight'):
+                continue
+            nbytes = math.prod(shape) * each
+            if size + nbytes > shard_bytes and shards[-1]:
                 shards, size = [*shards, {}], 0
-            # a method that keeps a weight in fewer bits leaves a way to ask for the whole of it
-            whole = getattr(self.get_submodule(name.rpartition('.')[0]), 'dense_weight', p.detach)
             shards[-1][name if name.startswith('lm_head') else 'model.' + name] = whole
-            size += p.nbytes
+            size, total = size + nbytes, total + nbytes
         files, n = {}, len(shards)
         for i, shard in enumerate(shards):
             file = 'model.safetensors' if n == 1 else f'model-{i + 1:05d}-of-{n:05d}.safetensors'
@@ -398,7 +424,6 @@ class LLaMA(nn.Module):
             shutil.copymode(os.path.join(folder, 'config.json'), os.path.join(folder, file))  # not for the owner alone
             files |= dict.fromkeys(shard, file)
         if n > 1:
-            total = sum(p.nbytes for p in self.parameters())
             with open(os.path.join(folder, 'model.safetensors.index.json'), 'w') as f:
                 json.dump({'metadata': {'total_size': total}, 'weight_map': files}, f, indent=2)
 

@@ -5,18 +5,24 @@ Text out of a checkpoint of ours or any Hugging Face LLaMA folder, as it is made
     python sample.py out/galore_laptop --prompt='def main(' --tokens=300 --temperature=0.5
     python sample.py path/to/SmolLM2-135M --prompt='The capital of France is' --top_p=0.9
     echo 'import os' | python sample.py out/galore_laptop --prompt=-
+    python sample.py out/loqt_13b_4090 --save_to=out/merged         # also write it as a Hugging Face folder
 
 570 tokens a second for the laptop model on two CPU cores: with a key-value cache a token costs one forward.
 """
 
 import os
 import sys
+from types import SimpleNamespace
 
 import torch
 
+import checkpoint as checkpoints
 import configurator
+import loqt
+import lora
 import tokenizer as tokenizers
-from model import KVCache, LLaMA, ModelError
+from adam import Packed
+from model import KVCache, LLaMA, ModelError, read_json
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 checkpoint = ''  # folder of a run (its best/ or last/ is taken) or of weights; may be typed without --checkpoint=
@@ -26,6 +32,7 @@ samples = 1  # how many texts to make, one after the other
 temperature = 0.8  # below 1 safer, above 1 wilder; 0 always takes the likeliest token
 top_k = 0  # choose among the k likeliest tokens only; 0: all
 top_p = 1.0  # choose among the likeliest tokens that together have this probability
+save_to = ''  # write the model there as a Hugging Face folder, packed weights as whole ones; '': no
 seed = 1  # the same seed gives the same text
 device = 'auto'  # 'auto' | 'cpu' | 'cuda': auto takes cuda where there is one
 # ---- end of config ---------------------------------------------------------------------------------------------------
@@ -86,12 +93,30 @@ def weights_folder(path):
     raise ModelError(f'{path} holds no config.json, best/ or last/: name the out_dir of a run or a Hugging Face folder')
 
 
+def load_model(folder, device):
+    """The model in a folder. Where its weights are packed, the method of the run that packed them unpacks them."""
+    if not read_json(os.path.join(folder, 'config.json')).get('packed_weights'):
+        return LLaMA.from_pretrained(folder, device=device)
+    run = SimpleNamespace(**checkpoints.find(folder)[1]['config'])
+    model = LLaMA.from_pretrained(folder, device=device, linear={'loqt': loqt, 'lora': lora}[run.method].linear(run))
+    packed = torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True, mmap=True)
+    layers = [module for module in model.modules() if isinstance(module, Packed)]
+    for layer, tensors in zip(layers, packed['layers'], strict=True):
+        layer.restore(tensors)
+    return model
+
+
 def main(config):
     device = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
     folder = weights_folder(config.checkpoint)
-    model = LLaMA.from_pretrained(folder, device=device)
+    model = load_model(folder, device)
     model.set_block_size(min(model.config.block_size, 4096), device)  # a cache of 128k positions would be gigabytes
     tokenizer = tokenizers.load(folder)
+    if config.save_to:
+        model.save_pretrained(config.save_to)
+        for name, content in tokenizers.files_of(folder).items():
+            with open(os.path.join(config.save_to, name), 'wb') as f:
+                f.write(content)
     prompt = sys.stdin.read() if config.prompt == '-' else config.prompt
     ids = tokenizer.encode(prompt)
     generator = torch.Generator().manual_seed(config.seed)
@@ -109,7 +134,7 @@ def main(config):
 if __name__ == '__main__':
     try:
         main(configurator.load_or_exit(__file__, sys.argv[1:], problems, positional='checkpoint'))
-    except (ModelError, tokenizers.TokenizerError, FileNotFoundError) as error:
+    except (ModelError, checkpoints.CheckpointError, tokenizers.TokenizerError, OSError) as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
         sys.exit(130)

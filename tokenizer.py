@@ -252,3 +252,22 @@ def load(folder):
     raise TokenizerError(
         f'{meta_path} names an unknown tokenizer {kind!r}: it should be bpe, bytes, tiktoken:NAME or hf'
     )
+
+
+def files_of(*folders):
+    """What a folder with weights carries beside them, name -> bytes: the tokenizer, and what its source says of it."""
+    names = [
+        'meta.json',
+        'tokenizer.json',
+        'tokenizer_config.json',
+        'special_tokens_map.json',
+        'generation_config.json',
+    ]
+    files = {}
+    for folder in filter(None, folders):
+        for name in [*names, 'chat_template.jinja']:
+            path = os.path.join(folder, name)
+            if name not in files and os.path.exists(path):
+                with open(path, 'rb') as f:
+                    files[name] = f.read()
+    return files

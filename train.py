@@ -1,5 +1,5 @@
 """
-Train a LLaMA on the machine you own, with GaLore or AdamW, from scratch or from a pretrained folder.
+Train a LLaMA on the machine you own, with GaLore, LoQT or AdamW, from scratch or from a pretrained folder.
 
     python train.py config/galore_laptop.py                      # two CPU cores, about three minutes, code-like samples
     python train.py config/galore_laptop.py --max_iters=100      # flags win over the file
@@ -26,13 +26,15 @@ import adam
 import checkpoint
 import configurator
 import galore
+import loqt
+import lora
 import memest
 import report
 import sample
 import tokenizer as tokenizers
 from batches import DataError, Tokens, read_meta
 from build import ROOT, SHAPE, build_model, data_folder, download, try_compile
-from model import SIZES, ModelError
+from model import SIZES, Linear, ModelError
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 # run
@@ -69,14 +71,18 @@ beta2 = 0.999  # Adam's memory of squared gradients
 grad_clip = 0.0  # largest global gradient norm (of the projected gradients under GaLore); 0: no clipping
 
 # method
-method = 'galore'  # 'adamw' | 'galore' | 'apollo' | 'apollo_mini': how weights are updated; one file each
-rank = 128  # galore, apollo: dimensions of the subspace; less memory and less freedom with fewer; apollo_mini: 1
-scale = 0.25  # galore: factor on updates that come back from the subspace (alpha); apollo: 1, apollo_mini: 11.3
-update_proj_gap = 200  # galore: steps between two refreshes of a layer's subspace (T); 50 to 1000 are much alike
-refresh = 'subspace'  # 'subspace' | 'svd': galore improves its old subspace by one step, or does the paper's slow SVD
-stagger = True  # galore: layers refresh in turns, so that no step stalls; False: all at once, as in the paper
+method = 'galore'  # 'adamw' | 'galore' | 'loqt' | 'lora' | 'apollo' | 'apollo_mini': one file each
+rank = 128  # dimensions of the subspace, all but adamw: less memory and less freedom with fewer; apollo_mini: 1
+scale = 0.25  # factor on what comes back from the subspace (alpha, s; lora: alpha / r); apollo: 1, apollo_mini: 11.3
+update_proj_gap = 200  # galore: steps between two refreshes of a layer's subspace (T); loqt: those to the first (tau)
+refresh = (
+    'subspace'  # 'subspace' | 'svd': galore, loqt improve the old subspace by one step, or by the papers' slow SVD
+)
+stagger = True  # galore, loqt: layers refresh in turns, so that no step stalls; False: all at once, as in the papers
 lazy = 0.0  # galore: a layer's T doubles where its new subspace overlaps the old by more than this share; 0: never
-moments = 'keep'  # 'keep' | 'rotate' | 'reset': what galore does with Adam's moments when a subspace turns
+moments = 'keep'  # 'keep' | 'rotate' | 'reset': what galore, loqt do with Adam's moments when a subspace turns
+psi = 1.2  # loqt: the k-th distance between two merges is tau + psi^k; 0: always tau
+compensation = 5  # loqt: rounds in a merge that let B make good what 4 bits lose; 0: none
 residual = 'none'  # 'none' | 'fira': galore adds the gradient's part outside the subspace; needs full gradients
 
 # memory and speed
@@ -85,6 +91,8 @@ dtype = 'auto'  # 'auto' | 'float32' | 'bfloat16': of the weights; auto: bfloat1
 state_bits = 32  # 32 | 8: of Adam's moments; 8 is blockwise and saves 3/4 of them
 basis_bits = 16  # 16 | 8 | 4: of galore's bases; 16 stands for the weights' own dtype
 weight_bits = 16  # 16 | 8: 8 keeps the blocks' weights as int8 with stochastic rounding (galore); 16: as dtype says
+quantize = 'nf4'  # 'nf4' | 'none': loqt, lora keep the blocks' weights in 4 bits; none: as dtype says
+double_quant = False  # loqt, lora: the scales of nf4 in 8 bits, too: 0.37 bits a weight less
 offload = False  # Adam's moments stay in main memory and visit the card once a step, while their layer is updated
 per_layer = False  # update each weight inside backward and drop its gradient; saves a copy of the weights, same result
 checkpointing = False  # keep only each block's input and compute the block again in backward: a quarter slower here
@@ -95,14 +103,16 @@ log_interval = 10  # steps between log lines
 eval_interval = 250  # steps between evaluations
 eval_tokens = 65536  # tokens of the val split to evaluate on: fixed windows, the same in every run
 save_interval = 0  # steps between checkpoints in last/; 0: at each evaluation
+save_merged = True  # checkpoints of loqt, lora hold the blocks as a plain model has them, too; False: packed, smaller
 sample_tokens = 48  # tokens of a sample to print at each evaluation; 0: none
 tracker = 'none'  # 'none' | 'wandb' | 'trackio' | 'tensorboard': imported only if asked for
 # ---- end of config ---------------------------------------------------------------------------------------------------
 
-# A module with setup(model, config) -> optimizer; add yours here.
-METHODS = {'adamw': adam, 'galore': galore, 'apollo': galore, 'apollo_mini': galore}
+# A module with setup(model, config) -> optimizer, and linear(config) if it needs layers of its own; add yours here.
+METHODS = {'adamw': adam, 'galore': galore, 'loqt': loqt, 'lora': lora, 'apollo': galore, 'apollo_mini': galore}
 # What a checkpoint's tensors decide.
 FIXED = ('model', *SHAPE, 'method', 'rank', 'residual', 'state_bits', 'basis_bits', 'weight_bits', 'dtype')
+FIXED_PACKED = ('scale', 'quantize', 'double_quant')  # the same of LoQT's and LoRA's layers
 
 
 class Stop(Exception):
@@ -142,6 +152,17 @@ def problems(config):
         found.append(
             "weight_bits=8 works only with method='galore' and without compile: set --weight_bits=16, or change those"
         )
+    if c.method == 'loqt' and c.compile:
+        found.append("compile=True cannot follow method='loqt', which merges inside backward: set --compile=False")
+    if c.method == 'loqt' and (c.basis_bits != 16 or c.residual != 'none'):
+        found.append("basis_bits and residual are galore's: leave them out with method='loqt', or see --quantize")
+    if not c.save_merged and c.method not in ('loqt', 'lora'):
+        found.append(f"save_merged=False leaves out packed weights, and method='{c.method}' packs none: leave it out")
+    for key in ('psi', 'compensation'):
+        if getattr(c, key) < 0:
+            found.append(f'{key}={getattr(c, key)} is negative: use 0 or more')
+    if c.scale <= 0:
+        found.append(f'scale={c.scale} would undo or hold every update: use more than 0')
     if c.per_layer and c.compile:
         found.append(
             'per_layer=True saves nothing with compile=True, whose backward returns all gradients at its end: '
@@ -255,29 +276,17 @@ def print_plan(config, model, plan, folder, meta, device):
     )
 
 
-def tokenizer_files(*folders):
-    """What a checkpoint carries beside the weights, name -> bytes: the tokenizer, and what its source says of it."""
-    names = [
-        'meta.json',
-        'tokenizer.json',
-        'tokenizer_config.json',
-        'special_tokens_map.json',
-        'generation_config.json',
-    ]
-    files = {}
-    for folder in filter(None, folders):
-        for name in [*names, 'chat_template.jinja']:
-            path = os.path.join(folder, name)
-            if name not in files and os.path.exists(path):
-                with open(path, 'rb') as f:
-                    files[name] = f.read()
-    return files
+def layers_of(config):
+    """The module that the blocks of a model are made of: the method's own where it has one."""
+    module = METHODS[config.method]
+    return module.linear(config) if hasattr(module, 'linear') else Linear
 
 
 def plan_memory(config, model, dtype):
     setup = METHODS[config.method].setup
     main_memory = not config.dry_run and model.head.device.type == 'cpu'  # offloaded or not, it takes the same
-    return memest.trace(model.config, dtype, config, setup, training_step, model.activation_dtype, main_memory)
+    linear = layers_of(config)
+    return memest.trace(model.config, dtype, config, setup, training_step, model.activation_dtype, main_memory, linear)
 
 
 def plan_only(config, device, dtype):
@@ -294,7 +303,7 @@ def plan_only(config, device, dtype):
     if config.init_from not in ('scratch', 'resume') and not os.path.isdir(config.init_from):
         raise Stop(f"init_from='{config.init_from}' is no folder here, and a dry run downloads nothing")
     source = None if config.init_from in ('scratch', 'resume') else sample.weights_folder(config.init_from)
-    model = build_model(config, folder, vocab_size, dtype, 'meta', source)
+    model = build_model(config, folder, vocab_size, dtype, 'meta', source, layers_of(config))
     METHODS[config.method].setup(model, config)
     print_plan(config, model, plan_memory(config, model, dtype), folder, meta, device)
     print('dry run: nothing was trained')
@@ -332,7 +341,8 @@ def main(config):
     saved_at, run = None, {'step': 0, 'best_val_loss': 1e30, 'seconds': 0.0}
     if config.init_from == 'resume':
         saved_at, run = checkpoint.find(last if checkpoint.exists(last) or not checkpoint.exists(best) else best)
-        if changed := [key for key in FIXED if getattr(config, key) != run['config'][key]]:
+        fixed = FIXED + FIXED_PACKED * (config.method in ('loqt', 'lora'))
+        if changed := [key for key in fixed if getattr(config, key) != run['config'].get(key)]:
             was = ' '.join(f'--{key}={run["config"][key]}' for key in changed)
             now = ' '.join(f'{key}={getattr(config, key)}' for key in changed)
             raise Stop(f'{saved_at} cannot go on with {now}: type {was}, or the config file it was started with')
@@ -348,8 +358,8 @@ def main(config):
     if config.init_from not in ('scratch', 'resume'):
         source = config.init_from if os.path.isdir(config.init_from) else download(config.init_from)
         source = sample.weights_folder(source)  # the folder of a run of ours will do, too
-    files = tokenizer_files(folder, source)
-    model = build_model(config, folder, meta['vocab_size'], dtype, device, source)
+    files = tokenizers.files_of(folder, source)
+    model = build_model(config, folder, meta['vocab_size'], dtype, device, source, layers_of(config))
     if not source:
         model.config.eos_token_id = tokenizer.eot
     optimizer = METHODS[config.method].setup(model, config)
@@ -441,6 +451,7 @@ def main(config):
             scales = [
                 t for s in optimizer.state.values() for name, t in s.items() if name.endswith(('scale', 'absmax'))
             ]
+            scales += [t for t in model.buffers() if t.is_floating_point()]
             if save_now and not torch.stack([t.isfinite().all() for t in (*model.parameters(), *scales)]).all():
                 stop_not_finite('weights that are not finite', step, config)
             better = eval_now and step > first and val_loss < run['best_val_loss']

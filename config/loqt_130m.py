@@ -1,0 +1,27 @@
+"""LLaMA-130M on C4 with LoQT's hyper-parameters (2405.16528, section 4 and the authors' scripts).
+
+128 windows x 256 tokens x 4 micro-batches = 131,072 tokens a step; 20,000 steps = 2.62B tokens.
+    python data/c4/prepare.py --tokenizer=t5-base --tokens=2700000000
+    python train.py config/loqt_130m.py
+"""
+
+out_dir = 'out/loqt_130m'
+dataset = 'c4'
+model = '130m'
+batch_size = 128  # as many as fit: 512 / batch_size micro-batches make the same step
+gradient_accumulation_steps = 512 // batch_size
+max_iters = 20_000
+warmup_iters = 2_000  # a tenth
+learning_rate = 0.01
+min_lr = 0.001  # a tenth
+method = 'loqt'
+rank = 256
+scale = 0.5
+update_proj_gap = 100  # tau
+psi = 1.2
+compensation = 5
+moments = 'keep'
+dtype = 'bfloat16'
+log_interval = 100
+eval_interval = 1000
+eval_tokens = 10_000_000  # the paper's

@@ -1,0 +1,34 @@
+"""LLaMA-13B on one 24 GB card with LoQT: NF4 weights with double quantisation, 8-bit states, per-layer updates.
+
+8 windows x 256 tokens x 64 micro-batches = 131,072 tokens a step; 150,000 steps = 19.66B tokens.
+As loqt_13b.py, in smaller micro-batches. Planned peak of PEAK GB, not measured on a card.
+Two whole steps of it ran on a CPU, see results/loqt_13b.md.
+    python data/c4/prepare.py --tokenizer=t5-base --tokens=20000000000
+    python train.py config/loqt_13b_4090.py
+"""
+
+out_dir = 'out/loqt_13b_4090'
+dataset = 'c4'
+model = '13b'
+batch_size = 8
+gradient_accumulation_steps = 512 // batch_size
+max_iters = 150_000
+warmup_iters = 15_000
+learning_rate = 0.01
+min_lr = 0.001
+method = 'loqt'
+rank = 1024
+scale = 0.5
+update_proj_gap = 200  # tau
+psi = 1.2
+compensation = 1  # the others add little at this rank and five times the work
+moments = 'keep'
+double_quant = True
+state_bits = 8
+per_layer = True
+dtype = 'bfloat16'
+checkpointing = True
+log_interval = 1
+eval_interval = 500
+save_interval = 50
+eval_tokens = 1_000_000

@@ -1,0 +1,347 @@
+"""
+LoQT: weights in 4 bits, trained through low-rank factors that are merged into them now and then (2405.16528).
+
+A layer keeps its weight W (m x n, m <= n; a tall one is handled as its transpose) in NF4 and adds a product to it:
+
+    W = W_q + s P_q @ B                                                      # (m, n): s is `scale`
+    dL/dB = s P_q.T @ dL/dW                                                  # (r, n): GaLore's R
+
+Only B is trained. W_q and P_q stay as they are until a step of `update_steps`, whose distances grow; then
+
+    W = W_q + s P_q @ B,  G = dL/dW                                          # one layer at a time
+    P_q = q(top r left singular vectors of G)                                # (m, r)
+    W_q, B = q(W), 0, and C times:                                           # error compensation (algorithm 2)
+        W_q = q(W - s P_q @ B),  B = P_q^+ @ (W - W_q) / s                   # B holds what 4 bits lost
+
+GaLore is the same identity with B merged at every step. Memory: half a byte a weight, and B with two moments.
+Speed: W is decoded in forward and in backward, and s P_q @ B is added to it there, which for more than some hundred
+tokens is cheaper than x going through the factors.
+Not for: what depends on the last digits of the weights. Every merge rounds them to 16 values, to within 9 %, and
+B makes good only the part of it that lies in the span of P.
+
+    python train.py config/loqt_laptop.py                                                         # ours
+    layers = replace_linears(model, rank=128)                                                     # in any other loop
+    optimizer = LoQTAdamW(split_decay(trainable), layers, total_steps=1000)
+"""
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from adam import AdamW, Packed, average_, decode, encode, load, several_processes, split_decay, store
+from galore import orthonormal_basis, projected_gradient, turned, wide
+
+# ---- pure functions ----------------------------------------------------------------------------------------------
+
+
+def update_steps(total, tau=100, psi=1.2):
+    """The steps below `total` at which W_q, P and B are made anew: 0, tau, then tau + int(psi^k) further, k = 1, 2, ...
+
+    LoQT, section 3.4: late in training W moves little, and each merge costs it some of its digits. psi 0: always tau.
+    Raises ValueError where tau is not a number of steps."""
+    if tau < 1 or psi < 0:
+        raise ValueError(f'tau={tau}, psi={psi} are no intervals: use 1 or more steps, and a psi of 0 or more')
+    steps, step, k = [0], tau, 1
+    while step < total:
+        steps.append(step)
+        step, k = step + tau + int(psi**k), k + 1
+    return steps[: max(total, 0)]
+
+
+# ---- the layer ---------------------------------------------------------------------------------------------------
+
+
+class LowRank(torch.autograd.Function):
+    """y = x @ W.T. W itself exists in forward and again in backward, decoded from the same bytes; in between it does
+    not. Where a layer collects, its G is formed here, too."""
+
+    @staticmethod
+    def forward(ctx, x, B, layer):
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return layer.times(x, transposed=True)  # (..., out)
+
+    @staticmethod
+    def backward(ctx, delta):
+        (x,), layer = ctx.saved_tensors, ctx.layer
+        dx = layer.times(delta) if ctx.needs_input_grad[0] else None  # (..., in)
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None
+        delta, x = delta.flatten(0, -2), x.flatten(0, -2)  # (N, out), (N, in)
+        if layer.collect:
+            layer.add_gradient(delta.T @ x)  # (out, in)
+            if not layer.started:  # the very first P comes from the first gradient there is
+                merge(layer)
+        R = projected_gradient(delta, x, layer.read('P', delta.dtype), layer.tall)  # (r, n)
+        return dx, R.mul_(layer.scale).to(layer.B.dtype), None
+
+
+class LoQTLinear(Packed):
+    """y = x @ (W_q + s P_q @ B).T, in the place of an nn.Linear whose weight is (out, in).
+
+    B (r, n) is its one parameter, beside a bias: n = max(in, out), m = min(in, out), r = min(rank, m); P is (m, r).
+    A tall layer, out > in, has (P_q @ B).T. scale: s. quantize: 'nf4', or 'none' for LoQT-nq, with W and P in the
+    dtype of B. double_quant: the scales in 8 bits, too. compensation: C, rounds of it in a merge; 0: none.
+    refresh: how P comes from G, as in galore.orthonormal_basis. Raises ValueError for values that are not known.
+
+    A layer is born with B = 0 and without a P: its first backward makes them. Until then a weight that was given to it
+    is kept in 8 bits, as NF4 of itself and NF4 of the rest, so that compensation has something to compensate.
+    To merge later on, set `collect` before a backward and call `merge(layer)` after it; LoQTAdamW does both."""
+
+    def __init__(self, n_in, n_out, rank=128, scale=0.5, quantize='nf4', double_quant=False, compensation=5,
+                 refresh='subspace', bias=False, device=None, dtype=None):  # fmt: skip
+        super().__init__()
+        for name, value, allowed in (
+            ('quantize', quantize, ('nf4', 'none')),
+            ('refresh', refresh, ('subspace', 'svd')),
+        ):
+            if value not in allowed:
+                raise ValueError(f'{name}={value!r} is not known: use {allowed[0]!r} or {allowed[1]!r}')
+        if rank < 1 or scale <= 0 or compensation < 0:
+            wrong = f'rank={rank}, scale={scale}, compensation={compensation}'
+            raise ValueError(f'{wrong} cannot be: use at least 1, more than 0, and at least 0')
+        self.in_features, self.out_features, self.tall = n_in, n_out, n_out > n_in
+        self.scale, self.quantize, self.how = scale, quantize, (quantize, double_quant)
+        self.compensation, self.refresh = compensation, refresh
+        m, n = sorted((n_in, n_out))
+        self.shapes = {'W': (n_out, n_in), 'rest': (n_out, n_in), 'P': (m, min(rank, m))}
+        self.B = nn.Parameter(torch.zeros(min(rank, m), n, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(n_out, device=device, dtype=dtype)) if bias else None
+        if not self.B.is_meta:
+            self.reset_parameters()
+
+    def reset_parameters(self, generator=None):
+        """A new weight, N(0, 0.02), which exists in full only here."""
+        W = torch.empty(self.shapes['W'], device=self.B.device, dtype=self.B.dtype)
+        self.set_weight(nn.init.normal_(W, std=0.02, generator=generator), precious=False)
+
+    @torch.no_grad()
+    def set_weight(self, W, precious=True):
+        """Start from the weight W (out, in); precious: what 4 bits lose of it is to be kept until the first merge."""
+        self.B.zero_()
+        self.forget('rest')
+        self.keep('W', W.to(self.B.dtype))
+        self.keep('P', torch.zeros(self.shapes['P'], device=W.device, dtype=self.B.dtype))
+        if precious and self.quantize != 'none':
+            self.keep('rest', W.float() - self.read('W', torch.float32))
+        self.started, self.collect, self.G = False, True, None
+
+    @classmethod
+    def from_linear(cls, linear, **options):
+        """The LoQTLinear that computes, up to quantisation, what this nn.Linear does. Options as for the class."""
+        W = linear.weight.detach()
+        layer = cls(W.shape[1], W.shape[0], bias=linear.bias is not None, device=W.device, dtype=W.dtype, **options)
+        layer.set_weight(W)
+        if linear.bias is not None:
+            layer.bias = linear.bias
+        return layer
+
+    # ---- the whole weight
+
+    def dense_weight(self, dtype=None):
+        """W_q + s P_q @ B as a matrix of its own, (out, in), in B's dtype or another."""
+        return self.frozen(dtype or self.B.dtype, with_factors=True)
+
+    @torch.no_grad()
+    def frozen(self, dtype, with_factors):
+        W = self.read('W', dtype)  # (out, in)
+        if 'rest' in self._buffers:
+            W += self.read('rest', dtype)
+        if with_factors:
+            left, right = self.factors(dtype)
+            W = torch.addmm(W, left, right, alpha=self.scale, out=None if W is self.W else W)
+        return W
+
+    def factors(self, dtype):
+        """Matrices (out, r) and (r, in) whose product, times s, is added to W_q."""
+        P, B = self.read('P', dtype), self.B.detach().to(dtype)
+        return (B.T, P.T) if self.tall else (P, B)
+
+    def times(self, x, transposed=False):
+        """x @ W.T for (..., in), or x @ W for (..., out). With many rows s P B is added to W first, 2 m n r operations;
+        with few they go through the factors, 2 N r (m + n)."""
+        out, n = self.shapes['W']
+        many = x.numel() // x.shape[-1] * (out + n) > out * n
+        W = self.frozen(x.dtype, with_factors=many)
+        y = x @ (W.T if transposed else W)  # (..., out) or (..., in)
+        if not many:
+            left, right = self.factors(x.dtype)
+            y += self.scale * ((x @ right.T) @ left.T if transposed else (x @ left) @ right)
+        return y
+
+    def add_gradient(self, G):
+        self.G = G if self.G is None else self.G.add_(G)
+
+    def forward(self, x):
+        y = LowRank.apply(x, self.B, self)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def extra_repr(self):
+        return f'{self.in_features}, {self.out_features}, rank={len(self.B)}, quantize={self.quantize!r}'
+
+
+@torch.no_grad()
+def merge(layer):
+    """W <- W_q + s P_q @ B, a new P from the gradient that the layer collected, and W_q and B that make up W again
+    (LoQT, algorithms 1 and 2). -> P_new.T @ P_old (r, r), which turns what was known in the old basis; None if there
+    was none. Beside G at most three matrices of W's size exist, in fp32.
+
+    Raises ValueError where no gradient was collected."""
+    if layer.G is None:
+        raise ValueError('the layer collected no gradient: set layer.collect = True before a backward, then merge')
+    old = layer.read('P', torch.float32) if layer.started else None  # (m, r)
+    G, layer.G = average_(layer.G), None
+    P = orthonormal_basis(wide(G), len(layer.B), layer.refresh, old)  # (m, r)
+    del G
+    if several_processes():  # rounding must not set the processes apart
+        dist.broadcast(P, 0)
+    W = wide(layer.dense_weight(torch.float32))  # (m, n)
+    layer.forget('rest')
+    layer.keep('P', P.to(layer.B.dtype))
+    P = layer.read('P', torch.float32)  # (m, r), as forward will see it
+    P_plus = torch.linalg.solve(P.T @ P, P.T)  # (r, m): the pseudo-inverse; in 4 bits P is not quite orthonormal
+    B, best = torch.zeros(layer.B.shape, device=W.device), {}  # (r, n)
+    rounds = layer.compensation if layer.quantize == 'nf4' else 1  # rounding to bf16 leaves little to compensate
+    for _ in range(max(rounds, 1)):
+        target = torch.addmm(W, P, B, alpha=-layer.scale)  # (m, n)
+        parts = encode((target.T if layer.tall else target).to(layer.B.dtype).contiguous(), *layer.how)
+        del target
+        E = W - wide(decode(parts, layer.shapes['W'], torch.float32))  # (m, n)
+        if layer.compensation:
+            B = (P_plus @ E / layer.scale).to(layer.B.dtype).float()  # (r, n)
+            E.addmm_(P, B, alpha=-layer.scale)  # (m, n): what is lost all the same
+        error = E.norm()
+        # The best round is kept, without asking the device which one that is.
+        better = error < best.get('error', torch.inf)
+        found = {'error': error, 'B': B, **parts}
+        best = {name: torch.where(better, new, best[name]) for name, new in found.items()} if best else found
+    layer.B.copy_(best['B'])
+    for part in parts:
+        layer.register_buffer('W' + part, best[part])
+    layer.started, layer.collect = True, False
+    return None if old is None else P.T @ old  # (r, r)
+
+
+# ---- the optimizer -----------------------------------------------------------------------------------------------
+
+
+class LoQTAdamW(AdamW):
+    """AdamW on the parameters, B among them, and a merge of each layer at its update steps. Arguments as in adam.AdamW
+
+    and layers: the LoQTLinears. total_steps, tau, psi: of `update_steps`, counted from a layer's first gradient, which
+    gives the first P. stagger: layer i of L merges i tau / L steps later, so that no step waits for all the layers and,
+    with accumulation, the gradients of one or two of them exist at a time; False is the paper's: all at once. moments:
+    when P turns, B's moments are 'reset', 'keep' their numbers, or 'rotate' with it.
+
+    A merge comes right after its step's own move of B: inside backward, even without per_layer, so that the gradients
+    of layers that merge together do not pile up; in step() where clipping must wait for the norm. Weight decay would
+    draw B to 0 and W to its last merge: leave it at 0 for the layers."""
+
+    def __init__(self, params, layers, total_steps, lr=1e-2, tau=100, psi=1.2, stagger=True, moments='reset', **adam):
+        if moments not in ('reset', 'keep', 'rotate'):
+            raise ValueError(f"moments={moments!r} is not known: use 'reset', 'keep' or 'rotate'")
+        self.layers = {layer.B: layer for layer in layers}
+        self.updates, self.moments = set(update_steps(total_steps, tau, psi)[1:]), moments
+        self.turn = {B: i * tau // len(self.layers) if stagger else 0 for i, B in enumerate(self.layers)}
+        super().__init__(params, lr, **adam)
+
+    @torch.no_grad()
+    def gradient_ready(self, p):
+        """Autograd calls this when p.grad, for a layer B.grad, has taken in a micro-batch."""
+        merges = p in self.layers and self.layers[p].G is not None
+        if self.last_micro_batch and (self.per_layer or merges):
+            self.finish(p)
+
+    def update(self, p, R):
+        """p takes its step of Adam. Then, if p is the B of a layer that is due, the layer merges."""
+        super().update(p, R)
+        if p not in self.layers:
+            return
+        layer, state = self.layers[p], self.state[p]
+        state['age'] = state.get('age', 0) + 1  # steps; 'step' starts anew with the moments
+        if layer.G is not None:
+            self.turn_moments(p, merge(layer))
+        layer.collect = state['age'] - self.turn[p] in self.updates
+
+    def turn_moments(self, p, Q):
+        """Q (r, r) = P_new.T @ P_old."""
+        state = self.state[p]
+        if self.moments == 'keep':
+            return
+        M, V = load(state, 'M'), load(state, 'V')  # (r, n)
+        new_M, new_V = 0 * M, 0 * V
+        if self.moments == 'rotate':
+            new_M, new_V = turned(M, V, Q, self.group_of[p]['betas'], state['step'])
+        else:
+            state['step'] = 0
+        store(state, 'M', M.copy_(new_M))
+        store(state, 'V', V.copy_(new_V))
+
+    # ---- checkpoints: the layers' packed tensors travel with the states
+
+    def state_dict(self):
+        flags = [(layer.started, layer.collect) for layer in self.layers.values()]
+        packed = [dict(layer.state_dict()) for layer in self.layers.values()]
+        return super().state_dict() | {'layers': packed, 'flags': flags}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict({name: state_dict[name] for name in ('state', 'param_groups')})
+        for layer, packed, flags in zip(self.layers.values(), state_dict['layers'], state_dict['flags']):
+            layer.restore(packed)
+            (layer.started, layer.collect), layer.G = flags, None
+
+
+def replace_linears(model, **options):
+    """Put a LoQTLinear in the place of each nn.Linear inside `model`, one after another, and return them as a list."""
+    layers = []
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, nn.Linear):
+                setattr(parent, name, LoQTLinear.from_linear(module, **options))
+                layers.append(getattr(parent, name))
+    return layers
+
+
+def options_of(config):
+    """What a configuration says of a LoQTLinear."""
+    return dict(
+        rank=config.rank,
+        scale=config.scale,
+        quantize=config.quantize,
+        double_quant=config.double_quant,
+        compensation=config.compensation,
+        refresh=config.refresh,
+    )
+
+
+def linear(config):
+    """What train.py makes the blocks' layers with for method='loqt': born packed, so that a model whose full weights
+    do not fit can be built."""
+    return partial(LoQTLinear, **options_of(config))
+
+
+def setup(model, config):
+    """What train.py calls for method='loqt': the blocks' layers become LoQTLinears, where they are not yet."""
+    if config.compile:
+        raise ValueError("method='loqt' merges inside backward, which compile=True cannot follow: use compile=False")
+    replace_linears(model.layers, **options_of(config))
+    layers = [module for module in model.layers.modules() if isinstance(module, LoQTLinear)]
+    return LoQTAdamW(
+        split_decay(model.parameters()),
+        layers,
+        total_steps=config.max_iters,
+        lr=config.learning_rate,
+        tau=config.update_proj_gap,
+        psi=config.psi,
+        stagger=config.stagger,
+        moments=config.moments,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        state_bits=config.state_bits,
+        grad_clip=config.grad_clip,
+        per_layer=config.per_layer,
+        offload=config.offload,
+        seed=config.seed,
+    )
