@@ -7,14 +7,17 @@ import torch
 
 import adam
 import galore
+import loqt
+import lora
 import memest
-from model import LLaMA, ModelConfig
+from model import Linear, LLaMA, ModelConfig
 from train import training_step
 
 TINY = dict(n_layer=3, n_head=4, n_kv_head=2, n_embd=64, n_inner=176, vocab_size=301, block_size=32)
 CONFIG = dict(learning_rate=1e-3, beta1=0.9, beta2=0.999, weight_decay=0.0, rank=8, update_proj_gap=200, scale=0.25)
 CONFIG |= dict(refresh='subspace', stagger=True, state_bits=32, grad_clip=0.0, per_layer=False, offload=False, seed=0)
 CONFIG |= dict(method='galore', lazy=0.0, moments='keep', residual='none', basis_bits=16, weight_bits=16, compile=False)
+CONFIG |= dict(quantize='nf4', double_quant=False, psi=1.2, compensation=2, max_iters=10)
 CONFIG |= dict(checkpointing=False, batch_size=4, block_size=32, gradient_accumulation_steps=1)
 MODES = {
     'adamw': (adam, {}),
@@ -28,6 +31,13 @@ MODES = {
     'galore 8-bit basis': (galore, dict(basis_bits=8, lazy=0.5)),
     'fira': (galore, dict(residual='fira', per_layer=True)),
     'apollo': (galore, dict(method='apollo')),
+    'loqt': (loqt, {}),
+    'loqt without nf4': (loqt, dict(quantize='none')),
+    'loqt everything': (
+        loqt,
+        dict(double_quant=True, state_bits=8, per_layer=True, checkpointing=True, gradient_accumulation_steps=2),
+    ),
+    'lora': (lora, dict(gradient_accumulation_steps=2)),
 }
 
 
@@ -36,10 +46,11 @@ MODES = {
 def test_bytes_planned_equal_bytes_of_a_real_step(mode, dtype):
     method, changes = MODES[mode]
     config = SimpleNamespace(**CONFIG | changes)
-    plan = memest.trace(ModelConfig(**TINY), dtype, config, method.setup, training_step, torch.float32)
+    linear = method.linear(config) if hasattr(method, 'linear') else Linear
+    plan = memest.trace(ModelConfig(**TINY), dtype, config, method.setup, training_step, torch.float32, linear=linear)
 
     with memest.LiveBytes() as live:
-        model = LLaMA(ModelConfig(**TINY), dtype=dtype)
+        model = LLaMA(ModelConfig(**TINY), dtype=dtype, linear=linear)
         model.checkpointing, model.compute_dtype = config.checkpointing, torch.float32
         optimizer = method.setup(model, config)
         assert live.now == plan.weights >= sum(p.nbytes for p in model.parameters())

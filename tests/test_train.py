@@ -141,8 +141,9 @@ def test_every_key_has_a_comment_and_the_design_names_are_there():
     expected = """out_dir init_from overwrite seed max_iters dry_run dataset block_size batch_size
         gradient_accumulation_steps model n_layer n_head n_kv_head n_embd n_inner vocab_size
         learning_rate warmup_iters lr_decay_iters min_lr
-        weight_decay beta1 beta2 grad_clip method rank scale update_proj_gap refresh stagger lazy moments residual
-        device dtype state_bits basis_bits weight_bits offload per_layer checkpointing compile
+        weight_decay beta1 beta2 grad_clip method rank scale update_proj_gap refresh stagger
+        psi compensation lazy moments residual quantize double_quant save_merged device dtype
+        state_bits basis_bits weight_bits offload per_layer checkpointing compile
         log_interval eval_interval eval_tokens save_interval sample_tokens tracker"""
     assert keys == set(expected.split())
 
@@ -159,6 +160,16 @@ LONG = ['--max_iters=60', '--log_interval=1', '--eval_interval=7', '--gradient_a
 MODES = {
     'galore': [],
     'galore per layer, bf16 weights, 8-bit states': ['--per_layer', '--dtype=bfloat16', '--state_bits=8'],
+    'loqt': ['--method=loqt', '--stagger=False'],
+    'loqt, packed checkpoints, all of it': [
+        '--method=loqt',
+        '--save_merged=False',
+        '--per_layer',
+        '--dtype=bfloat16',
+        '--state_bits=8',
+        '--double_quant',
+    ],
+    'lora': ['--method=lora', '--save_merged=False'],
     'adamw, clipped': ['--method=adamw', '--grad_clip=0.5', '--weight_decay=0.1'],
 }
 
@@ -192,7 +203,8 @@ def test_killed_and_interrupted_then_resumed_equals_uninterrupted_bit_for_bit(mo
     last = train(tmp_path / 'broken', data, *flags, '--init_from=resume')
     assert last.returncode == 0, last.stderr
     assert same(weights(tmp_path / 'whole/last'), weights(tmp_path / 'broken/last'))
-    states = [torch.load(tmp_path / n / 'last/optimizer.pt', weights_only=True)['state'] for n in ('whole', 'broken')]
+    saved = [torch.load(tmp_path / n / 'last/optimizer.pt', weights_only=True) for n in ('whole', 'broken')]
+    states = [{**file['state'], **dict(enumerate(file.get('layers', []), len(file['state'])))} for file in saved]
     for i, state in states[0].items():
         for name, value in state.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][i][name])), (i, name)
@@ -202,6 +214,23 @@ def test_killed_and_interrupted_then_resumed_equals_uninterrupted_bit_for_bit(mo
         for name in ('whole', 'broken')
     ]
     assert rows[0] == rows[1], 'every step stands once in metrics.csv, with the numbers of an uninterrupted run'
+
+
+@pytest.mark.parametrize('method', ['loqt', 'lora'])
+def test_a_packed_checkpoint_is_smaller_samples_alike_and_becomes_a_plain_folder(method, tmp_path, data):
+    flags = [f'--method={method}', '--n_embd=64', '--n_inner=256', '--n_layer=6']
+    for name, more in (('packed', ['--save_merged=False']), ('merged', [])):
+        done = train(tmp_path / name, data, *flags, *more)
+        assert done.returncode == 0, done.stderr
+    size = {name: sum(f.stat().st_size for f in (tmp_path / name / 'last').iterdir()) for name in ('packed', 'merged')}
+    assert size['packed'] < 0.8 * size['merged']
+    words = [tmp_path / 'packed/last', '--tokens=20', '--prompt=def', f'--save_to={tmp_path / "plain"}']
+    texts = [run(['sample.py', *words]), run(['sample.py', tmp_path / 'merged/last', *words[1:3]])]
+    assert texts[0].returncode == 0 and texts[0].stdout == texts[1].stdout != '', texts
+    assert same(weights(tmp_path / 'plain'), weights(tmp_path / 'merged/last'))
+    assert run(['sample.py', tmp_path / 'plain', *words[1:3]]).stdout == texts[0].stdout, 'with its tokenizer'
+    refused = train(tmp_path / 'next', data, f'--init_from={tmp_path / "packed/last"}')
+    assert refused.returncode == 1 and 'keeps its weights packed: python sample.py' in refused.stderr
 
 
 def test_sigterm_saves_too(tmp_path, data):
@@ -229,7 +258,9 @@ def test_per_layer_through_the_whole_loop_equals_normal(tmp_path, data):
     assert max((a[name] - b[name]).abs().max() for name in a) < 1e-6
 
 
-@pytest.mark.parametrize('flags', [[], ['--per_layer'], ['--method=adamw', '--grad_clip=0.5']], ids=str)
+@pytest.mark.parametrize(
+    'flags', [[], ['--per_layer'], ['--method=loqt', '--quantize=none'], ['--method=adamw', '--grad_clip=0.5']], ids=str
+)
 def test_two_processes_equal_one(flags, tmp_path, data):
     flags = [*flags, '--gradient_accumulation_steps=4', '--learning_rate=1e-3', '--max_iters=8']
     alone = train(tmp_path / 'one', data, *flags)
@@ -291,6 +322,11 @@ IMPOSSIBLE = {
     '--device=cuda': 'torch sees no CUDA device',
     '--seed=-1': 'seed=-1 is negative',
     '--per_layer --compile': 'set one of them to False',
+    '--method=loqt --compile': 'set --compile=False',
+    '--method=loqt --basis_bits=4': "basis_bits and residual are galore's",
+    '--psi=-1': 'psi=-1.0 is negative: use 0 or more',
+    '--scale=0': 'scale=0.0 would undo or hold every update: use more than 0',
+    '--save_merged=False': "method='galore' packs none: leave it out",
 }
 
 
