@@ -1,0 +1,167 @@
+"""The parts of bench.py that measure LoQT: the time of a merge, the bytes of a model, the peak of a step that merges.
+
+python bench.py --only=merge
+python bench.py --only=packed --real_sizes='60m 130m'
+"""
+
+import functools
+import math
+
+import torch
+
+import loqt
+import memest
+import train
+from adam import decode, encode
+from build import build_model
+from galore import wide
+from measure import (
+    block_matrices,
+    clear,
+    interleaved,
+    made_in,
+    named,
+    on_meta,
+    rank_of,
+    run_config,
+    sizes,
+    state_tensors,
+    unhook,
+)
+from model import SIZES
+
+ASKED = {'60m': 0.234, '130m': 0.486, '350m': 0.970, '1b': 3.145}  # GiB of LoQT's table 1, recomputed from the shapes
+
+
+def official(layer, rounds):
+    """A merge as the authors' LoQT does it, written out from its description: SVD in fp32, the pseudo-inverse by
+    another one, and in each round a quantisation of all of W."""
+    W, P = wide(layer.dense_weight(torch.float32)), layer.read('P', torch.float32)  # (m, n), (m, r)
+    U, _, _ = torch.linalg.svd(wide(layer.G), full_matrices=False)
+    P = decode(encode(U[:, : P.shape[1]].contiguous()), P.shape, torch.float32)
+    inverse = torch.linalg.pinv(P)  # (r, m)
+    What, best = W, math.inf
+    for _ in range(rounds):
+        Q = decode(encode(What.contiguous()), tuple(W.shape), torch.float32)  # (m, n)
+        B = inverse @ (W - Q) / layer.scale  # (r, n)
+        What = W - layer.scale * P @ B
+        best = min(best, (What - Q).norm().item())
+    return best
+
+
+def measure_merge(config):
+    """A layer of each shape, with a gradient whose spectrum falls as those of real runs do: our merge and theirs."""
+    rows = []
+    for size, _ in sizes(config.merge_sizes):
+        rank = rank_of(size)
+        for m, n in dict.fromkeys(tuple(p.shape) for p in block_matrices(on_meta(size, 1))):
+            torch.manual_seed(0)
+            layer = loqt.LoQTLinear(n, m, rank=rank)
+            k = min(m, n)
+            G = torch.randn(m, k) @ (torch.exp(-8 * torch.arange(k) / k)[:, None] * torch.randn(k, n))
+            layer.G = G.clone()
+            loqt.merge(layer)  # from now on there is an old P to start from
+
+            def ours(layer=layer, G=G):
+                layer.G = G.clone()
+                loqt.merge(layer)
+
+            def theirs(layer=layer, G=G):
+                layer.G = G
+                official(layer, layer.compensation)
+
+            times = interleaved({'ours': ours, 'theirs': theirs}, config.repeats, config.seconds, 2)
+            made = made_in(ours) / (4 * m * n)
+            ratio = times['theirs'] / times['ours']
+            rows.append(
+                [size, f'{m} x {n}', rank, 1000 * times['ours'], 1000 * times['theirs'], f'1/{ratio:.0f}', made]
+            )
+    return rows
+
+
+def measure_packed(config):
+    """Bytes that weights and states take after a step, of real tensors where there is room and time."""
+    rows = []
+    for size in config.state_sizes.split():
+        flags = ['--method=loqt', '--state_bits=8', f'--rank={rank_of(size)}', '--dtype=bfloat16', '--batch_size=1']
+        run = run_config(size, SIZES[size]['n_layer'], *flags, '--block_size=8', '--per_layer=True', '--compensation=1')
+        vocabulary = SIZES[size]['vocab_size']
+        if size in config.real_sizes.split():
+            model = build_model(run, '', vocabulary, torch.bfloat16, 'cpu', linear=loqt.linear(run))
+            optimizer = loqt.setup(model, run)
+            x = torch.randint(0, vocabulary, (1, 8))
+            train.training_step(model, optimizer, [(x, x)], 1e-3, 'cpu')
+            weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+            states, how = sum(t.nbytes for _, t in state_tensors(optimizer)), 'real'
+            unhook(optimizer)
+            del model, optimizer
+        else:
+            with torch.device('meta'):
+                model = build_model(run, '', vocabulary, torch.bfloat16, 'meta', linear=loqt.linear(run))
+            options = dict(compute_dtype=torch.bfloat16, linear=loqt.linear(run))
+            plan = memest.trace(model.config, torch.bfloat16, run, loqt.setup, train.training_step, **options)
+            weights, states, how = plan.weights, plan.states, 'fake'
+        clear()
+        both = (weights + states) / 2**30
+        rows.append([size, how, weights, states, f'{both:.3f}', ASKED.get(size, math.nan)])
+    return rows
+
+
+def measure_peaks(config):
+    """The most that a step makes, without and with merges."""
+    rows, tau = [], 30
+    for size, blocks in sizes(config.memory_sizes):
+        for name, flags in (
+            ('all at once', ['--stagger=False']),
+            ('all at once, per_layer', ['--stagger=False', '--per_layer=True']),
+            ('in turns, 4 micro-batches', ['--gradient_accumulation_steps=4']),
+            ('in turns, 4 micro-batches, per_layer', ['--gradient_accumulation_steps=4', '--per_layer=True']),
+        ):
+            base = ['--method=loqt', '--batch_size=1', f'--update_proj_gap={tau}', f'--rank={rank_of(size)}', *flags]
+            run = run_config(size, blocks, *base, '--max_iters=100')
+            model = build_model(run, '', 1000, torch.float32, 'cpu', linear=loqt.linear(run))
+            optimizer = loqt.setup(model, run)
+            n = run.gradient_accumulation_steps
+            peaks, merging = {True: 0, False: 0}, False
+            for t in range(2 * tau):
+                batches = [(torch.randint(0, 1000, (1, 256)),) * 2 for _ in range(n)]
+                merging = any(layer.collect for layer in optimizer.layers.values())
+                step = functools.partial(train.training_step, model, optimizer, batches, 1e-3, 'cpu')
+                if t > 1 and (merging or t < 5):  # the first step makes what stays
+                    peaks[merging] = max(peaks[merging], made_in(step))
+                else:
+                    step()
+            largest = 4 * max(math.prod(layer.shapes['W']) for layer in optimizer.layers.values())
+            more = (peaks[True] - peaks[False]) / largest
+            rows.append(
+                [named(size, blocks), name, peaks[False] / 1e6, peaks[True] / 1e6, largest / 1e6, f'{more:.2f}']
+            )
+            unhook(optimizer)
+            del model, optimizer, step
+            clear()
+    return rows
+
+
+PARTS = {
+    'merge': (
+        measure_merge,
+        'A merge of one layer (LoQT)',
+        'Five rounds of compensation, NF4 without double quantisation. Theirs is the procedure of the official code, '
+        'written out in bench_loqt.py: an SVD for P, a pseudo-inverse by another, five quantisations. The last column '
+        'is the most that our merge makes, in matrices of the size of W in fp32, a copy of the gradient among them.',
+        ['size', 'layer', 'rank', 'ms', 'ms of theirs', 'time', 'made, in matrices'],
+    ),
+    'packed': (
+        measure_packed,
+        'Bytes of a LoQT model',
+        'Weights in NF4, B, embeddings and head in bf16, moments in 8 bits; after one step.',
+        ['size', 'tensors', 'bytes of weights', 'bytes of states', 'GiB', "at most: the paper's"],
+    ),
+    'peaks': (
+        measure_peaks,
+        'The peak of a step that merges (LoQT)',
+        'fp32, 256 tokens a micro-batch: the most MB that a step makes, and by how many of its largest fp32 matrices a '
+        'step with merges exceeds one without.',
+        ['model', 'merges', 'MB, ordinary step', 'MB, with merges', 'MB of the largest matrix', 'more, in those'],
+    ),
+}
