@@ -53,7 +53,9 @@ from measure import (
 from model import SIZES, ModelConfig
 
 # ---- config ----------------------------------------------------------------------------------------------------------
-only = 'all'  # 'all' | 'optimizers' | 'training' | 'stall' | 'states' | 'refresh' | 'memory' | 'merge' | 'packed' | 'peaks'
+only = (
+    'all'  # 'all' | 'optimizers' | 'training' | 'stall' | 'states' | 'refresh' | 'memory' | 'merge' | 'nf4' | 'peaks'
+)
 out = 'results/bench.md'  # file for the tables when all is measured, with the picture beside it; '': none
 amortised_over = 200  # T: steps between two refreshes of a basis, over which the cost of one is spread
 

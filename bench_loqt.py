@@ -1,7 +1,7 @@
 """The parts of bench.py that measure LoQT: the time of a merge, the bytes of a model, the peak of a step that merges.
 
 python bench.py --only=merge
-python bench.py --only=packed --real_sizes='60m 130m'
+python bench.py --only=nf4 --real_sizes='60m 130m'
 """
 
 import functools
@@ -151,7 +151,7 @@ PARTS = {
         'is the most that our merge makes, in matrices of the size of W in fp32, a copy of the gradient among them.',
         ['size', 'layer', 'rank', 'ms', 'ms of theirs', 'time', 'made, in matrices'],
     ),
-    'packed': (
+    'nf4': (
         measure_packed,
         'Bytes of a LoQT model',
         'Weights in NF4, B, embeddings and head in bf16, moments in 8 bits; after one step.',

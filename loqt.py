@@ -109,6 +109,7 @@ class LoQTLinear(Packed):
         self.shapes = {'W': (n_out, n_in), 'rest': (n_out, n_in), 'P': (m, min(rank, m))}
         self.B = nn.Parameter(torch.zeros(min(rank, m), n, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(n_out, device=device, dtype=dtype)) if bias else None
+        self.started, self.collect, self.G = False, True, None
         if not self.B.is_meta:
             self.reset_parameters()
 
@@ -192,7 +193,8 @@ def merge(layer):
     if layer.G is None:
         raise ValueError('the layer collected no gradient: set layer.collect = True before a backward, then merge')
     old = layer.read('P', torch.float32) if layer.started else None  # (m, r)
-    G, layer.G = average_(layer.G), None
+    # The first one comes from the first process's first micro-batch, so that more processes change nothing.
+    G, layer.G = average_(layer.G) if layer.started else layer.G, None
     P = orthonormal_basis(wide(G), len(layer.B), layer.refresh, old)  # (m, r)
     del G
     if several_processes():  # rounding must not set the processes apart

@@ -75,9 +75,7 @@ method = 'galore'  # 'adamw' | 'galore' | 'loqt' | 'lora' | 'apollo' | 'apollo_m
 rank = 128  # dimensions of the subspace, all but adamw: less memory and less freedom with fewer; apollo_mini: 1
 scale = 0.25  # factor on what comes back from the subspace (alpha, s; lora: alpha / r); apollo: 1, apollo_mini: 11.3
 update_proj_gap = 200  # galore: steps between two refreshes of a layer's subspace (T); loqt: those to the first (tau)
-refresh = (
-    'subspace'  # 'subspace' | 'svd': galore, loqt improve the old subspace by one step, or by the papers' slow SVD
-)
+refresh = 'subspace'  # 'subspace' | 'svd': galore, loqt improve the old subspace by one step, or do the slow SVD
 stagger = True  # galore, loqt: layers refresh in turns, so that no step stalls; False: all at once, as in the papers
 lazy = 0.0  # galore: a layer's T doubles where its new subspace overlaps the old by more than this share; 0: never
 moments = 'keep'  # 'keep' | 'rotate' | 'reset': what galore, loqt do with Adam's moments when a subspace turns
