@@ -246,13 +246,15 @@ class AdamW(torch.optim.Optimizer):
     A method overrides `gradient_ready` (what to do with each micro-batch's gradient), `take` (the gradient of the whole
     step, as small as the method needs it) and `update` (one parameter moves)."""
 
+    small_gradients = False  # True: what waits for clipping's norm is much smaller than the weights
+
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, state_bits=32, grad_clip=0.0,
                  per_layer=False, offload=False, seed=0, group_defaults=None):  # fmt: skip
         if state_bits not in (32, 8):
             raise ValueError(f'state_bits={state_bits} is not a width of the moments: use 32 or 8')
-        if per_layer and grad_clip and type(self) is AdamW:
+        if per_layer and grad_clip and not self.small_gradients:
             raise ValueError(
-                'AdamW cannot clip with per_layer=True: the norm is known only when all gradients are, '
+                f'{type(self).__name__} cannot clip with per_layer=True: the norm is known only when all gradients are, '
                 'and by then per_layer has used and dropped them; set grad_clip=0 or per_layer=False'
             )
         self.state_bits, self.grad_clip, self.per_layer, self.seed = state_bits, grad_clip, per_layer, seed

@@ -196,6 +196,7 @@ class GaLoreAdamW(AdamW):
         if update_proj_gap < 1:
             raise ValueError(f'update_proj_gap={update_proj_gap} is not a number of steps: use 1 or more')
         self.T, self.refresh, self.stagger = update_proj_gap, refresh, stagger
+        self.small_gradients = residual == 'none'
         self.basis_bits, self.lazy, self.moments, self.residual = basis_bits, lazy, moments, residual
         self.R = {}  # p -> a placeholder of shape (r, n) that takes no memory; its .grad is R while a step is under way
         self.attached, self.owner = set(), {}

@@ -241,6 +241,8 @@ class LoQTAdamW(AdamW):
     of layers that merge together do not pile up; in step() where clipping must wait for the norm. Weight decay would
     draw B to 0 and W to its last merge: leave it at 0 for the layers."""
 
+    small_gradients = True
+
     def __init__(self, params, layers, total_steps, lr=1e-2, tau=100, psi=1.2, stagger=True, moments='reset', **adam):
         if moments not in ('reset', 'keep', 'rotate'):
             raise ValueError(f"moments={moments!r} is not known: use 'reset', 'keep' or 'rotate'")

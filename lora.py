@@ -76,6 +76,8 @@ class LoRALinear(Packed):
 class LoRAAdamW(AdamW):
     """AdamW, whose checkpoints hold the frozen weights as they are kept and the factors beside them."""
 
+    small_gradients = True
+
     def __init__(self, params, layers, **adam):
         self.layers = layers
         super().__init__(params, **adam)

@@ -141,9 +141,9 @@ def problems(config):
             f"model='{c.model}' is not a size: use one of {' '.join(SIZES)}"
             + (f' (did you mean {near[0]}?)' if near else '')
         )
-    if c.method == 'adamw' and c.per_layer and c.grad_clip:
+    if c.per_layer and c.grad_clip and (c.method in ('adamw', 'apollo', 'apollo_mini') or c.residual == 'fira'):
         found.append(
-            "per_layer=True cannot clip under method='adamw', whose global norm needs all gradients: "
+            f"per_layer=True cannot clip under method='{c.method}', whose global norm needs all gradients: "
             'set grad_clip=0 or per_layer=False'
         )
     if c.weight_bits == 8 and (c.method != 'galore' or c.compile):

@@ -1,7 +1,7 @@
 """
-Real steps of the 24 GB config on a CPU with 24 GB of memory: 350m and LLaMA-7B itself; makes galore_7b.md.
+Real steps of the 24 GB config on a CPU with 24 GB of memory: 350m, 1b and LLaMA-7B itself; makes galore_7b.md.
 
-    python results/galore_7b.py              # about forty minutes on two cores; finished runs are kept in out/real
+    python results/galore_7b.py              # about 45 minutes on two cores; finished runs are kept in out/real
 
 Two optimizer steps, with a checkpoint and a new process between them. In the first every basis is made and two
 micro-batches are accumulated; in the second every basis is refreshed (T = 1) from a full gradient that lives alone.
@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SIZES = {'350m': 256, '7b': 1024}  # ranks
+SIZES = {'350m': 256, '1b': 512, '7b': 1024}  # ranks
 # glibc keeps freed blocks of up to 32 MB for itself, by then in gaps that nothing fits: 3 GB at 7B. So they go back.
 MALLOC = 'MALLOC_MMAP_THRESHOLD_=1000000'
 COMMON = 'config/galore_7b_4090.py --device=cpu --dataset=pystdlib --vocab_size=32000 --batch_size=1 --warmup_iters=0'
@@ -22,11 +22,9 @@ STEPS = ['--gradient_accumulation_steps=2 --max_iters=1 --overwrite']
 STEPS += ['--gradient_accumulation_steps=1 --max_iters=2 --init_from=resume']
 
 
-def run(size, rank, number):
+def run(words, log):
     """-> command, and the text that one run under /usr/bin/time printed."""
-    out_dir = f'out/real/{size}'
-    words = f'{COMMON} --model={size} --rank={rank} --out_dir={out_dir} {STEPS[number]}'
-    log = os.path.join(ROOT, f'{out_dir}.{number + 1}.log')
+    log = os.path.join(ROOT, log)
     os.makedirs(os.path.dirname(log), exist_ok=True)
     done = False
     if os.path.exists(log):
@@ -42,8 +40,14 @@ def run(size, rank, number):
         return f'{MALLOC} /usr/bin/time -v python train.py {words}', f.read()
 
 
-def found(pattern, text):
-    return re.findall(pattern, text)[-1]
+def cells(text):
+    """Of a run's text: loss, seconds of each of its steps, clock of the process, peak resident and planned in GiB."""
+    steps = re.findall(r'^step \d+/\d+ \| loss ([\d.]+).* (\d+) ms \|', text, re.M)
+    clock = re.findall(r'Elapsed .*: ([\d:.]+)', text)[-1]
+    peak = int(re.findall(r'Maximum resident set size \(kbytes\): (\d+)', text)[-1]) * 1024
+    planned = int(re.findall(r'peak_bytes_planned: (\d+)', text)[-1])
+    took = ', '.join(f'{int(ms) / 1000:.0f}' for _, ms in steps)
+    return [steps[-1][0], took, clock, f'{peak / 2**30:.2f} GiB', f'{planned / 2**30:.2f} GiB']
 
 
 def main():
@@ -63,14 +67,11 @@ def main():
     commands = []
     for size, rank in SIZES.items():
         for number in range(2):
-            command, text = run(size, rank, number)
+            out_dir = f'out/real/{size}'
+            words = f'{COMMON} --model={size} --rank={rank} --out_dir={out_dir} {STEPS[number]}'
+            command, text = run(words, f'{out_dir}.{number + 1}.log')
             commands.append(command)
-            loss, ms = re.findall(r'^step \d+/\d+ \| loss ([\d.]+).* (\d+) ms \|', text, re.M)[-1]
-            clock = found(r'Elapsed .*: ([\d:.]+)', text)
-            peak = int(found(r'Maximum resident set size \(kbytes\): (\d+)', text)) * 1024
-            planned = int(found(r'peak_bytes_planned: (\d+)', text))
-            row = [size, number + 1, loss, round(int(ms) / 1000), clock, f'{peak / 2**30:.2f} GiB']
-            lines.append(f'| {" | ".join(map(str, [*row, f"{planned / 2**30:.2f} GiB"]))} |')
+            lines.append(f'| {" | ".join(map(str, [size, number + 1, *cells(text)]))} |')
     lines += ['', 'Commands:', '', '```', *commands, '```', '']
     with open(os.path.join(ROOT, 'results', 'galore_7b.md'), 'w') as f:
         f.write('\n'.join(lines))

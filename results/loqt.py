@@ -30,8 +30,6 @@ PARTS = [
     ('distances that grow faster', ['--psi=1.5']),
     ('moments reset', ['--moments=reset']),
     ('moments rotate', ['--moments=rotate']),
-    ('all layers at once', ['--stagger=False']),
-    ('8-bit states, double quantisation', ['--state_bits=8', '--double_quant']),
 ]
 
 

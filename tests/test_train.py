@@ -318,6 +318,7 @@ IMPOSSIBLE = {
     '--beta2=1': 'beta2=1.0 is not a decay rate',
     '--learning_rate=-1': 'learning_rate=-1.0 is negative',
     '--method=adamw --per_layer --grad_clip=1': 'set grad_clip=0 or per_layer=False',
+    '--residual=fira --per_layer --grad_clip=1': 'set grad_clip=0 or per_layer=False',
     '--lr_decay_iters=1': 'ends before warmup_iters=2',
     '--device=cuda': 'torch sees no CUDA device',
     '--seed=-1': 'seed=-1 is negative',
