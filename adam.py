@@ -254,8 +254,8 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f'state_bits={state_bits} is not a width of the moments: use 32 or 8')
         if per_layer and grad_clip and not self.small_gradients:
             raise ValueError(
-                f'{type(self).__name__} cannot clip with per_layer=True: the norm is known only when all gradients are, '
-                'and by then per_layer has used and dropped them; set grad_clip=0 or per_layer=False'
+                f'{type(self).__name__} cannot clip with per_layer=True: the norm is known only when all gradients '
+                'are, and by then per_layer has used and dropped them; set grad_clip=0 or per_layer=False'
             )
         self.state_bits, self.grad_clip, self.per_layer, self.seed = state_bits, grad_clip, per_layer, seed
         self.home = torch.device('cpu') if offload else None  # of the moments; None: beside their parameter
