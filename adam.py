@@ -204,7 +204,7 @@ def average_(G):
 class Packed(torch.nn.Module):
     """A module whose large tensors are kept encoded, in buffers: 'W' in the buffers W, W_absmax and so on.
 
-    `how` are the arguments of `encode`, `shapes` the tensors' shapes by name, `started` whether a P was made."""
+    `how` are the arguments of `encode`, `shapes` the tensors' shapes by name."""
 
     def keep(self, name, A):
         for part, tensor in encode(A, *self.how).items():

@@ -10,7 +10,7 @@ import torch
 import tokenizer as tokenizers
 from batches import DataError
 from checkpoint import first_line
-from model import SIZES, Linear, LLaMA, ModelConfig, ModelError
+from model import SIZES, Linear, LLaMA, ModelConfig, ModelError, PackedError, read_json
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 SHAPE = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner', 'vocab_size')  # keys that override what `model` has
@@ -58,6 +58,8 @@ def build_model(config, data, vocab_size, dtype, device, source=None, linear=Lin
     the method wants the blocks made of."""
     if source:
         check_tokenizer(source, data)
+        if config.init_from != 'resume' and read_json(os.path.join(source, 'config.json')).get('packed_weights'):
+            raise PackedError(source)
         built = LLaMA.from_pretrained(source, dtype=dtype, device=device, block_size=config.block_size, linear=linear)
     else:
         shape = SIZES[config.model] | {'vocab_size': vocab_size, 'block_size': config.block_size}

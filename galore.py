@@ -13,8 +13,8 @@ carried back and added to the full W:
 Memory: P (m r) and two moments (2 n r) instead of 2 m n. For LLaMA-7B and r = 1024 that is 65 % less optimizer state.
 Speed: G = delta.T @ x, a product of a layer's output gradients and inputs, so R = (delta @ P).T @ x, which is fewer
 operations than G alone. In layers that were handed to `attach` G never exists between two refreshes of P: a step takes
-0.94 of AdamW's at 130m and 0.91 at 1b (results/bench.md). A new P improves the old one by one step of subspace iteration
-(`refresh='subspace'`; 'svd' is the paper's), and the layers take turns, so that no step stalls.
+0.94 of AdamW's at 130m and 0.91 at 1b (results/bench.md). A new P improves the old one by one step of subspace
+iteration (`refresh='subspace'`; 'svd' is the paper's), and the layers take turns, so that no step stalls.
 Not for: models whose embeddings are most of the weights (60m: 56 %), since those are trained by plain Adam.
 
 Its descendants are options: bases in 8 or 4 bits, weights in 8, refreshes only where the subspace still turns

@@ -14,7 +14,7 @@ Only B is trained. W_q and P_q stay as they are until a step of `update_steps`, 
         W_q = q(W - s P_q @ B),  B = P_q^+ @ (W - W_q) / s                   # B holds what 4 bits lost
 
 GaLore is the same identity with B merged at every step. Memory: half a byte a weight, and B with two moments.
-Speed: W is decoded in forward and in backward, and s P_q @ B is added to it there, which for more than some hundred
+Speed: W is decoded in forward and in backward, and s P_q @ B is added to it there, which for more than m n / (m + n)
 tokens is cheaper than x going through the factors.
 Not for: what depends on the last digits of the weights. Every merge rounds them to 16 values, to within 9 %, and
 B makes good only the part of it that lies in the span of P.
@@ -187,7 +187,7 @@ class LoQTLinear(Packed):
 def merge(layer):
     """W <- W_q + s P_q @ B, a new P from the gradient that the layer collected, and W_q and B that make up W again
     (LoQT, algorithms 1 and 2). -> P_new.T @ P_old (r, r), which turns what was known in the old basis; None if there
-    was none. Beside G at most three matrices of W's size exist, in fp32.
+    was none. After G is gone, W and at most two and a half more fp32 matrices of its size exist at once.
 
     Raises ValueError where no gradient was collected."""
     if layer.G is None:
@@ -203,18 +203,20 @@ def merge(layer):
     layer.forget('rest')
     layer.keep('P', P.to(layer.B.dtype))
     P = layer.read('P', torch.float32)  # (m, r), as forward will see it
-    P_plus = torch.linalg.solve(P.T @ P, P.T)  # (r, m): the pseudo-inverse; in 4 bits P is not quite orthonormal
+    # The pseudo-inverse (r, m), since in 4 bits P is not quite orthonormal; `_ex` does not wait for the device.
+    P_plus = torch.linalg.solve_ex(P.T @ P, P.T)[0]
     B, best = torch.zeros(layer.B.shape, device=W.device), {}  # (r, n)
     rounds = layer.compensation if layer.quantize == 'nf4' else 1  # rounding to bf16 leaves little to compensate
     for _ in range(max(rounds, 1)):
-        target = torch.addmm(W, P, B, alpha=-layer.scale)  # (m, n)
-        parts = encode((target.T if layer.tall else target).to(layer.B.dtype).contiguous(), *layer.how)
-        del target
-        E = W - wide(decode(parts, layer.shapes['W'], torch.float32))  # (m, n)
+        E = torch.addmm(W, P, B, alpha=-layer.scale)  # (m, n): what W_q is to hold
+        parts = encode((E.T if layer.tall else E).to(layer.B.dtype).contiguous(), *layer.how)
+        del E
+        E = W - wide(decode(parts, layer.shapes['W'], torch.float32))  # (m, n): what it lacks
         if layer.compensation:
             B = (P_plus @ E / layer.scale).to(layer.B.dtype).float()  # (r, n)
             E.addmm_(P, B, alpha=-layer.scale)  # (m, n): what is lost all the same
         error = E.norm()
+        del E
         # The best round is kept, without asking the device which one that is.
         better = error < best.get('error', torch.inf)
         found = {'error': error, 'B': B, **parts}
@@ -238,8 +240,8 @@ class LoQTAdamW(AdamW):
     when P turns, B's moments are 'reset', 'keep' their numbers, or 'rotate' with it.
 
     A merge comes right after its step's own move of B: inside backward, even without per_layer, so that the gradients
-    of layers that merge together do not pile up; in step() where clipping must wait for the norm. Weight decay would
-    draw B to 0 and W to its last merge: leave it at 0 for the layers."""
+    of layers that merge together do not pile up; in step() where clipping must wait for the norm. Give B no weight
+    decay: it would draw W to what it was at its last merge."""
 
     small_gradients = True
 
@@ -250,6 +252,15 @@ class LoQTAdamW(AdamW):
         self.updates, self.moments = set(update_steps(total_steps, tau, psi)[1:]), moments
         self.turn = {B: i * tau // len(self.layers) if stagger else 0 for i, B in enumerate(self.layers)}
         super().__init__(params, lr, **adam)
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        for layer in self.layers.values():
+            layer.G = None
+
+    def random_seed(self, p, step, row=0):
+        """Another one at every step, also where 'step' started anew."""
+        return super().random_seed(p, self.state[p].get('age', step), row)
 
     @torch.no_grad()
     def gradient_ready(self, p):
@@ -332,8 +343,10 @@ def setup(model, config):
         raise ValueError("method='loqt' merges inside backward, which compile=True cannot follow: use compile=False")
     replace_linears(model.layers, **options_of(config))
     layers = [module for module in model.layers.modules() if isinstance(module, LoQTLinear)]
+    factors = {id(layer.B): layer.B for layer in layers}
+    others = split_decay(p for p in model.parameters() if id(p) not in factors)
     return LoQTAdamW(
-        split_decay(model.parameters()),
+        [{'params': list(factors.values()), 'weight_decay': 0.0}, *others],
         layers,
         total_steps=config.max_iters,
         lr=config.learning_rate,

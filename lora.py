@@ -7,7 +7,8 @@ A starts random, B at zero: the layer begins as W alone. Both are fp32, W is as 
 stays within r dimensions of W: enough to fine-tune, not to learn from scratch (GaLore's table 2: at 1b its perplexity
 is 19.2, full training's 15.6), for which loqt.py merges and starts over in other dimensions.
 
-    python train.py config/galore_laptop.py --method=lora --init_from=path/to/folder --rank=16    # a baseline, here
+    python train.py --method=lora --init_from=path/to/folder --rank=16 --scale=2 --learning_rate=2e-4     # QLoRA
+    python train.py --method=lora --init_from=path/to/folder --rank=16 --scale=2 --learning_rate=2e-4 --quantize=none
 """
 
 import math
@@ -59,6 +60,8 @@ class LoRALinear(Packed):
     def set_weight(self, W, generator=None):
         """Freeze the weight W (out, in) and start over beside it."""
         self.keep('W', W.to(self.dtype))
+        if W.is_meta:  # a dry run
+            return
         generator = generator or torch.Generator(W.device).manual_seed(W.shape[1])  # not the global one: runs repeat
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
         nn.init.zeros_(self.B)

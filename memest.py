@@ -149,10 +149,12 @@ class LiveBytes(TorchDispatchMode):
             self.allocator.free(block)
 
 
-def trace(model_config, dtype, config, setup, step, compute_dtype=None, main_memory=False, linear=Linear):
+def trace(model_config, dtype, config, setup, step, compute_dtype=None, main_memory=False, linear=Linear,
+          given=False):  # fmt: skip
     """The Plan of a run: `setup` is the method's, `step` is train.training_step, `dtype` that of the weights.
 
-    main_memory: of a run on a CPU, where what is offloaded counts too. linear: what the blocks are made of."""
+    main_memory: of a run on a CPU, where what is offloaded counts too. linear: what the blocks are made of. given:
+    the weights come from a folder, which a method that packs them may keep in more bits at first."""
     micro_batches = min(config.gradient_accumulation_steps, 2)  # a third holds nothing that the second does not
     if 8 in (config.state_bits, config.basis_bits) or config.double_quant:
         for name in ('M', 'V', 'P'):  # bitsandbytes reads values to make a code, and fake tensors have none
@@ -160,6 +162,9 @@ def trace(model_config, dtype, config, setup, step, compute_dtype=None, main_mem
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(Allocator()) as live:
         model = LLaMA(replace(model_config), dtype=dtype, linear=linear)
         model.checkpointing, model.compute_dtype = config.checkpointing, compute_dtype
+        for module in model.modules() if given else ():
+            if hasattr(module, 'set_weight'):
+                module.set_weight(torch.zeros(module.out_features, module.in_features, dtype=dtype))
         optimizer = setup(model, config)  # may put weights into fewer bits
         if config.offload and not main_memory:
             optimizer.home = torch.device('meta')

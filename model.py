@@ -28,6 +28,12 @@ class ModelError(Exception):
     """A model that cannot be built or a folder that cannot be read; the message says what to do."""
 
 
+class PackedError(ModelError):
+    def __init__(self, folder):
+        way = f'python sample.py {folder} --save_to=DIR makes a plain folder'
+        super().__init__(f'{folder} keeps its weights packed: {way}')
+
+
 @dataclass
 class ModelConfig:
     n_layer: int = 8
@@ -387,9 +393,7 @@ class LLaMA(nn.Module):
         for name in list(wanted) if stored.get('packed_weights') else ():
             module = model.get_submodule(name.rpartition('.')[0])
             if not hasattr(module, 'set_weight'):
-                raise ModelError(
-                    f'{folder} keeps its weights packed: python sample.py {folder} --save_to=DIR makes a plain folder'
-                )
+                raise PackedError(folder)
             module.to_empty(device=device, recurse=False)  # the method's own state fills it
             del wanted[name]
         if wanted:

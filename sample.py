@@ -95,10 +95,12 @@ def weights_folder(path):
 
 def load_model(folder, device):
     """The model in a folder. Where its weights are packed, the method of the run that packed them unpacks them."""
-    if not read_json(os.path.join(folder, 'config.json')).get('packed_weights'):
+    stored = read_json(os.path.join(folder, 'config.json'))
+    if not stored.get('packed_weights'):
         return LLaMA.from_pretrained(folder, device=device)
     run = SimpleNamespace(**checkpoints.find(folder)[1]['config'])
-    model = LLaMA.from_pretrained(folder, device=device, linear={'loqt': loqt, 'lora': lora}[run.method].linear(run))
+    linear = {'loqt': loqt, 'lora': lora}[run.method].linear(run)
+    model = LLaMA.from_pretrained(folder, getattr(torch, stored['torch_dtype']), device, linear=linear)
     packed = torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True, mmap=True)
     layers = [module for module in model.modules() if isinstance(module, Packed)]
     for layer, tensors in zip(layers, packed['layers'], strict=True):

@@ -152,8 +152,10 @@ def problems(config):
         )
     if c.method == 'loqt' and c.compile:
         found.append("compile=True cannot follow method='loqt', which merges inside backward: set --compile=False")
-    if c.method == 'loqt' and (c.basis_bits != 16 or c.residual != 'none'):
-        found.append("basis_bits and residual are galore's: leave them out with method='loqt', or see --quantize")
+    if c.method in ('loqt', 'lora') and (c.basis_bits != 16 or c.residual != 'none' or c.lazy):
+        found.append(
+            f"basis_bits, lazy and residual are galore's: leave them out with method='{c.method}'; see --quantize"
+        )
     if not c.save_merged and c.method not in ('loqt', 'lora'):
         found.append(f"save_merged=False leaves out packed weights, and method='{c.method}' packs none: leave it out")
     for key in ('psi', 'compensation'):
@@ -284,7 +286,9 @@ def plan_memory(config, model, dtype):
     setup = METHODS[config.method].setup
     main_memory = not config.dry_run and model.head.device.type == 'cpu'  # offloaded or not, it takes the same
     linear = layers_of(config)
-    return memest.trace(model.config, dtype, config, setup, training_step, model.activation_dtype, main_memory, linear)
+    given = config.init_from not in ('scratch', 'resume')
+    compute = model.activation_dtype
+    return memest.trace(model.config, dtype, config, setup, training_step, compute, main_memory, linear, given)
 
 
 def plan_only(config, device, dtype):
@@ -341,7 +345,7 @@ def main(config):
         saved_at, run = checkpoint.find(last if checkpoint.exists(last) or not checkpoint.exists(best) else best)
         fixed = FIXED + FIXED_PACKED * (config.method in ('loqt', 'lora'))
         if changed := [key for key in fixed if getattr(config, key) != run['config'].get(key)]:
-            was = ' '.join(f'--{key}={run["config"][key]}' for key in changed)
+            was = ' '.join(f'--{key}={run["config"].get(key)}' for key in changed)
             now = ' '.join(f'{key}={getattr(config, key)}' for key in changed)
             raise Stop(f'{saved_at} cannot go on with {now}: type {was}, or the config file it was started with')
         if run['step'] >= config.max_iters:
@@ -450,7 +454,8 @@ def main(config):
                 t for s in optimizer.state.values() for name, t in s.items() if name.endswith(('scale', 'absmax'))
             ]
             scales += [t for t in model.buffers() if t.is_floating_point()]
-            if save_now and not torch.stack([t.isfinite().all() for t in (*model.parameters(), *scales)]).all():
+            finite = [t.isfinite().all().to(device) for t in (*model.parameters(), *scales)]
+            if save_now and not torch.stack(finite).all():
                 stop_not_finite('weights that are not finite', step, config)
             better = eval_now and step > first and val_loss < run['best_val_loss']
             run |= {'step': step, 'seconds': before + time.time() - started}

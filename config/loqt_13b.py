@@ -26,6 +26,7 @@ double_quant = True
 state_bits = 8
 dtype = 'bfloat16'
 checkpointing = True
+save_merged = False  # packed checkpoints: with whole blocks each takes 26 GB more
 log_interval = 10
 eval_interval = 1000
 eval_tokens = 10_000_000  # the paper's

@@ -1,7 +1,7 @@
 """
 LoQT on the laptop config beside AdamW, GaLore and LoRA, with its parts on and off: makes loqt.md and loqt.png.
 
-    python results/loqt.py               # 28 runs, two at a time, an hour on two CPU cores; finished ones are kept
+    python results/loqt.py               # 23 runs, two at a time, an hour on two CPU cores; finished ones are kept
 """
 
 import os

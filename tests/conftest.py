@@ -27,6 +27,14 @@ def data(tmp_path_factory):
     return str(folder / 'bytes')
 
 
+@pytest.fixture
+def small_8bit(monkeypatch):
+    """8-bit states for the matrices of tiny models, too."""
+    import adam
+
+    monkeypatch.setattr(adam, 'SMALLEST_8BIT', 64)
+
+
 def run(words, **kw):
     """Run a script of ours, as `python WORDS`, from the repository's root."""
     environment = os.environ | {'PYTHONWARNINGS': 'ignore'} | kw.pop('env', {})

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-import adam
 import galore
 from galore import ApolloAdamW, GaLoreAdamW, orthonormal_basis, setup
 from memest import LiveBytes
@@ -272,12 +271,6 @@ MODES = [
     dict(weight_bits=8, basis_bits=4, state_bits=8, lazy=0.3, moments='rotate', weight_decay=0.1, grad_clip=0.05),
     dict(weight_bits=8, basis_bits=8, state_bits=8, residual='fira', refresh='svd'),
 ]
-
-
-@pytest.fixture
-def small_8bit(monkeypatch):
-    """Moments of 64 numbers or more are quantised; by default those of the tiny model are too small."""
-    monkeypatch.setattr(adam, 'SMALLEST_8BIT', 64)
 
 
 @pytest.mark.parametrize('mode', MODES, ids=str)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from test_galore import TINY, matrix, train
 
-import adam
 import checkpoint
 import loqt
 from adam import decode, encode, split_decay
@@ -81,7 +80,6 @@ def test_layers_merge_at_the_update_steps_together_or_in_turns(stagger, per_laye
     assert steps == [0, 5, 11, 18]
     for i, layer in enumerate(layers):
         later = i * 5 // len(layers) if stagger else 0
-        # the weights of step t are those after t steps, so the merge of step 5 is the last thing that step 4 does...
         assert [s for s, who in seen if who is layer] == [0, *(s + later for s in steps[1:] if s + later < 24)]
 
 
@@ -329,12 +327,7 @@ def test_training_equals_algorithm_1_written_out(moments):
 
 
 MODES = [{}, dict(quantize='none'), dict(state_bits=8, double_quant=True), dict(grad_clip=0.5), dict(stagger=False)]
-MODES += [dict(moments='keep', refresh='svd'), dict(moments='rotate', state_bits=8, offload=True)]
-
-
-@pytest.fixture
-def small_8bit(monkeypatch):
-    monkeypatch.setattr(adam, 'SMALLEST_8BIT', 64)
+MODES += [dict(moments='keep', refresh='svd', weight_decay=0.1), dict(moments='rotate', state_bits=8, offload=True)]
 
 
 def everything(model):
@@ -423,6 +416,22 @@ def test_a_step_with_merges_takes_at_most_four_whole_weights_more_than_one_witho
     assert stagger or ordinary < merging
     assert merging <= ordinary + 4 * 128 * 352 * 4, (ordinary, merging)
     assert peaks[0] <= ordinary + 4 * 128 * 352 * 4, 'nor does the first step, in which all P are made'
+
+
+def test_weight_decay_leaves_the_factors_alone():
+    _, optimizer = model_and_optimizer(weight_decay=0.1)
+    assert all(optimizer.group_of[B]['weight_decay'] == 0 for B in optimizer.layers)
+    assert sum(group['weight_decay'] == 0.1 for group in optimizer.param_groups) == 1
+
+
+def test_a_dropped_gradient_is_not_merged():
+    model, optimizer = model_and_optimizer(update_proj_gap=1, stagger=False, grad_clip=1e9)
+    train(model, optimizer, 1)
+    x = torch.zeros(1, 4, dtype=torch.int64)
+    model(x, x).backward()
+    assert all(layer.G is not None for layer in optimizer.layers.values())
+    optimizer.zero_grad()
+    assert all(layer.G is None and B.grad is None for B, layer in optimizer.layers.items())
 
 
 def test_impossible_arguments_name_the_thing_and_what_to_type():

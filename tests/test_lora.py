@@ -56,7 +56,7 @@ def test_frozen_weights_do_not_move_and_all_else_learns():
 
 @pytest.mark.parametrize('mode', MODES, ids=str)
 @pytest.mark.parametrize('accumulation', [1, 4])
-def test_per_layer_equals_normal(accumulation, mode):
+def test_per_layer_equals_normal(accumulation, mode, small_8bit):
     normal, other = (train(*model_and_optimizer(**mode, per_layer=on), 5, accumulation) for on in (False, True))
     for a, b in zip(normal.parameters(), other.parameters()):
         assert torch.equal(a, b)
@@ -64,7 +64,7 @@ def test_per_layer_equals_normal(accumulation, mode):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('mode', MODES, ids=str)
-def test_interrupted_equals_uninterrupted_bit_for_bit(mode, dtype, tmp_path):
+def test_interrupted_equals_uninterrupted_bit_for_bit(mode, dtype, tmp_path, small_8bit):
     whole, optimizer = model_and_optimizer(dtype, **mode)
     train(whole, optimizer, 8, accumulation=2)
     model, optimizer = model_and_optimizer(dtype, **mode)

@@ -218,7 +218,7 @@ def test_killed_and_interrupted_then_resumed_equals_uninterrupted_bit_for_bit(mo
 
 @pytest.mark.parametrize('method', ['loqt', 'lora'])
 def test_a_packed_checkpoint_is_smaller_samples_alike_and_becomes_a_plain_folder(method, tmp_path, data):
-    flags = [f'--method={method}', '--n_embd=64', '--n_inner=256', '--n_layer=6']
+    flags = [f'--method={method}', '--n_embd=64', '--n_inner=256', '--n_layer=6', '--dtype=bfloat16']
     for name, more in (('packed', ['--save_merged=False']), ('merged', [])):
         done = train(tmp_path / name, data, *flags, *more)
         assert done.returncode == 0, done.stderr
@@ -229,8 +229,9 @@ def test_a_packed_checkpoint_is_smaller_samples_alike_and_becomes_a_plain_folder
     assert texts[0].returncode == 0 and texts[0].stdout == texts[1].stdout != '', texts
     assert same(weights(tmp_path / 'plain'), weights(tmp_path / 'merged/last'))
     assert run(['sample.py', tmp_path / 'plain', *words[1:3]]).stdout == texts[0].stdout, 'with its tokenizer'
-    refused = train(tmp_path / 'next', data, f'--init_from={tmp_path / "packed/last"}')
-    assert refused.returncode == 1 and 'keeps its weights packed: python sample.py' in refused.stderr
+    for flag in ('--method=galore', f'--method={method}'):
+        refused = train(tmp_path / 'next', data, f'--init_from={tmp_path / "packed/last"}', flag)
+        assert refused.returncode == 1 and 'keeps its weights packed: python sample.py' in refused.stderr
 
 
 def test_sigterm_saves_too(tmp_path, data):
@@ -324,7 +325,7 @@ IMPOSSIBLE = {
     '--seed=-1': 'seed=-1 is negative',
     '--per_layer --compile': 'set one of them to False',
     '--method=loqt --compile': 'set --compile=False',
-    '--method=loqt --basis_bits=4': "basis_bits and residual are galore's",
+    '--method=loqt --basis_bits=4': "basis_bits, lazy and residual are galore's",
     '--psi=-1': 'psi=-1.0 is negative: use 0 or more',
     '--scale=0': 'scale=0.0 would undo or hold every update: use more than 0',
     '--save_merged=False': "method='galore' packs none: leave it out",
