@@ -216,9 +216,9 @@ def test_killed_and_interrupted_then_resumed_equals_uninterrupted_bit_for_bit(mo
     assert rows[0] == rows[1], 'every step stands once in metrics.csv, with the numbers of an uninterrupted run'
 
 
-@pytest.mark.parametrize('method', ['loqt', 'lora'])
-def test_a_packed_checkpoint_is_smaller_samples_alike_and_becomes_a_plain_folder(method, tmp_path, data):
-    flags = [f'--method={method}', '--n_embd=64', '--n_inner=256', '--n_layer=6', '--dtype=bfloat16']
+@pytest.mark.parametrize('method,dtype', [('loqt', 'float32'), ('loqt', 'bfloat16'), ('lora', 'float32')])
+def test_a_packed_checkpoint_is_smaller_samples_alike_and_becomes_a_plain_folder(method, dtype, tmp_path, data):
+    flags = [f'--method={method}', '--n_embd=64', '--n_inner=256', '--n_layer=6', f'--dtype={dtype}']
     for name, more in (('packed', ['--save_merged=False']), ('merged', [])):
         done = train(tmp_path / name, data, *flags, *more)
         assert done.returncode == 0, done.stderr
@@ -226,9 +226,11 @@ def test_a_packed_checkpoint_is_smaller_samples_alike_and_becomes_a_plain_folder
     assert size['packed'] < 0.8 * size['merged']
     words = [tmp_path / 'packed/last', '--tokens=20', '--prompt=def', f'--save_to={tmp_path / "plain"}']
     texts = [run(['sample.py', *words]), run(['sample.py', tmp_path / 'merged/last', *words[1:3]])]
-    assert texts[0].returncode == 0 and texts[0].stdout == texts[1].stdout != '', texts
+    assert texts[0].returncode == 0 and texts[0].stdout != '', texts
+    if dtype == 'float32':  # in bf16 a sum of factors rounds otherwise than their product
+        assert texts[0].stdout == texts[1].stdout
     assert same(weights(tmp_path / 'plain'), weights(tmp_path / 'merged/last'))
-    assert run(['sample.py', tmp_path / 'plain', *words[1:3]]).stdout == texts[0].stdout, 'with its tokenizer'
+    assert run(['sample.py', tmp_path / 'plain', *words[1:3]]).stdout == texts[1].stdout, 'with its tokenizer'
     for flag in ('--method=galore', f'--method={method}'):
         refused = train(tmp_path / 'next', data, f'--init_from={tmp_path / "packed/last"}', flag)
         assert refused.returncode == 1 and 'keeps its weights packed: python sample.py' in refused.stderr
@@ -284,6 +286,18 @@ def test_training_goes_on_from_a_hugging_face_folder(finished, tmp_path, data):
     config = json.loads((tmp_path / 'last/config.json').read_text())
     assert config['eos_token_id'] == 256, 'what the folder says passes through'
     assert first == values(finished.text)['val_loss']
+
+
+@pytest.mark.parametrize('flags', [['--method=loqt', '--double_quant'], ['--method=lora', '--quantize=nf4']], ids=str)
+def test_a_pretrained_folder_goes_into_4_bits_and_on(flags, finished, tmp_path, data):
+    start_from = [f'--init_from={finished.out / "best"}', '--learning_rate=1e-3', '--max_iters=20', *flags]
+    plan = train(tmp_path, data, *start_from, '--dry_run')
+    assert 'planned peak' in plan.stdout, plan.stderr
+    out = train(tmp_path, data, *start_from)
+    assert out.returncode == 0, out.stderr
+    first = float(re.search(r'step 0/20 \| val loss ([\d.]+)', out.stdout)[1])
+    assert abs(first - float(values(finished.text)['val_loss'])) < 0.05, 'what 4 bits cost'
+    assert float(values(out.stdout)['val_loss']) < first
 
 
 def test_data_of_another_tokenizer_is_refused_for_a_pretrained_model(finished, tmp_path, data):
