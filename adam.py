@@ -139,12 +139,18 @@ def encode(A, quantize='nf4', double_quant=False):
     64 of the flat tensor. double_quant: the scales in 8 bits, around their mean, with an fp32 scale for each 256."""
     if quantize == 'none':
         return {'': A}
-    # Flat: bitsandbytes' CPU kernel decodes a matrix wrongly whose rows are not whole blocks (0.50.2).
-    packed, how = kernels().quantize_4bit(A.float().reshape(-1), blocksize=BLOCK_4BIT, quant_type='nf4')
+    # Flat: bitsandbytes' CPU kernel decodes a matrix wrongly whose rows are not whole blocks (0.50.2). In pieces: it
+    # makes five temporaries of A's size, one of them int64.
+    packed, absmax = [], []
+    for piece in A.reshape(-1).split(PIECE // 4):
+        bits, how = kernels().quantize_4bit(piece.float(), blocksize=BLOCK_4BIT, quant_type='nf4')
+        packed.append(bits)
+        absmax.append(how.absmax)
+    packed, absmax = torch.cat(packed), torch.cat(absmax)
     if not double_quant:
-        return {'': packed, '_absmax': how.absmax}
-    offset, code = how.absmax.mean(), code_of('M', A.device)
-    scales, outer = kernels().quantize_blockwise(how.absmax - offset, code=code, blocksize=BLOCK)
+        return {'': packed, '_absmax': absmax}
+    offset, code = absmax.mean(), code_of('M', A.device)
+    scales, outer = kernels().quantize_blockwise(absmax - offset, code=code, blocksize=BLOCK)
     return {'': packed, '_absmax': scales, '_offset': offset, '_outer_absmax': outer.absmax}
 
 

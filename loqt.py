@@ -199,7 +199,7 @@ def merge(layer):
     del G
     if several_processes():  # rounding must not set the processes apart
         dist.broadcast(P, 0)
-    W = wide(layer.dense_weight(torch.float32))  # (m, n)
+    W = wide(layer.frozen(torch.float32, with_factors=layer.started))  # (m, n)
     layer.forget('rest')
     layer.keep('P', P.to(layer.B.dtype))
     P = layer.read('P', torch.float32)  # (m, r), as forward will see it
@@ -207,19 +207,18 @@ def merge(layer):
     P_plus = torch.linalg.solve_ex(P.T @ P, P.T)[0]
     B, best = torch.zeros(layer.B.shape, device=W.device), {}  # (r, n)
     rounds = layer.compensation if layer.quantize == 'nf4' else 1  # rounding to bf16 leaves little to compensate
-    for _ in range(max(rounds, 1)):
-        E = torch.addmm(W, P, B, alpha=-layer.scale)  # (m, n): what W_q is to hold
-        parts = encode((E.T if layer.tall else E).to(layer.B.dtype).contiguous(), *layer.how)
-        del E
+    for c in range(max(rounds, 1)):
+        target = torch.addmm(W, P, B, alpha=-layer.scale) if c else W  # (m, n): what W_q is to hold
+        parts = encode((target.T if layer.tall else target).to(layer.B.dtype).contiguous(), *layer.how)
+        del target
         E = W - wide(decode(parts, layer.shapes['W'], torch.float32))  # (m, n): what it lacks
         if layer.compensation:
             B = (P_plus @ E / layer.scale).to(layer.B.dtype).float()  # (r, n)
-            E.addmm_(P, B, alpha=-layer.scale)  # (m, n): what is lost all the same
-        error = E.norm()
+        found = {'B': B, **parts}
+        if rounds > 1:  # the best is kept, without asking the device which one that is
+            found['error'] = E.addmm_(P, B, alpha=-layer.scale).norm()  # of what is lost all the same
         del E
-        # The best round is kept, without asking the device which one that is.
-        better = error < best.get('error', torch.inf)
-        found = {'error': error, 'B': B, **parts}
+        better = best and found['error'] < best['error']
         best = {name: torch.where(better, new, best[name]) for name, new in found.items()} if best else found
     layer.B.copy_(best['B'])
     for part in parts:

@@ -24,7 +24,7 @@ METHODS = [
     ('GaLore', 'galore', RATES, []),
     ('LoQT-nq', 'loqt', RATES, ['--quantize=none']),
     ('LoQT', 'loqt', RATES, []),
-    ('LoRA', 'loqt', ['2e-3', '5e-3', '1e-2'], [*LORA, '--quantize=none']),
+    ('LoRA', 'loqt', ['1e-3', '2e-3', '5e-3'], [*LORA, '--quantize=none']),
 ]
 PARTS = [
     ('as above', []),
