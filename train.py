@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -285,7 +286,8 @@ def layers_of(config):
 def plan_memory(config, model, dtype):
     setup = METHODS[config.method].setup
     main_memory = not config.dry_run and model.head.device.type == 'cpu'  # offloaded or not, it takes the same
-    linear = layers_of(config)
+    # A third round of compensation holds nothing that the second does not.
+    linear = layers_of(SimpleNamespace(**vars(config) | {'compensation': min(config.compensation, 2)}))
     given = config.init_from not in ('scratch', 'resume')
     compute = model.activation_dtype
     return memest.trace(model.config, dtype, config, setup, training_step, compute, main_memory, linear, given)

@@ -8,7 +8,7 @@ from conftest import run
 PARTS = ['optimizer', 'training', 'stall', 'refresh', 'memory']
 TINY = [f'--{name}_sizes=9m:1' for name in PARTS] + ['--claim_sizes=9m', '--state_sizes=9m 60m', '--real_sizes=9m']
 TINY += ['--repeats=3', '--seconds=1', '--rounds=1', '--batch_size=1', '--periods=1', '--amortised_over=20']
-TINY += ['--refreshes=1', '--update_proj_gap=5']
+TINY += ['--refreshes=1', '--update_proj_gap=5', '--merge_sizes=9m']
 AUTHORS = bool(importlib.util.find_spec('galore_torch'))
 
 
@@ -45,6 +45,21 @@ def test_optimizers_have_times_and_states(tables):
     assert states['GaLore'] == pytest.approx(4 * (7 * 128 * 32 + 2 * 32 * (4 * 128 + 3 * 352)) / 1e6, abs=0.01)
     assert states['GaLore, 8-bit states, 4-bit basis'] < states['GaLore, 8-bit states'] < states['GaLore']
     assert number(rows['GaLore']['slowest step over mean']) > 0
+
+
+def test_merges_bytes_and_peaks_of_loqt(tables):
+    rows = table(tables, 'A merge of one layer (LoQT)')
+    assert [row['layer'] for row in rows] == ['128 x 128', '352 x 128', '128 x 352']
+    assert all(number(row['ms']) > 0 and number(row['ms of theirs']) > 0 for row in rows)
+    rows = {row['size']: row for row in table(tables, 'Bytes of a LoQT model')}
+    assert rows['9m']['tensors'] == 'real' and rows['60m']['tensors'] == 'fake'
+    small, r, layers = 4 * 128 * 128 + 3 * 128 * 352, 32, 4
+    P, B, other = 7 * 128 * r, r * (4 * 128 + 3 * 352), 2 * 32000 * 128 + (2 * layers + 1) * 128
+    packed = 0.5625 * (small + P) * layers  # half a byte, and four for each 64
+    assert number(rows['9m']['bytes of weights']) == pytest.approx(packed + 2 * (B * layers + other), rel=0.01)
+    assert number(rows['60m']['GiB']) < number(rows['60m']["at most: the paper's"])
+    for row in table(tables, 'The peak of a step that merges (LoQT)'):
+        assert number(row['MB, with merges']) > 0 and number(row['more, in those']) <= 4
 
 
 def test_training_steps_are_compared_with_the_baseline(tables):
