@@ -236,7 +236,8 @@ class LoQTAdamW(AdamW):
     and layers: the LoQTLinears. total_steps, tau, psi: of `update_steps`, counted from a layer's first gradient, which
     gives the first P. stagger: layer i of L merges i tau / L steps later, so that no step waits for all the layers and,
     with accumulation, the gradients of one or two of them exist at a time; False is the paper's: all at once. moments:
-    when P turns, B's moments are 'reset', 'keep' their numbers, or 'rotate' with it.
+    when P turns, B's moments 'keep' their numbers, which was best for GaLore (results/options.md), are 'reset', or
+    'rotate' with it.
 
     A merge comes right after its step's own move of B: inside backward, even without per_layer, so that the gradients
     of layers that merge together do not pile up; in step() where clipping must wait for the norm. Give B no weight
@@ -244,7 +245,7 @@ class LoQTAdamW(AdamW):
 
     small_gradients = True
 
-    def __init__(self, params, layers, total_steps, lr=1e-2, tau=100, psi=1.2, stagger=True, moments='reset', **adam):
+    def __init__(self, params, layers, total_steps, lr=1e-2, tau=100, psi=1.2, stagger=True, moments='keep', **adam):
         if moments not in ('reset', 'keep', 'rotate'):
             raise ValueError(f"moments={moments!r} is not known: use 'reset', 'keep' or 'rotate'")
         self.layers = {layer.B: layer for layer in layers}

@@ -1,7 +1,7 @@
 """
 LoQT on the laptop config beside AdamW, GaLore and LoRA, with its parts on and off: makes loqt.md and loqt.png.
 
-    python results/loqt.py               # 22 runs, two at a time, an hour on two CPU cores; finished ones are kept
+    python results/loqt.py               # 20 runs, two at a time, an hour on two CPU cores; finished ones are kept
 """
 
 import os
@@ -30,8 +30,6 @@ PARTS = [
     ('as above', []),
     ('no compensation', ['--compensation=0']),
     ('no growing distances', ['--psi=0']),
-    ('moments reset', ['--moments=reset']),
-    ('moments rotate', ['--moments=rotate']),
 ]
 
 
