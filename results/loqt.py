@@ -5,15 +5,12 @@ LoQT on the laptop config beside AdamW, GaLore and LoRA, with its parts on and o
 """
 
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 os.environ['OMP_NUM_THREADS'] = '1'  # two runs at a time, each on a core of its own
 import laptop
 
-import loqt as method  # found by laptop, which puts the repository's root on the path
-import plot
-import train
+import plot  # found by laptop, which puts the repository's root on the path
 
 RATES = ['5e-3', '1e-2', '2e-2']
 LORA = ['--method=lora', '--scale=0.667']  # alpha 32, as in the papers' baseline
@@ -31,29 +28,6 @@ PARTS = [
     ('no compensation', ['--compensation=0']),
     ('no growing distances', ['--psi=0']),
 ]
-
-
-def share_of_merges():
-    """Of the time of training steps, in the first 250 of the run, where merges are closest."""
-    spent = {'merge': 0.0, 'training_step': 0.0}
-
-    def clocked(module, name):
-        function = getattr(module, name)
-
-        def with_clock(*arguments):
-            started = time.perf_counter()
-            result = function(*arguments)
-            spent[name] += time.perf_counter() - started
-            return result
-
-        setattr(module, name, with_clock)
-
-    clocked(method, 'merge')
-    clocked(train, 'training_step')
-    out_dir = os.path.join(laptop.ROOT, 'out', 'laptop', 'share_of_merges')
-    config = os.path.join(laptop.ROOT, 'config', 'loqt_laptop.py')
-    train.cli([config, '--max_iters=250', f'--out_dir={out_dir}', '--overwrite', '--sample_tokens=0'])
-    return spent['merge'] / spent['training_step']
 
 
 def main():
@@ -95,14 +69,7 @@ def main():
     for (name, flags), job in zip(PARTS, parts):
         shown = f' (`{" ".join(flags)}`)' if flags else ''
         lines.append(f'| {name}{shown} | {loss[job]:.4f} | {loss[job] / loss[parts[0]]:.4f} |')
-    lines += [
-        '',
-        f'Merges take {100 * share_of_merges():.1f} % of the time of the first 250 training steps (5 of them merge all',
-        'layers, in turns; first P included), timed in one process with one thread.',
-        '',
-        '![val loss](loqt.png)',
-        '',
-    ]
+    lines += ['', '![val loss](loqt.png)', '']
     with open(os.path.join(laptop.ROOT, 'results', 'loqt.md'), 'w') as f:
         f.write('\n'.join(lines))
     labels = [f'{name}, lr {job[1]}' for name, job in best.items()]
