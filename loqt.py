@@ -187,7 +187,7 @@ class LoQTLinear(Packed):
 def merge(layer):
     """W <- W_q + s P_q @ B, a new P from the gradient that the layer collected, and W_q and B that make up W again
     (LoQT, algorithms 1 and 2). -> P_new.T @ P_old (r, r), which turns what was known in the old basis; None if there
-    was none. After G is gone, W and at most two and a half more fp32 matrices of its size exist at once.
+    was none. It makes four to five fp32 matrices of W's size at the most (results/bench_loqt.md).
 
     Raises ValueError where no gradient was collected."""
     if layer.G is None:

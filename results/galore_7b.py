@@ -15,7 +15,7 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SIZES = {'350m': 256, '1b': 512, '7b': 1024}  # ranks
 # glibc keeps freed blocks of up to 32 MB for itself, by then in gaps that nothing fits: 3 GB at 7B. So they go back.
-# They come back zeroed, page by page: as large pages, where the system has them, twice as fast.
+# They come back zeroed, page by page: as large pages, where the system has them, faster.
 MALLOC = 'MALLOC_MMAP_THRESHOLD_=1000000 GLIBC_TUNABLES=glibc.malloc.hugetlb=1'
 COMMON = 'config/galore_7b_4090.py --device=cpu --dataset=pystdlib --vocab_size=32000 --batch_size=1 --warmup_iters=0'
 COMMON += ' --update_proj_gap=1 --lr_decay_iters=100 --eval_tokens=256 --sample_tokens=0 --save_interval=1'
