@@ -26,6 +26,7 @@ from model import LLaMA
 
 CONFIGS = sorted(path.name for path in (ROOT / 'config').glob('*.py'))
 SHAPES = {'60m': 58_073_600, '130m': 134_105_856, '350m': 367_969_280, '1b': 1_339_082_752, '7b': 6_738_415_616}
+SHAPES['13b'] = 13_015_864_320
 
 
 def weights(folder):
