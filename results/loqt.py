@@ -1,7 +1,7 @@
 """
 LoQT on the laptop config beside AdamW, GaLore and LoRA, with its parts on and off: makes loqt.md and loqt.png.
 
-    python results/loqt.py               # 20 runs, two at a time, an hour on two CPU cores; finished ones are kept
+    python results/loqt.py               # 26 runs, two at a time, an hour and a half on two CPU cores; finished ones are kept
 """
 
 import os
@@ -21,12 +21,17 @@ METHODS = [
     ('GaLore', 'galore', RATES, []),
     ('LoQT-nq', 'loqt', RATES, ['--quantize=none']),
     ('LoQT', 'loqt', RATES, []),
-    ('LoRA', 'loqt', ['2e-3', '5e-3', '1e-2'], [*LORA, '--quantize=none']),
+    ('LoRA', 'loqt', ['1e-3', '2e-3', '5e-3'], [*LORA, '--quantize=none']),
 ]
 PARTS = [
     ('as above', []),
     ('no compensation', ['--compensation=0']),
     ('no growing distances', ['--psi=0']),
+    ('distances that grow faster', ['--psi=1.5']),
+    ('all layers at once', ['--stagger=False']),
+    ('moments reset', ['--moments=reset']),
+    ('moments rotate', ['--moments=rotate']),
+    ('8-bit states', ['--state_bits=8']),
 ]
 
 

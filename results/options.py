@@ -1,7 +1,7 @@
 """
 GaLore's options and descendants on the laptop config, at equal steps: makes options.md and options.png.
 
-    python results/options.py            # eleven runs, half an hour on two CPU cores; finished ones are kept
+    python results/options.py            # 15 runs, 40 minutes on two CPU cores; finished ones are kept
 """
 
 import os
@@ -19,8 +19,9 @@ PARTS = [
         'Descendants, each at its best rate',
         [
             ('galore', ['1e-2'], []),  # the best of three, see laptop.md
-            ('fira', ['1e-2'], ['--residual=fira']),
+            ('fira', RATES, ['--residual=fira']),
             ('apollo', RATES, ['--method=apollo', '--scale=1']),
+            ('apollo-mini, rank 1', RATES, ['--method=apollo_mini', '--scale=11.3', '--rank=1']),
         ],
     ),
     (
@@ -33,6 +34,11 @@ PARTS = [
             ('4-bit basis', ['1e-2'], [*SHORT, '--basis_bits=4']),
             ('8-bit weights', ['1e-2'], [*SHORT, '--weight_bits=8']),
             ('lazy refresh', ['1e-2'], [*SHORT, '--lazy=0.6']),
+            (
+                'bits, weights and laziness together',
+                ['1e-2'],
+                [*SHORT, '--state_bits=8', '--basis_bits=4', '--weight_bits=8', '--lazy=0.6'],
+            ),
         ],
     ),
 ]
