@@ -180,6 +180,11 @@ def add_(W, N, lr, decay, seed):
     W.copy_(exact)
 
 
+def product_dtype(A):
+    """What to multiply matrices of A's kind in: a CPU may have no fast bf16."""
+    return torch.float32 if A.device.type == 'cpu' else A.dtype
+
+
 def weakly(method):
     """A hook that calls `method` as long as its object lives. Autograd holds hooks where Python's collector does
     not look: held in earnest, an optimizer and its parameters would never be freed."""
@@ -359,9 +364,9 @@ class AdamW(torch.optim.Optimizer):
             gradients = [self.take(p) for p in waiting]
             norm = torch.stack(self.squares).sum().sqrt()
             keep = (self.grad_clip / (norm + 1e-6)).clamp(max=1.0)  # a tensor: nothing waits for the device
-            for p, G in zip(waiting, gradients):
+            for p in waiting:
                 with self.moments_at_hand(p):
-                    self.update(p, G.mul_(keep))
+                    self.update(p, gradients.pop(0).mul_(keep))
         else:
             for p in waiting:
                 with self.moments_at_hand(p):

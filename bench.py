@@ -424,7 +424,7 @@ def planned(size, *flags, dtype='bfloat16'):
     run = run_config(size, SIZES[size]['n_layer'], *flags)
     model_config = ModelConfig(**SIZES[size] | {'block_size': run.block_size})
     dtype, setup = getattr(torch, dtype), train.METHODS[run.method].setup
-    return memest.trace(model_config, dtype, run, setup, train.training_step, dtype)
+    return memest.trace_step(model_config, dtype, run, setup, train.training_step, dtype)
 
 
 def measure_states(config):

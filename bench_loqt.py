@@ -99,7 +99,7 @@ def measure_packed(config):
             with torch.device('meta'):
                 model = build_model(run, '', vocabulary, torch.bfloat16, 'meta', linear=loqt.linear(run))
             options = dict(compute_dtype=torch.bfloat16, linear=loqt.linear(run))
-            plan = memest.trace(model.config, torch.bfloat16, run, loqt.setup, train.training_step, **options)
+            plan = memest.trace_step(model.config, torch.bfloat16, run, loqt.setup, train.training_step, **options)
             weights, states, how = plan.weights, plan.states, 'fake'
         clear()
         both = (weights + states) / 2**30

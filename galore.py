@@ -41,6 +41,7 @@ from adam import (
     decode,
     encode,
     load,
+    product_dtype,
     several_processes,
     split_decay,
     store,
@@ -315,7 +316,7 @@ class GaLoreAdamW(AdamW):
         if 'P' not in self.state[p] or self.is_due(p):
             self.new_basis(p, wide(average_(p.grad)))
         G, P, placeholder = wide(p.grad), self.basis(p), self.R[p]
-        dtype = torch.float32 if G.device.type == 'cpu' else G.dtype
+        dtype = product_dtype(G)
         R = (P.T.to(dtype) @ G.to(dtype)).to(p.dtype)  # (r, n)
         placeholder.grad = R if placeholder.grad is None else placeholder.grad + R
         p.grad = None
@@ -354,7 +355,7 @@ class GaLoreAdamW(AdamW):
         if not self.is_projected(p):
             return super().update(p, R)
         group, state = self.group_of[p], self.state[p]
-        dtype = torch.float32 if p.device.type == 'cpu' else p.dtype
+        dtype = product_dtype(p)
         if self.residual == 'fira':
             G = wide(R).to(dtype)  # (m, n)
             if 'P' not in state or self.is_due(p):

@@ -195,6 +195,7 @@ class HeadLoss(torch.autograd.Function):
                 del logits
                 torch.mm(delta, W_here, out=dx[row : row + HeadLoss.ROWS])
                 dW.addmm_(delta.T, part)
+                del delta  # not beside the next rows' logits
         if needs_grad:
             ctx.save_for_backward(dx, dW.to(W.dtype))
         return loss / count

@@ -290,7 +290,7 @@ def plan_memory(config, model, dtype):
     linear = layers_of(SimpleNamespace(**vars(config) | {'compensation': min(config.compensation, 2)}))
     given = config.init_from not in ('scratch', 'resume')
     compute = model.activation_dtype
-    return memest.trace(model.config, dtype, config, setup, training_step, compute, main_memory, linear, given)
+    return memest.trace_step(model.config, dtype, config, setup, training_step, compute, main_memory, linear, given)
 
 
 def plan_only(config, device, dtype):

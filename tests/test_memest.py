@@ -47,7 +47,7 @@ def test_bytes_planned_equal_bytes_of_a_real_step(mode, dtype):
     method, changes = MODES[mode]
     config = SimpleNamespace(**CONFIG | changes)
     linear = method.linear(config) if hasattr(method, 'linear') else Linear
-    plan = memest.trace(ModelConfig(**TINY), dtype, config, method.setup, training_step, torch.float32, linear=linear)
+    plan = memest.trace_step(ModelConfig(**TINY), dtype, config, method.setup, training_step, torch.float32, linear=linear)
 
     with memest.LiveBytes() as live:
         model = LLaMA(ModelConfig(**TINY), dtype=dtype, linear=linear)
@@ -68,7 +68,7 @@ def test_per_layer_and_checkpointing_and_8_bits_each_lower_the_plan():
     def total(**changes):
         config = SimpleNamespace(**CONFIG | changes)
         shape = ModelConfig(**TINY | dict(n_layer=12))
-        return memest.trace(shape, torch.float32, config, galore.setup, training_step, None).total
+        return memest.trace_step(shape, torch.float32, config, galore.setup, training_step, None).total
 
     assert total(per_layer=True, checkpointing=True, batch_size=1) < total(checkpointing=True, batch_size=1)
     assert total(checkpointing=True) < total()
@@ -136,7 +136,7 @@ def test_offloaded_moments_take_none_of_the_card_and_change_no_weight(method, st
     (weights, _), (offloaded, optimizer) = run(), run(offload=True)
     assert optimizer.home == torch.device('cpu') and torch.equal(weights, offloaded)
     plans = [
-        memest.trace(ModelConfig(**TINY), torch.float32, SimpleNamespace(**CONFIG | {'offload': offload}),
+        memest.trace_step(ModelConfig(**TINY), torch.float32, SimpleNamespace(**CONFIG | {'offload': offload}),
                      method.setup, training_step)
         for offload in (False, True)
     ]  # fmt: skip

@@ -1,0 +1,221 @@
+"""
+The peak memory of a run as a formula: instant, where memest.trace takes seconds, and within a per cent of it.
+
+    plan = estimate(config)                      # config: a namespace with train.py's keys -> memest's Plan
+    for name, value in plan.parts.items(): ...   # bytes at the peak, part by part
+
+Letters: N = batch_size block_size tokens, D n_embd, F n_inner, V vocab_size, L n_layer, Q and K widths of all query and
+of all key heads, H query heads; a and w are bytes of an activation and of a weight, 2 on a card. A matrix is m x n with
+m <= n; r = min(rank, m). Everything is counted on a card: flash attention, fused norms, fused Adam.
+
+The peak is that of the fullest of a step's moments, each of them a sum of lines (`moments` below). What is small there
+on purpose: norms' gradients, the numbers a row of attention and norms, scalars.
+"""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+from model import SIZES, HeadLoss
+
+BLOCK, BLOCK_4BIT, PIECE, SMALLEST_8BIT = 256, 64, 1 << 24, 4096  # adam.py's
+MB = 1 << 20
+WORKSPACE = 2 * 8_519_680  # cuBLAS before Hopper, ':4096:2:16:8', for the main thread and for autograd's
+CONTEXT = 500 * MB  # CUDA's own; 300 MB to 1 GB are reported for one card or another
+SLACK = 0.03  # what the allocator reserves beyond what is allocated; measured on simulated runs of every method
+
+
+@dataclass
+class Estimate:
+    """Bytes. total: the most alive at once; parts: what it is made of; moment: when that is."""
+
+    weights: int
+    states: int
+    total: int
+    moment: str
+    parts: dict = field(default_factory=dict)
+    context: int = CONTEXT
+
+    @property
+    def reserved(self):
+        return int(self.total * (1 + SLACK)) + WORKSPACE
+
+    @property
+    def card(self):
+        return self.reserved + self.context
+
+
+def shape_of(config, vocab_size=None):
+    """The model's shape as numbers: what SIZES says, and what the config says instead."""
+    names = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner', 'vocab_size')
+    shape = {'n_kv_head': 0, **SIZES[config.model]} | ({'vocab_size': vocab_size} if vocab_size else {})
+    shape |= {name: getattr(config, name) for name in names if getattr(config, name, 0)}
+    return SimpleNamespace(**shape, tied=False, head_dim=shape['n_embd'] // shape['n_head'])
+
+
+def nf4(numbers, double_quant):
+    """4 bits a number, and a scale a block: 4 bytes, or with double_quant 1 byte and 4 for every 256 of them."""
+    blocks = -(-numbers // BLOCK_4BIT)
+    return -(-numbers // 2) + (blocks + 4 * -(-blocks // BLOCK) + 4 if double_quant else 4 * blocks)
+
+
+def moments_of(numbers, bits):
+    """Adam's M and V: 4 bytes each, or 1 and a 4-byte scale for every 256."""
+    return 8 * numbers if bits == 32 or numbers < SMALLEST_8BIT else 2 * (numbers + 4 * -(-numbers // BLOCK))
+
+
+def update_of(numbers, row, bits, w, decays=True):
+    """Adam's temporaries for one tensor, in pieces of whole rows of at most PIECE numbers.
+
+    bf16: the step N, W in fp32 and the random bits for its rounding are alive together: 12 bytes a number. fp32: the
+    kernel works in place. 8 bits: M, V and N decoded, the distances of V's codes, noise, and the new codes."""
+    rows = max(PIECE // row // BLOCK, 1) * BLOCK
+    n = numbers if numbers <= PIECE else min(rows * row, numbers)
+    if bits == 8 and numbers >= SMALLEST_8BIT:
+        return (22 if w == 2 else 18) * n
+    return 12 * n if w == 2 else 0
+
+
+class Matrix:
+    """Bytes that a method keeps for one matrix of a block, (out, in)."""
+
+    def __init__(self, config, out, into, w):
+        c = config
+        m, n = sorted((out, into))
+        r = min(c.rank, m)
+        self.m, self.n, self.r, self.numbers = m, n, r, m * n
+        self.weight, self.state, self.basis, self.grad, trained = w * m * n, 0, 0, w * m * n, [m * n]
+        self.dense_grad = True  # backward forms G
+        if c.method == 'galore':
+            trained = [r * n]
+            self.basis = {16: w * m * r, 8: m * r + 4 * -(-m * r // BLOCK), 4: nf4(m * r, False)}[c.basis_bits]
+            self.dense_grad = c.residual == 'fira'
+            self.grad = w * (m if self.dense_grad else r) * n
+            if c.weight_bits == 8:
+                self.weight = m * n + 4 * (m * n // gcd_block(into))
+        elif c.method in ('apollo', 'apollo_mini'):
+            trained = [r * n]
+        elif c.method == 'loqt':
+            packed = [m * n, m * r]
+            self.weight = sum(nf4(k, c.double_quant) if c.quantize == 'nf4' else w * k for k in packed) + w * r * n
+            trained, self.grad, self.dense_grad = [r * n], w * r * n, False
+        elif c.method == 'lora':
+            frozen = nf4(m * n, c.double_quant) if c.quantize == 'nf4' else w * m * n
+            trained, r = [c.rank * into, out * c.rank], c.rank
+            self.weight, self.grad, self.dense_grad = frozen + 4 * sum(trained), 4 * sum(trained), False
+            self.r = r
+        self.state = sum(moments_of(k, c.state_bits) for k in trained)
+        self.trained = trained
+
+
+def gcd_block(columns):
+    import math
+
+    return math.gcd(columns, BLOCK)
+
+
+def estimate(config, vocab_size=None, on_card=True):
+    """The Estimate of a configuration; vocab_size: the data's, else the size's own.
+
+    Raises KeyError where the model is not in SIZES."""
+    c, s = config, shape_of(config, vocab_size)
+    w = {'float32': 4, 'bfloat16': 2}.get(c.dtype, 2)
+    a = w
+    D, F, V, L = s.n_embd, s.n_inner, s.vocab_size, s.n_layer
+    Q, K, H = s.n_head * s.head_dim, (s.n_kv_head or s.n_head) * s.head_dim, s.n_head
+    N = c.batch_size * c.block_size
+    several = c.gradient_accumulation_steps > 1
+    each = {name: Matrix(c, out, into, w) for name, (out, into) in {
+        'q': (Q, D), 'k': (K, D), 'v': (K, D), 'o': (D, Q), 'gate': (F, D), 'up': (F, D), 'down': (D, F),
+    }.items()}  # fmt: skip
+    block, down = list(each.values()), each['down']
+    table = V * D  # embedding, head
+    others = {'embedding': table, 'head': table, 'norms': (2 * L + 1) * D}
+
+    # ---- what stays ----
+    weights = L * sum(x.weight for x in block) + w * sum(others.values()) + 4 * c.block_size * s.head_dim
+    norm_state = moments_of(D, c.state_bits) * (2 * L + 1)
+    states = L * sum(x.state for x in block) + 2 * moments_of(table, c.state_bits) + norm_state
+    bases = L * sum(x.basis for x in block)
+    on_the_card = 0 if c.offload else states
+    stays = {'weights': weights, 'states': on_the_card, 'bases': bases, 'tokens': 8 * N * (1 + several)}
+
+    # ---- activations: what a block keeps for its backward ----
+    # x and its norm, q and k turned, v, attention's result; x again and its norm; gate, silu, up and their product
+    kept = a * N * (4 * D + 2 * Q + 2 * K + 4 * F) + N * (4 * H + 8)
+    if c.method == 'lora':  # x A^T of each layer, and both factors in the activations' dtype
+        kept += sum(a * N * x.r + (a * sum(x.trained) if a != 4 else 0) for x in block)
+    saved = a * N * D if c.checkpointing else kept  # a block's
+    again = kept - saved  # of the block that is run again
+    acts = L * saved + 2 * a * c.block_size * s.head_dim // 2
+
+    # ---- gradients ----
+    block_grads = sum(x.grad for x in block)
+    all_grads = L * block_grads + w * sum(others.values())
+    before = all_grads if several else 0  # of earlier micro-batches
+    piled = not c.per_layer or (c.grad_clip > 0)  # gradients wait for the step's end
+
+    # ---- loss, HeadLoss.ROWS rows at a time ----
+    rows = min(HeadLoss.ROWS, N)
+    logits = rows * V * (4 + (a if a < 4 else 0))
+    loss = {'gradient of the head': w * table, 'logits': logits, 'last norm and its gradient': 3 * a * N * D + 4 * N}
+
+    # ---- one matrix's gradient in backward, and what its method makes of it ----
+    def given(x):  # temporaries of a matrix's backward
+        if x.dense_grad:
+            return x.grad
+        return a * N * x.r + a * x.r * x.n  # delta P, R
+
+    def decoded(x):  # W in the activations' dtype for as long as it multiplies
+        packed = c.method in ('loqt', 'lora') and c.quantize == 'nf4' or c.weight_bits == 8
+        return a * x.numbers * (2 if packed and c.method == 'loqt' else 1) if packed else 0
+
+    def moved(x):  # temporaries of a matrix's update
+        if c.method == 'galore' and not x.dense_grad:
+            part = min(x.numbers, 1 << 22)
+            small = update_of(x.trained[0], x.n, c.state_bits, 2) * 2 // 3
+            return max(small, 4 * x.r * x.n + (12 if w == 2 else 0) * part)
+        if c.method in ('apollo', 'apollo_mini') or x.dense_grad and c.method == 'galore':
+            return 4 * 4 * x.numbers
+        return max(update_of(k, k, c.state_bits, w if c.method != 'lora' else 4) for k in x.trained)
+
+    largest = max(block, key=lambda x: x.numbers)
+    waiting = w * table if piled and not several else 0  # the head's, which comes first
+    residual = a * N * D  # the gradient of the stream
+    head_moves = update_of(table, D, c.state_bits, w) + (moments_of(table, c.state_bits) if c.offload else 0)
+    moments = {
+        'loss': {'activations': acts, 'earlier gradients': before, **loss},
+        'backward of the last block': {
+            'activations': acts + again,
+            'gradients': before + waiting,
+            'in the block': max(
+                2 * a * N * F + residual,
+                a * N * F + residual + given(down) + decoded(down) + (0 if piled else moved(down)),
+            ),
+        },
+        'backward of the first block': {
+            'activations': saved + again,
+            'gradients': before if several else waiting + (L - 1) * block_grads * piled,
+            'in the block': max(
+                2 * a * N * F + residual,
+                a * N * F + residual + given(down) + decoded(down) + (0 if piled else moved(down)),
+            ),
+        },
+        "the embedding's gradient": {
+            'activations': a * N * D,
+            'gradients': (all_grads if several else all_grads - w * table) * piled + w * table,
+            'update': 0,
+        },
+        "the embedding's update": {  # after the blocks', but under AdamW, which goes from the bottom up
+            'gradients': (all_grads - L * block_grads * (c.method != 'adamw')) if piled else w * table,
+            'update': head_moves,
+        },
+        "the head's update": {
+            'activations': (acts + 2 * a * N * D) * (not piled),
+            'gradients': (all_grads if several else w * table) * (not piled),
+            'update': head_moves,
+        },
+        "a matrix's update": {'gradients': all_grads if piled else 0, 'update': moved(largest)},
+    }
+    name = max(moments, key=lambda name: sum(moments[name].values()))
+    parts = {**stays, **moments[name]}
+    return Estimate(weights, states + bases, sum(parts.values()), name, parts)
