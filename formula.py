@@ -1,7 +1,7 @@
 """
 The peak memory of a run as a formula: instant, where memest.trace takes seconds, and within a per cent of it.
 
-    plan = estimate(config)                      # config: a namespace with train.py's keys -> memest's Plan
+    plan = estimate(config)                      # config: a namespace with train.py's keys -> Plan
     for name, value in plan.parts.items(): ...   # bytes at the peak, part by part
 
 Letters: N = batch_size block_size tokens, D n_embd, F n_inner, V vocab_size, L n_layer, Q and K widths of all query and
@@ -12,6 +12,7 @@ The peak is that of the fullest of a step's moments, each of them a sum of lines
 on purpose: norms' gradients, the numbers a row of attention and norms, scalars.
 """
 
+import math
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -25,23 +26,34 @@ SLACK = 0.03  # what the allocator reserves beyond what is allocated; measured o
 
 
 @dataclass
-class Estimate:
-    """Bytes. total: the most alive at once; parts: what it is made of; moment: when that is."""
+class Plan:
+    """Bytes. weights, states (bases among them): what stays between two steps. total: the most that is alive at once;
+    parts: what it is made of; moment: when that is.
+
+    allocated, reserved: what CUDA's allocator makes of it, as torch.cuda.max_memory_allocated and max_memory_reserved
+    would say, cuBLAS's workspaces included; context: CUDA's own; card: nvidia-smi's figure. peak: of a traced plan,
+    the record's (record.Peak)."""
 
     weights: int
     states: int
     total: int
-    moment: str
+    allocated: int = 0
+    reserved: int = 0
     parts: dict = field(default_factory=dict)
+    moment: str = ''
     context: int = CONTEXT
-
-    @property
-    def reserved(self):
-        return int(self.total * (1 + SLACK)) + WORKSPACE
+    peak: object = None
 
     @property
     def card(self):
         return self.reserved + self.context
+
+    def __str__(self):
+        rest = self.total - self.weights - self.states
+        return (
+            f'{self.total / 1e9:.2f} GB = weights {self.weights / 1e9:.2f} + states {self.states / 1e9:.2f} + '
+            f'gradients, activations and temporaries {rest / 1e9:.2f}'
+        )
 
 
 def shape_of(config, vocab_size=None):
@@ -91,7 +103,7 @@ class Matrix:
             self.dense_grad = c.residual == 'fira'
             self.grad = w * (m if self.dense_grad else r) * n
             if c.weight_bits == 8:
-                self.weight = m * n + 4 * (m * n // gcd_block(into))
+                self.weight = m * n + 4 * (m * n // math.gcd(into, BLOCK))
         elif c.method in ('apollo', 'apollo_mini'):
             trained = [r * n]
         elif c.method == 'loqt':
@@ -107,14 +119,8 @@ class Matrix:
         self.trained = trained
 
 
-def gcd_block(columns):
-    import math
-
-    return math.gcd(columns, BLOCK)
-
-
-def estimate(config, vocab_size=None, on_card=True):
-    """The Estimate of a configuration; vocab_size: the data's, else the size's own.
+def estimate(config, vocab_size=None):
+    """The Plan of a configuration; vocab_size: the data's, else the size's own.
 
     Raises KeyError where the model is not in SIZES."""
     c, s = config, shape_of(config, vocab_size)
@@ -166,7 +172,7 @@ def estimate(config, vocab_size=None, on_card=True):
         return a * N * x.r + a * x.r * x.n  # delta P, R
 
     def decoded(x):  # W in the activations' dtype for as long as it multiplies
-        packed = c.method in ('loqt', 'lora') and c.quantize == 'nf4' or c.weight_bits == 8
+        packed = (c.method in ('loqt', 'lora') and c.quantize == 'nf4') or c.weight_bits == 8
         return a * x.numbers * (2 if packed and c.method == 'loqt' else 1) if packed else 0
 
     def moved(x):  # temporaries of a matrix's update
@@ -174,7 +180,7 @@ def estimate(config, vocab_size=None, on_card=True):
             part = min(x.numbers, 1 << 22)
             small = update_of(x.trained[0], x.n, c.state_bits, 2) * 2 // 3
             return max(small, 4 * x.r * x.n + (12 if w == 2 else 0) * part)
-        if c.method in ('apollo', 'apollo_mini') or x.dense_grad and c.method == 'galore':
+        if c.method in ('apollo', 'apollo_mini') or (x.dense_grad and c.method == 'galore'):
             return 4 * 4 * x.numbers
         return max(update_of(k, k, c.state_bits, w if c.method != 'lora' else 4) for k in x.trained)
 
@@ -218,4 +224,5 @@ def estimate(config, vocab_size=None, on_card=True):
     }
     name = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {**stays, **moments[name]}
-    return Estimate(weights, states + bases, sum(parts.values()), name, parts)
+    total = sum(parts.values())
+    return Plan(weights, states + bases, total, total + WORKSPACE, int(total * (1 + SLACK)) + WORKSPACE, parts, name)

@@ -14,7 +14,11 @@ own.
 
 import contextlib
 import gc
-from dataclasses import dataclass, field, replace
+import json
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -24,40 +28,9 @@ import adam
 import galore
 import loqt
 import model as models
+from formula import WORKSPACE, Plan, estimate
 from model import Linear, LLaMA
-from record import MB, Allocator, LiveBytes, NotUniform, Peak, Record, deeper, replay  # noqa: F401
-
-# Bytes of a card that no tensor holds.
-WORKSPACE = 2 * 8_519_680  # cuBLAS before Hopper, ':4096:2:16:8', for the main thread and for autograd's
-CONTEXT = 500 * MB  # CUDA's own; 300 MB to 1 GB are reported for one card or another
-
-
-@dataclass
-class Plan:
-    """Bytes. weights, states: what stays between two steps. total: the most that is alive at once, tensor by tensor.
-
-    allocated, reserved: what CUDA's allocator makes of it, as torch.cuda.max_memory_allocated and max_memory_reserved
-    would say, workspaces included; card: nvidia-smi's figure. peak: when that is, and what is alive then."""
-
-    weights: int
-    states: int
-    total: int
-    allocated: int = 0
-    reserved: int = 0
-    context: int = CONTEXT
-    peak: Peak = field(default_factory=Peak)
-
-    @property
-    def card(self):
-        return self.reserved + self.context
-
-    def __str__(self):
-        rest = self.total - self.weights - self.states
-        return (
-            f'{self.total / 1e9:.2f} GB = weights {self.weights / 1e9:.2f} + states {self.states / 1e9:.2f} + '
-            f'gradients, activations and temporaries {rest / 1e9:.2f}'
-        )
-
+from record import MB, Allocator, LiveBytes, NotUniform, Record, deeper, replay  # noqa: F401 (for those who import them)
 
 # ---- a card's kernels, which a CPU has not ------------------------------------------------------------------------
 
@@ -112,6 +85,18 @@ def as_on_a_card():
         mock.patch.object(galore, 'product_dtype', lambda A: A.dtype),
     ):
         yield
+
+
+PHASES = {
+    'weights': 'weights',
+    'states': 'states',
+    'data': 'tokens',
+    'forward': 'activations',
+    'forward again': 'the block that runs again, and its backward',
+    'loss': 'the loss, and the gradients of head and last block',
+    'backward': 'gradients',
+    'update': 'temporaries of the update',
+}
 
 
 # ---- the trace ---------------------------------------------------------------------------------------------------
@@ -243,6 +228,7 @@ def record_steps(model_config, dtype, config, setup, step, compute_dtype, main_m
             if isinstance(t, torch.Tensor) and name not in ('W', 'W_scale') and t.device.type != 'meta'
         ]
         states = bytes_of(t for _, t in kept)
+        record.call({t.untyped_storage() for _, t in kept}, 'states')
         if more:
             third = set(model.layers[2].parameters())
             states += more * bytes_of(t for p, t in kept if p in third)
@@ -254,8 +240,8 @@ def trace_step(model_config, dtype, config, setup, step, compute_dtype=None, mai
                given=False):  # fmt: skip
     """The Plan of a run: `setup` is the method's, `step` is train.training_step, `dtype` that of the weights.
 
-    main_memory: of a run on a CPU, where what is offloaded counts too, and no allocator rounds. linear: what the blocks
-    are made of. given: the weights come from a folder, which a method that packs them may keep in more bits at first."""
+    main_memory: of a run on a CPU, where what is offloaded counts too, and no allocator rounds. linear: what the
+    blocks are made of. given: the weights come from a folder, which a method may keep in more bits at first."""
     if 8 in (config.state_bits, config.basis_bits) or getattr(config, 'double_quant', False):
         for name in ('M', 'V', 'P'):  # bitsandbytes reads values to make a code, and fake tensors have none
             adam.code_of(name, torch.device('cpu'))
@@ -276,6 +262,233 @@ def trace_step(model_config, dtype, config, setup, step, compute_dtype=None, mai
                 chunks, *sizes = steps(n_layer)
     finally:
         gc.enable()
-    peak, (weights, states, building) = replay(chunks), sizes
+    (weights, states, building), peak = sizes, replay(chunks)
     seen = 0 if main_memory else WORKSPACE
-    return Plan(weights, states, max(peak.live, building), peak.allocated + seen, peak.reserved + seen, peak=peak)
+    plan = Plan(weights, states, max(peak.live, building), peak.allocated + seen, peak.reserved + seen, peak=peak)
+    where = f' of layer {peak.layer}' if peak.layer is not None else ''
+    plan.moment = f'{PHASES[peak.phase]}{where} ({peak.operation})' if peak.live >= building else 'setting up'
+    plan.parts = {PHASES[phase]: size for phase, size in peak.kinds.items()} if peak.live >= building else {}
+    return plan
+
+
+def trace(config):
+    """The Plan of a configuration (a namespace with train.py's keys): of a run on a card, or, where the weights are
+    fp32 and there is none, on this CPU. Raises what train.py raises."""
+    import train  # which imports this module
+
+    device, dtype = train.device_and_dtype(config)
+    model, _, _ = train.described(config)
+    return train.plan_memory(config, model.config, dtype, device)
+
+
+# ---- what fits a card ----------------------------------------------------------------------------------------------
+
+# What a run can be turned into, gentlest on the result first; rank 0: the config's own.
+WAYS = {
+    'AdamW': dict(method='adamw'),
+    'AdamW, 8-bit': dict(method='adamw', state_bits=8),
+    'AdamW, 8-bit, per layer': dict(method='adamw', state_bits=8, per_layer=True, grad_clip=0.0),
+    'GaLore': dict(method='galore', scale=0.25),
+    'GaLore, 8-bit, per layer': dict(method='galore', scale=0.25, state_bits=8, per_layer=True),
+    'Q-GaLore': dict(method='galore', scale=0.25, state_bits=8, basis_bits=4, weight_bits=8, per_layer=True),
+    'APOLLO-Mini, per layer': dict(method='apollo_mini', rank=1, scale=11.3, per_layer=True, grad_clip=0.0),
+    'LoQT': dict(method='loqt', scale=0.5),
+    'LoQT, 8-bit, per layer': dict(method='loqt', scale=0.5, state_bits=8, per_layer=True),
+    'LoRA': dict(method='lora', rank=16, scale=2.0, quantize='none'),
+    'QLoRA': dict(method='lora', rank=16, scale=2.0, quantize='nf4', double_quant=True),
+}  # fmt: skip
+MARGIN = 0.03  # of a plan, kept free: an allocator's gaps differ from run to run
+TERAFLOPS, GB_PER_SECOND = 165e12, 1008e9  # an RTX 4090's, from its data sheet: only the ranks are meant
+
+
+def seconds_per_token(config, shape):
+    """Predicted, at best: of arithmetic and memory the slower, micro-batch by micro-batch, and the update's passes."""
+    c = config
+    D, F, L, V = shape.n_embd, shape.n_inner, shape.n_layer, shape.vocab_size
+    K = (shape.n_kv_head or shape.n_head) * shape.head_dim
+    N = c.batch_size * c.block_size
+    matrices = [(D, D), (K, D), (K, D), (D, D), (F, D), (F, D), (F, D)]
+    size = L * sum(m * n for m, n in matrices)
+    r = [min(c.rank, m, n) for m, n in matrices]
+    both = L * sum(k * (m + n) for k, (m, n) in zip(r, matrices))  # r (m + n)
+    product = L * sum(k * m * n for k, (m, n) in zip(r, matrices))  # r m n
+    forward = 2 * size * (2 if c.checkpointing else 1) + 2 * L * D * c.block_size
+    backward = 2 * size + 4 * L * D * c.block_size
+    low_rank = c.method in ('galore', 'loqt', 'lora') and c.residual == 'none'
+    flops = forward + backward + (2 * both if low_rank else 2 * size) + 8 * V * D  # a token
+    flops += 4 * both * (c.method == 'lora')
+    per_batch = 2 * 2 * product * (c.method == 'loqt')  # s P B into W, forward and backward
+    read = 3 * 2 * size * (1.5 if c.method in ('loqt', 'lora') and c.quantize == 'nf4' else 1)
+    micro = max((flops * N + per_batch) / TERAFLOPS, read / GB_PER_SECOND)
+    plan = estimate(c, V)
+    update = (2 * plan.states + 4 * size) / GB_PER_SECOND + 2 * product / TERAFLOPS * (c.method == 'galore')
+    micro *= 1.03 if c.state_bits == 8 or c.weight_bits == 8 else 1  # coding and decoding
+    return (micro + update / c.gradient_accumulation_steps) / N
+
+
+def fit(config, gpu_bytes, shape):
+    """Rows (name, checkpointing, batch, Plan, seconds a token, flags) of every way to run this model that fits a card
+    of gpu_bytes, with the largest batch that does, fastest first: on one card, what LLMem's algorithm 1 is for."""
+    total, rows = config.batch_size * config.gradient_accumulation_steps, []
+    own = dict(
+        state_bits=32, basis_bits=16, weight_bits=16, per_layer=False, residual='none', quantize='nf4', offload=False
+    )
+    for name, way in WAYS.items():
+        for checkpointing in (False, True):
+
+            def turned(batch, way=way, checkpointing=checkpointing):
+                turns = own | way | dict(checkpointing=checkpointing, batch_size=batch)
+                turns['gradient_accumulation_steps'] = -(-total // batch)
+                return SimpleNamespace(**vars(config) | turns)
+
+            def fits(batch, turned=turned):
+                return estimate(turned(batch), shape.vocab_size).card * (1 + MARGIN) <= gpu_bytes
+
+            if not fits(1):
+                continue
+            low, high = 1, total + 1  # fits, does not
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if fits(middle) else (low, middle)
+            c = turned(low)
+            flags = {**way, 'checkpointing': checkpointing, 'batch_size': low}
+            flags['gradient_accumulation_steps'] = c.gradient_accumulation_steps
+            words = ' '.join(f'--{key}={value}' for key, value in flags.items() if value != getattr(config, key))
+            rows.append((name, checkpointing, low, estimate(c, shape.vocab_size), seconds_per_token(c, shape), words))
+    return sorted(rows, key=lambda row: row[4])
+
+
+# ---- what a person reads -------------------------------------------------------------------------------------------
+
+
+def table(plan, width=40):
+    """A plan as text: a line and a bar for each part."""
+    lines = []
+    for name, size in sorted(plan.parts.items(), key=lambda part: -part[1]):
+        lines.append(f'{name:52} {size / 1e9:9.3f} GB  {"█" * round(width * size / plan.total)}')
+    lines += [
+        f'{"= alive at the peak":52} {plan.total / 1e9:9.3f} GB  {plan.moment}',
+        f"{'with what the allocator rounds up, and cuBLAS':52} {plan.allocated / 1e9:9.3f} GB  allocated",
+        f'{"with what it cannot use":52} {plan.reserved / 1e9:9.3f} GB  reserved',
+        f"{'with CUDA itself':52} {plan.card / 1e9:9.3f} GB  = {plan.card / 2**30:.2f} GiB, as nvidia-smi would show",
+    ]
+    if plan.peak:
+        lines.append('largest at the peak:')
+        for size, shape, operation, layer in plan.peak.largest:
+            of = f', layer {layer}' if layer is not None else ''
+            lines.append(f'  {size / 1e6:10.1f} MB  {" x ".join(map(str, shape))}  {operation or "weights"}{of}')
+    return '\n'.join(lines)
+
+
+def draw(plan, png):
+    """Memory over three steps, phases in colours."""
+    import matplotlib
+
+    matplotlib.use('Agg')  # a file, no window
+    import matplotlib.pyplot as plt
+
+    points = plan.peak.timeline
+    every = max(len(points) // 20_000, 1)
+    groups = [points[i : i + every] for i in range(0, len(points), every)]
+    most = [max(group) for group in groups]
+    figure, axes = plt.subplots(figsize=(10, 5), layout='constrained')
+    for phase, name in PHASES.items():
+        there = [alive / 1e9 if kind == phase else 0 for alive, kind in most]
+        if any(there):
+            axes.fill_between(range(len(most)), there, step='mid', label=name, alpha=0.8)
+    axes.axhline(plan.total / 1e9, color='black', lw=0.8, ls='--')
+    axes.set(
+        ylabel='GB alive', xlabel='the first step, an ordinary one, one with a refresh: tensors made', title=plan.moment
+    )
+    axes.set_xticks([])
+    axes.legend(loc='lower right')
+    figure.savefig(png, dpi=120)
+    plt.close(figure)
+
+
+def own_flags(argv):
+    """Split off the flags that are this script's: -> (those as a dict, the rest). Raises ValueError for a bad one."""
+    kinds = {
+        'json': bool, 'fit': bool, 'instant': bool, 'plot': str, 'gpu_gb': float, 'gpus': int, 'tp': int, 'hf': str,
+    }  # fmt: skip
+    flags, rest = {}, []
+    for word in argv:
+        name, _, value = word.lstrip('-').replace('-', '_', 1).partition('=')
+        if word == '--model=llmem':
+            flags['llmem'] = True
+        elif word.startswith('--') and name in kinds:
+            try:
+                flags[name] = True if kinds[name] is bool else kinds[name](value)
+            except ValueError:
+                raise ValueError(f'--{name}={value} is not a number: use for example --{name}=24') from None
+            if kinds[name] in (int, float) and flags[name] <= 0:
+                raise ValueError(f'--{name}={value} is not a size: use more than 0, for example --{name}=24')
+        else:
+            rest.append(word)
+    return flags, rest
+
+
+def main(argv):
+    """What `python memest.py ARGV` does."""
+    import configurator
+    import train
+
+    flags, rest = own_flags(argv)
+    if 'hf' in flags:
+        import memest_hf
+
+        return memest_hf.main(argv)
+    config = configurator.load_or_exit(train.__file__, [*rest, '--dry_run'], train.problems)
+    shape = train.described(config)[0].config
+    if 'fit' in flags:
+        return print_fit(config, shape, flags)
+    started = time.perf_counter()
+    instant = estimate(config, shape.vocab_size)
+    plan = instant if 'instant' in flags else trace(config)
+    seconds = time.perf_counter() - started
+    if 'json' in flags:
+        found = {key: getattr(plan, key) for key in ('weights', 'states', 'total', 'allocated', 'reserved', 'context')}
+        found |= {'card': plan.card, 'moment': plan.moment, 'parts': plan.parts, 'formula': instant.total}
+        print(json.dumps(found))
+    else:
+        print(
+            f'{shape.n_layer} layers, method {config.method}, {config.batch_size} x {config.block_size} tokens; '
+            'planned, not measured'
+        )
+        print(table(plan))
+        print(
+            f'by the formula {instant.total / 1e9:.3f} GB ({100 * (instant.total / plan.total - 1):+.2f} %); '
+            f'{seconds:.1f} s'
+        )
+        if 'gpu_gb' in flags:
+            room = flags['gpu_gb'] * 2**30 - plan.card * (1 + MARGIN)
+            says = f'fits, {room / 2**30:.2f} GiB to spare' if room >= 0 else f'is {-room / 2**30:.2f} GiB too much'
+            print(
+                f'a card of {flags["gpu_gb"]:g} GiB: {says} (with {100 * MARGIN:g} % kept free); '
+                '--fit shows what else does'
+            )
+    if 'plot' in flags and plan.peak:
+        draw(plan, flags['plot'])
+
+
+def print_fit(config, shape, flags):
+    gb = flags.get('gpu_gb', 24.0)
+    rows = fit(config, gb * 2**30, shape)
+    if not rows:
+        print(f'nothing fits {gb:g} GiB: use a smaller --model or --block_size, or more cards (--gpus=N)')
+        return
+    print(f'what fits {gb:g} GiB, with the largest batch, fastest first; planned, nothing here was measured on a card')
+    print(f'{"":26} {"checkpointing":>13} {"batch":>6} {"GiB":>6} {"speed":>6}   flags')
+    best = rows[0][4]
+    for name, checkpointing, batch, plan, seconds, words in rows:
+        print(
+            f'{name:26} {"yes" if checkpointing else "no":>13} {batch:6d} {plan.card / 2**30:6.2f} '
+            f'{best / seconds:6.2f}   {words}'
+        )
+
+
+if __name__ == '__main__':
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f'error: {error}')

@@ -168,10 +168,27 @@ class Record(LiveBytes):
     def __init__(self):
         super().__init__()
         self.chunks, self.phase = [Chunk(None)], ''
+        self.place = weakref.WeakKeyDictionary()  # storage -> (chunk, i)
 
     def at(self, layer):
         if layer != self.chunks[-1].layer:
             self.chunks.append(Chunk(layer))
+
+    def add(self, storage, tensor=None, function=None):
+        new = storage not in self.seen
+        super().add(storage, tensor, function)
+        if new:
+            self.place[storage] = len(self.chunks) - 1, self.chunks[-1].made - 1
+
+    def call(self, storages, phase):
+        """Note these storages down as made in another phase."""
+        places = {self.place[storage] for storage in storages}
+        for c in {c for c, _ in places}:
+            births = (e for e, event in enumerate(self.chunks[c].events) if event[0] == '+')
+            for i, e in enumerate(births):
+                if (c, i) in places:
+                    sign, size, _, *rest = self.chunks[c].events[e]
+                    self.chunks[c].events[e] = (sign, size, phase, *rest)
 
     def made(self, size, tensor, function):
         chunk = self.chunks[-1]
@@ -193,7 +210,7 @@ class NotUniform(Exception):
 
 
 def deeper(chunks, n_layer):
-    """The record of a model of n_layer layers from one of 4, exactly: what happens in layer 2 happens n_layer - 3 times.
+    """The record of a model of n_layer layers from one of 4, exactly: what layer 2 does is done n_layer - 3 times.
 
     Forward, backward and each walk of the optimizer pass through the layers in a row, up or down: a sweep. Within one,
     layers 1 and 2 must do the same to the byte; then a storage is known by its sweep, its layer and its place there,
@@ -325,7 +342,7 @@ def replay(chunks, limit=None):
 
 
 def alive_at(chunks, c, i):
-    """(bytes, phase, operation, shape, layer) of all that is alive when chunk c has made its i-th, in order of birth."""
+    """(bytes, phase, operation, shape, layer) of all that is alive when chunk c has made its i-th, by age."""
     alive = {}
     for at, chunk in enumerate(chunks[: c + 1]):
         made = 0

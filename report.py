@@ -8,9 +8,11 @@ import os
 import re
 import shlex
 import sys
+from types import SimpleNamespace
 
 import torch
 
+import formula
 from configurator import BOOLS
 
 try:
@@ -118,24 +120,38 @@ def resume_command(extra=()):
     return shlex.join(['python', *launch, 'train.py', *kept, '--init_from=resume', *extra])
 
 
+def memory_advice(config, vocab_size=None):
+    """The three flags that save most by memest's formula, of those that are not turned yet, with what each saves."""
+    c, now = config, formula.estimate(config, vocab_size).total
+    half = max(c.batch_size // 2, 1), c.gradient_accumulation_steps * 2
+    turns = {
+        '--checkpointing=True': ({'checkpointing': True}, 'a quarter slower'),
+        '--per_layer=True': ({'per_layer': True}, 'same result'),
+        '--per_layer=True --grad_clip=0': ({'per_layer': True, 'grad_clip': 0.0}, 'no clipping'),
+        f'--batch_size={half[0]} --gradient_accumulation_steps={half[1]}': (
+            {'batch_size': half[0], 'gradient_accumulation_steps': half[1]},
+            'same total batch',
+        ),
+        '--state_bits=8': ({'state_bits': 8}, 'nearly the same result'),
+        '--method=galore --scale=0.25': ({'method': 'galore'}, 'another method'),
+        '--method=loqt --scale=0.5': ({'method': 'loqt'}, 'weights in 4 bits'),
+        f'--rank={max(c.rank // 2, 1)}': ({'rank': max(c.rank // 2, 1)}, 'half the subspace'),
+    }
+    clips = c.grad_clip and (c.method in ('adamw', 'apollo', 'apollo_mini') or c.residual == 'fira')
+    saved = []
+    for words, (changes, why) in turns.items():
+        if all(getattr(c, key) == value for key, value in changes.items()):
+            continue
+        if (words == '--per_layer=True' and clips) or ('grad_clip' in changes and not clips):
+            continue
+        if 'method' in changes and (c.method != 'adamw' or c.per_layer):
+            continue
+        less = now - formula.estimate(SimpleNamespace(**vars(c) | changes), vocab_size).total
+        if less > 0:
+            saved.append((less, f'{words} (saves about {less / 1e9:.2f} GB; {why})'))
+    return '; '.join(words for _, words in sorted(saved, reverse=True)[:3]) or '--n_layer with fewer layers'
+
+
 def explain_out_of_memory(config, error):
-    """Three flags to turn, of those that are not turned yet, the gentlest first."""
-    flags = []
-    if not config.checkpointing:
-        flags.append('--checkpointing (keeps one activation a block, a quarter slower)')
-    if not config.per_layer and not (config.method == 'adamw' and config.grad_clip):
-        flags.append('--per_layer (no copy of all gradients)')
-    if config.batch_size % 2 == 0:
-        half = config.batch_size // 2
-        flags.append(
-            f'--batch_size={half} --gradient_accumulation_steps={2 * config.gradient_accumulation_steps} '
-            '(half the activations, same total batch)'
-        )
-    if config.method == 'adamw':
-        flags.append('--method=galore (smaller moments)')
-    if config.state_bits == 32:
-        flags.append('--state_bits=8 (a quarter of the moments)')
-    flags.append(f'--rank={max(config.rank // 2, 1)} (half the moments and bases)')
-    return f'out of memory ({(str(error) or "no details").splitlines()[0]}); try, in this order: ' + '; '.join(
-        flags[:3]
-    )
+    """Three flags to turn, those that save most first."""
+    return f'out of memory ({(str(error) or "no details").splitlines()[0]}); try {memory_advice(config)}'

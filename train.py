@@ -262,6 +262,9 @@ def print_plan(config, model, plan, folder, meta, device):
     print(configurator.as_text(config, __file__))
     print(f'model: {model.n_params():,} parameters in {str(model.head.dtype).removeprefix("torch.")} on {device}')
     print(f'memory: planned peak of all tensors {plan}')
+    if plan.moment:
+        shown = f', {plan.card / 1e9:.2f} GB as nvidia-smi shows it' if plan.reserved > plan.allocated else ''
+        print(f'memory: that is in {plan.moment}{shown}; python memest.py has the details')
     epochs = ''
     if meta:
         counts = f'{meta["train_tokens"]:,} train and {meta["val_tokens"]:,} val tokens, {len(meta["sources"])} sources'
@@ -283,18 +286,27 @@ def layers_of(config):
     return module.linear(config) if hasattr(module, 'linear') else Linear
 
 
-def plan_memory(config, model, dtype):
-    setup = METHODS[config.method].setup
-    main_memory = not config.dry_run and model.head.device.type == 'cpu'  # offloaded or not, it takes the same
+def device_and_dtype(config):
+    """What 'auto' stands for here: -> device, dtype of the weights."""
+    device = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    dtype = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'auto': None}[config.dtype]
+    return device, dtype or (torch.bfloat16 if device == 'cuda' else torch.float32)
+
+
+def plan_memory(config, shape, dtype, device, compute_dtype=None):
+    """The Plan of one process, from a trace of its step; shape: the ModelConfig. On a card where there is one, or
+    where a dry run of bf16 weights says that there will be."""
+    on_card = device.startswith('cuda') or (config.dry_run and dtype == torch.bfloat16)
     # A third round of compensation holds nothing that the second does not.
     linear = layers_of(SimpleNamespace(**vars(config) | {'compensation': min(config.compensation, 2)}))
     given = config.init_from not in ('scratch', 'resume')
-    compute = model.activation_dtype
-    return memest.trace_step(model.config, dtype, config, setup, training_step, compute, main_memory, linear, given)
+    setup, compute_dtype = METHODS[config.method].setup, dtype if on_card else compute_dtype
+    return memest.trace_step(shape, dtype, config, setup, training_step, compute_dtype, not on_card, linear, given)
 
 
-def plan_only(config, device, dtype):
-    """Resolve everything, build the model and the method on the meta device, print the plan. Needs no data yet."""
+def described(config):
+    """The model of a configuration on the meta device, its data's folder and meta (None where it is not prepared)."""
+    _, dtype = device_and_dtype(config)
     folder = os.path.join(ROOT, 'data', config.dataset)
     try:
         folder = data_folder(config, prepare=False)
@@ -307,16 +319,22 @@ def plan_only(config, device, dtype):
     if config.init_from not in ('scratch', 'resume') and not os.path.isdir(config.init_from):
         raise Stop(f"init_from='{config.init_from}' is no folder here, and a dry run downloads nothing")
     source = None if config.init_from in ('scratch', 'resume') else sample.weights_folder(config.init_from)
-    model = build_model(config, folder, vocab_size, dtype, 'meta', source, layers_of(config))
+    return build_model(config, folder, vocab_size, dtype, 'meta', source, layers_of(config)), folder, meta
+
+
+def plan_only(config):
+    """Resolve everything, build the model and the method on the meta device, print the plan. Needs no data yet."""
+    device, dtype = device_and_dtype(config)
+    model, folder, meta = described(config)
     METHODS[config.method].setup(model, config)
-    print_plan(config, model, plan_memory(config, model, dtype), folder, meta, device)
+    print_plan(config, model, plan_memory(config, model.config, dtype, device), folder, meta, device)
     print('dry run: nothing was trained')
 
 
 def main(config):
     # ---- processes, device, dtype ----
     world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
-    device = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    device, dtype = device_and_dtype(config)
     if world > 1:
         if device == 'cuda':
             device = f'cuda:{os.environ["LOCAL_RANK"]}'
@@ -324,14 +342,12 @@ def main(config):
         dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
     say = print if rank == 0 else lambda *words, **kw: None
     on_cuda = device.startswith('cuda')
-    dtype = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'auto': None}[config.dtype]
-    dtype = dtype or (torch.bfloat16 if on_cuda else torch.float32)
     torch.set_float32_matmul_precision('high')
     last, best = os.path.join(config.out_dir, 'last'), os.path.join(config.out_dir, 'best')
 
     # ---- data ----
     if config.dry_run:
-        return plan_only(config, device, dtype)
+        return plan_only(config)
     if rank == 0:
         folder = data_folder(config)
     if world > 1:
@@ -370,10 +386,13 @@ def main(config):
     if saved_at:
         checkpoint.load_optimizer(saved_at, optimizer)
     if rank == 0:
-        plan = plan_memory(config, model, dtype)
+        plan = plan_memory(config, model.config, dtype, device, model.activation_dtype)
         print_plan(config, model, plan, folder, meta, device)
         if not on_cuda:
             print(f'memory: {(at_start + plan.total) / 1e9:.2f} GB with what Python and torch take themselves')
+        elif plan.card > (there := torch.cuda.get_device_properties(device).total_memory):
+            advice = report.memory_advice(config, model.config.vocab_size)
+            print(f'warning: the plan is more than the {there / 1e9:.2f} GB of this card; try {advice}')
 
     # ---- the run's own files, and its end ----
     if config.overwrite and rank == 0 and not saved_at:

@@ -1,7 +1,7 @@
 """
 LoQT on the laptop config beside AdamW, GaLore and LoRA, with its parts on and off: makes loqt.md and loqt.png.
 
-    python results/loqt.py               # 26 runs, two at a time, an hour and a half on two CPU cores; finished ones are kept
+    python results/loqt.py               # 25 runs, two at a time, 90 minutes on two CPU cores; finished ones are kept
 """
 
 import os

@@ -47,7 +47,9 @@ def test_bytes_planned_equal_bytes_of_a_real_step(mode, dtype):
     method, changes = MODES[mode]
     config = SimpleNamespace(**CONFIG | changes)
     linear = method.linear(config) if hasattr(method, 'linear') else Linear
-    plan = memest.trace_step(ModelConfig(**TINY), dtype, config, method.setup, training_step, torch.float32, linear=linear)
+    plan = memest.trace_step(
+        ModelConfig(**TINY), dtype, config, method.setup, training_step, torch.float32, linear=linear
+    )
 
     with memest.LiveBytes() as live:
         model = LLaMA(ModelConfig(**TINY), dtype=dtype, linear=linear)
