@@ -10,10 +10,11 @@ LLMem assumes fp16 with an fp32 copy in Gemini's chunks, Adam, checkpointing of 
 where torch needs 12: do not plan a run of this house with it. Of the seven choices of its Table 3 that we compare, the
 equations give six. For OPT-2.7b on 4 x 16 GB they choose ADP with room for 9 samples a GPU, where the table has TP and
 says that 4DP ran out of memory: of 5.3 GB fp16, 10.6 GB fp32 and 21.2 GB states, ADP is said to hold the first whole
-and a quarter of the rest, 13.3 GB. No m_base from 0 to 7 GB gives all seven (bloom-3b is lost from 4.7 GB on, and below
-1.15 GB). With whole=6, that is with the fp32 copy whole as well and only the states sharded, all seven come out for
-m_base from 0 to 2.4 GB, and at 1.15 GB each entry "out of memory" of these rows too. That is our reading of the
-table, not the paper's equation, hence not the default.
+and a quarter of the rest, 13.3 GB. No m_base up to 7,000 MiB gives all seven: from 1,150 to 4,250 OPT-2.7b alone is
+wrong; below, bloom-3b gets DP+TP; from 4,650 on, where OPT-2.7b comes right, bloom-3b no longer fits. With whole=6,
+that is with the fp32 copy whole as well and only the states sharded, all seven come out for m_base from 0 to
+2,400 MiB, and at 1,150 each "out of memory" of these rows too. That is our reading of the table, not the paper's
+equation, hence not the default.
 
 Nobody here has measured a GPU, NCCL's buffers, or speed; what four CPU processes hold is in tests/test_llmem.py.
 """
