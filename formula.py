@@ -32,7 +32,7 @@ class Plan:
 
     allocated, reserved: what CUDA's allocator makes of it, as torch.cuda.max_memory_allocated and max_memory_reserved
     would say, cuBLAS's workspaces included; context: CUDA's own; card: nvidia-smi's figure. peak: of a traced plan,
-    the record's (record.Peak)."""
+    the record's (record.Peak). pieces: of a formula's, what llmem.several_gpus distributes."""
 
     weights: int
     states: int
@@ -43,6 +43,7 @@ class Plan:
     moment: str = ''
     context: int = CONTEXT
     peak: object = None
+    pieces: dict = field(default_factory=dict)
 
     @property
     def card(self):
@@ -224,5 +225,22 @@ def estimate(config, vocab_size=None):
     }
     name = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {**stays, **moments[name]}
+    whole = (
+        a * N * 4 * D + 8 * N
+    )  # of what a block keeps: norms and the residual stream, which tensor parallelism repeats
+    pieces = dict(
+        weights=weights,
+        gradients=all_grads if piled else w * table,
+        states=on_the_card + bases,
+        layer=sum(x.weight for x in block),
+        root=w * (2 * table + D),
+        head=w * table,
+        norms=w * others['norms'],
+        temporaries=max(head_moves, moved(largest)),
+        activations=kept - whole if c.checkpointing else L * (kept - whole),
+        residual=acts + whole if c.checkpointing else L * whole,
+        logits=logits,
+    )
     total = sum(parts.values())
-    return Plan(weights, states + bases, total, total + WORKSPACE, int(total * (1 + SLACK)) + WORKSPACE, parts, name)
+    return Plan(weights, states + bases, total, total + WORKSPACE, int(total * (1 + SLACK)) + WORKSPACE, parts, name,
+                pieces=pieces)  # fmt: skip

@@ -26,9 +26,10 @@ from torch._subclasses import FakeTensorMode
 
 import adam
 import galore
+import llmem
 import loqt
 import model as models
-from formula import WORKSPACE, Plan, estimate
+from formula import CONTEXT, WORKSPACE, Plan, estimate
 from model import Linear, LLaMA
 from record import MB, Allocator, LiveBytes, NotUniform, Record, deeper, replay  # noqa: F401 (for those who import them)
 
@@ -299,6 +300,7 @@ WAYS = {
 }  # fmt: skip
 MARGIN = 0.03  # of a plan, kept free: an allocator's gaps differ from run to run
 TERAFLOPS, GB_PER_SECOND = 165e12, 1008e9  # an RTX 4090's, from its data sheet: only the ranks are meant
+PCI_EXPRESS = 25e9  # bytes a second between two of them, PCIe 4.0 x16 less its overhead: a guess
 
 
 def seconds_per_token(config, shape):
@@ -440,8 +442,9 @@ def main(argv):
         return memest_hf.main(argv)
     config = configurator.load_or_exit(train.__file__, [*rest, '--dry_run'], train.problems)
     shape = train.described(config)[0].config
-    if 'fit' in flags:
-        return print_fit(config, shape, flags)
+    for flag, printer in (('llmem', print_llmem), ('fit', print_fit), ('gpus', print_gpus)):
+        if flag in flags:
+            return printer(config, shape, flags)
     started = time.perf_counter()
     instant = estimate(config, shape.vocab_size)
     plan = instant if 'instant' in flags else trace(config)
@@ -469,6 +472,43 @@ def main(argv):
             )
     if 'plot' in flags and plan.peak:
         draw(plan, flags['plot'])
+
+
+def print_gpus(config, shape, flags):
+    """What each of several GPUs holds, way by way (llmem.py has the derivations)."""
+    n, gb = flags['gpus'], flags.get('gpu_gb', 24.0)
+    plan = estimate(config, shape.vocab_size)
+    print(
+        f'{n} GPUs, each (or each group, with tp) with {config.batch_size} x {config.block_size} tokens of its own; planned'
+    )
+    print(f'{"":10} {"GiB a GPU":>9}  fits {gb:g} GiB   what torch calls it')
+    for how, words in llmem.WAYS.items():
+        need = llmem.several_gpus(plan.pieces, n, how, flags.get('tp', 1) if how == 'zero3' else 1)['total'] + CONTEXT
+        print(f'{how:10} {need / 2**30:9.2f}  {"yes" if need * (1 + MARGIN) <= gb * 2**30 else "no":11} {words}')
+    parts = estimate(SimpleNamespace(**vars(config) | {'batch_size': 1}), shape.vocab_size).pieces
+    seconds = seconds_per_token(config, shape) * config.block_size
+    exchanged = (6 if config.checkpointing else 4) * shape.n_layer * config.block_size * shape.n_embd * 2
+    ways = llmem.choose(parts, gb * 2**30 / (1 + MARGIN) - CONTEXT, n, seconds, PCI_EXPRESS, exchanged)
+    print('the largest batches that fit, fastest first:' if ways else 'none of these fits: try --fit, or more GPUs')
+    for row in ways:
+        print(f'{row["way"]:10} batch {row["batch"]} a group; {row["reason"]}')
+
+
+def print_llmem(config, shape, flags):
+    """LLMem's equations for this model, whatever the config's method: they know mixed-precision Adam alone."""
+    table, n, gb = shape.vocab_size * shape.n_embd, flags.get('gpus', 1), flags.get('gpu_gb', 24.0)
+    size = models.LLaMA(shape, device='meta').n_params()
+    norms = (2 * shape.n_layer + 1) * shape.n_embd
+    described = llmem.Model(table, size - table, size - norms, table, shape.vocab_size, shape.n_layer, shape.n_embd)
+    print(
+        f"LLMem's equations, {config.batch_size} x {config.block_size} tokens, fp16 with checkpointing, on {n} GPU(s):"
+    )
+    for how in llmem.METHODS if n > 1 else ('CDP',):
+        tp = max(n // 2, 1) if how == 'DP+TP' else 1
+        need = llmem.peak(described, how, config.batch_size, config.block_size, n, tp)
+        print(f'{how:6} {need / 2**30:9.2f} GiB a GPU')
+    choice, _ = llmem.decide(described, gb * 2**30, n, tp=max(n // 2, 1))
+    print(f'its choice for cards of {gb:g} GiB: {choice}')
 
 
 def print_fit(config, shape, flags):
