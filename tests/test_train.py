@@ -143,6 +143,7 @@ def test_every_key_has_a_comment_and_the_design_names_are_there():
         gradient_accumulation_steps model n_layer n_head n_kv_head n_embd n_inner vocab_size
         learning_rate warmup_iters lr_decay_iters min_lr
         weight_decay beta1 beta2 grad_clip method rank scale update_proj_gap refresh stagger
+        dropout merge_every train_rest lora_targets
         psi compensation lazy moments residual quantize double_quant save_merged device dtype
         state_bits basis_bits weight_bits offload per_layer checkpointing compile
         log_interval eval_interval eval_tokens save_interval sample_tokens tracker"""
