@@ -9,11 +9,10 @@ is 19.2, full training's 15.6). ReLoRA (2307.05695) leaves those dimensions: eve
 
     W <- W + (alpha / r) B @ A,   A and B start anew, and so do their moments
 
-Not for NF4 weights with small steps between merges: what moves a weight by less than half a distance of its 16 values
-is rounded away. loqt.py makes that good.
+Not for NF4 weights with few steps between merges: what moves a weight by less than half the distance between two of
+its 16 values is rounded away. loqt.py makes that good.
 
     python train.py --method=lora --init_from=path/to/folder --rank=16 --scale=2 --learning_rate=2e-4     # QLoRA
-    python train.py --method=lora --init_from=path/to/folder --rank=16 --scale=2 --learning_rate=2e-4 --quantize=none
     python sample.py out/run --save_adapter=out/adapter     # A and B alone, in a folder that `peft` reads
     python sample.py out/run --save_to=out/merged           # W + (alpha / r) B @ A, as a plain Hugging Face folder
 """
@@ -201,14 +200,17 @@ def read_adapter(folder):
     path = os.path.join(folder, 'adapter_config.json')
     if not os.path.exists(path):
         return None
-    with open(path) as f:
-        stored = json.load(f)
-    plain = dict(peft_type='LORA', use_dora=False, use_rslora=False, bias='none', fan_in_fan_out=False)
-    for key, value in (plain | dict(modules_to_save=None, rank_pattern=None, alpha_pattern=None)).items():
-        if stored.get(key) and stored[key] != value:
-            raise AdapterError(
-                f'{path}: {key}={stored[key]!r} is not plain LoRA: merge it with peft, and use the result'
-            )
+    try:
+        with open(path) as f:
+            stored = json.load(f)
+        stored['r'], stored['lora_alpha']
+    except (ValueError, KeyError) as error:
+        raise AdapterError(f'{path} is broken ({error!r}): save the adapter again') from None
+    odd = ('use_dora', 'use_rslora', 'fan_in_fan_out', 'modules_to_save', 'rank_pattern', 'alpha_pattern')
+    for key, plain in {'peft_type': 'LORA', 'bias': 'none', **dict.fromkeys(odd)}.items():
+        if stored.get(key) and stored[key] != plain:
+            what = f'{key}={stored[key]!r}'
+            raise AdapterError(f'{path}: {what} is not plain LoRA: merge it with peft, and use the result')
     return stored
 
 
@@ -223,9 +225,10 @@ def load_adapter(model, folder):
     r, scale = stored['r'], stored['lora_alpha'] / stored['r']
     layer = next(module for module in model.modules() if isinstance(module, LoRALinear))
     tensors = load_file(os.path.join(folder, 'adapter_model.safetensors'))
+    targets = ','.join(sorted({name.split('.')[-3] for name in tensors}))
     for name, tensor in tensors.items():
         if name not in ours or ours[name].shape != tensor.shape or not math.isclose(scale, layer.scale):
-            options = f'--rank={r} --scale={scale:g} --lora_targets={",".join(stored["target_modules"])}'
+            options = f'--rank={r} --scale={scale:g} --lora_targets={targets}'
             raise AdapterError(f'{folder} does not fit this model at {name}: use its base, and {options}')
         ours[name].copy_(tensor)
 
@@ -235,42 +238,27 @@ def load_adapter(model, folder):
 
 def linear(config):
     """What train.py makes the blocks' layers with for method='lora'; alpha is `scale` times r, as LoQT counts it."""
-    return partial(
-        LoRALinear,
-        rank=config.rank,
-        alpha=config.scale * config.rank,
-        quantize=config.quantize,
-        double_quant=config.double_quant,
-        dropout=config.dropout,
-    )
+    options = dict(quantize=config.quantize, double_quant=config.double_quant, dropout=config.dropout)
+    return partial(LoRALinear, rank=config.rank, alpha=config.scale * config.rank, **options)
 
 
 def setup(model, config):
     """What train.py calls for method='lora': A and B are trained, and what else train_rest says."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     if not layers:
-        raise ValueError(
-            "method='lora' trains LoRALinears: build the model with LLaMA(config, linear=lora.linear(...))"
-        )
+        how = 'build the model with LLaMA(config, linear=lora.linear(...))'
+        raise ValueError(f"method='lora' trains LoRALinears: {how}")
     scratch = config.init_from == 'scratch'
     if config.train_rest == 'no' or (config.train_rest == 'auto' and not scratch):
         model.requires_grad_(False)
     for i, (name, layer) in enumerate(layers.items()):
         if config.lora_targets != 'all' and name.rpartition('.')[2] not in config.lora_targets.split(','):
-            layer.A.data, layer.B.data = layer.A.data[:0], layer.B.data[:, :0]  # rank 0: W alone
+            layer.A.data, layer.B.data = layer.A.data[:0].clone(), layer.B.data[:, :0].clone()  # rank 0: W alone
         elif not scratch and not layer.A.is_meta:  # a weight that was given made each A from its shape alone
             layer.new_factors(torch.Generator(layer.A.device).manual_seed(zlib.crc32(f'{config.seed} 0 {i}'.encode())))
         layer.requires_grad_(len(layer.A) > 0)
-    return LoRAAdamW(
-        split_decay(p for p in model.parameters() if p.requires_grad),
-        list(layers.values()),
-        merge_every=config.merge_every,
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        state_bits=config.state_bits,
-        grad_clip=config.grad_clip,
-        per_layer=config.per_layer,
-        offload=config.offload,
-        seed=config.seed,
-    )
+    adam = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+    adam |= dict(state_bits=config.state_bits, grad_clip=config.grad_clip, per_layer=config.per_layer)
+    groups = split_decay(p for p in model.parameters() if p.requires_grad)
+    options = dict(merge_every=config.merge_every, offload=config.offload, seed=config.seed)
+    return LoRAAdamW(groups, list(layers.values()), **options, **adam)

@@ -171,7 +171,7 @@ MODES = {
         '--state_bits=8',
         '--double_quant',
     ],
-    'lora': ['--method=lora', '--save_merged=False'],
+    'lora': ['--method=lora', '--save_merged=False', '--dropout=0.1', '--merge_every=9'],
     'adamw, clipped': ['--method=adamw', '--grad_clip=0.5', '--weight_decay=0.1'],
 }
 
@@ -264,7 +264,15 @@ def test_per_layer_through_the_whole_loop_equals_normal(tmp_path, data):
 
 
 @pytest.mark.parametrize(
-    'flags', [[], ['--per_layer'], ['--method=loqt', '--quantize=none'], ['--method=adamw', '--grad_clip=0.5']], ids=str
+    'flags',
+    [
+        [],
+        ['--per_layer'],
+        ['--method=loqt', '--quantize=none'],
+        ['--method=lora', '--quantize=none', '--dropout=0.2', '--merge_every=3'],
+        ['--method=adamw', '--grad_clip=0.5'],
+    ],
+    ids=str,
 )
 def test_two_processes_equal_one(flags, tmp_path, data):
     flags = [*flags, '--gradient_accumulation_steps=4', '--learning_rate=1e-3', '--max_iters=8']
