@@ -235,7 +235,8 @@ class Packed(torch.nn.Module):
             self.forget(name)
         for name, tensor in tensors.items():
             if name in self._parameters:
-                self._parameters[name].data.copy_(tensor)
+                p = self._parameters[name]
+                p.data = tensor.to(p.device, p.dtype, copy=True)  # of another rank, perhaps
             else:
                 self.register_buffer(name, tensor.to(next(self.parameters()).device, copy=True))
 

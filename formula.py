@@ -91,7 +91,7 @@ def update_of(numbers, row, bits, w, decays=True):
 class Matrix:
     """Bytes that a method keeps for one matrix of a block, (out, in)."""
 
-    def __init__(self, config, out, into, w):
+    def __init__(self, config, name, out, into, w):
         c = config
         m, n = sorted((out, into))
         r = min(c.rank, m)
@@ -113,7 +113,8 @@ class Matrix:
             trained, self.grad, self.dense_grad = [r * n], w * r * n, False
         elif c.method == 'lora':
             frozen = nf4(m * n, c.double_quant) if c.quantize == 'nf4' else w * m * n
-            trained, r = [c.rank * into, out * c.rank], c.rank
+            has = getattr(c, 'lora_targets', 'all') == 'all' or name + '_proj' in c.lora_targets.split(',')
+            trained, r = ([c.rank * into, out * c.rank], c.rank) if has else ([0], 0)
             self.weight, self.grad, self.dense_grad = frozen + 4 * sum(trained), 4 * sum(trained), False
             self.r = r
         self.state = sum(moments_of(k, c.state_bits) for k in trained)
@@ -131,17 +132,18 @@ def estimate(config, vocab_size=None):
     Q, K, H = s.n_head * s.head_dim, (s.n_kv_head or s.n_head) * s.head_dim, s.n_head
     N = c.batch_size * c.block_size
     several = c.gradient_accumulation_steps > 1
-    each = {name: Matrix(c, out, into, w) for name, (out, into) in {
+    each = {name: Matrix(c, name, out, into, w) for name, (out, into) in {
         'q': (Q, D), 'k': (K, D), 'v': (K, D), 'o': (D, Q), 'gate': (F, D), 'up': (F, D), 'down': (D, F),
     }.items()}  # fmt: skip
     block, down = list(each.values()), each['down']
     table = V * D  # embedding, head
     others = {'embedding': table, 'head': table, 'norms': (2 * L + 1) * D}
+    rest = c.method != 'lora' or c.train_rest == 'yes' or (c.train_rest == 'auto' and c.init_from == 'scratch')
 
     # ---- what stays ----
     weights = L * sum(x.weight for x in block) + w * sum(others.values()) + 4 * c.block_size * s.head_dim
     norm_state = moments_of(D, c.state_bits) * (2 * L + 1)
-    states = L * sum(x.state for x in block) + 2 * moments_of(table, c.state_bits) + norm_state
+    states = L * sum(x.state for x in block) + (2 * moments_of(table, c.state_bits) + norm_state) * rest
     bases = L * sum(x.basis for x in block)
     on_the_card = 0 if c.offload else states
     stays = {'weights': weights, 'states': on_the_card, 'bases': bases, 'tokens': 8 * N * (1 + several)}
@@ -157,14 +159,15 @@ def estimate(config, vocab_size=None):
 
     # ---- gradients ----
     block_grads = sum(x.grad for x in block)
-    all_grads = L * block_grads + w * sum(others.values())
+    all_grads = L * block_grads + w * sum(others.values()) * rest
+    table_grad = w * table * rest
     before = all_grads if several else 0  # of earlier micro-batches
     piled = not c.per_layer or (c.grad_clip > 0)  # gradients wait for the step's end
 
     # ---- loss, HeadLoss.ROWS rows at a time ----
     rows = min(HeadLoss.ROWS, N)
     logits = rows * V * (4 + (a if a < 4 else 0))
-    loss = {'gradient of the head': w * table, 'logits': logits, 'last norm and its gradient': 3 * a * N * D + 4 * N}
+    loss = {'gradient of the head': table_grad, 'logits': logits, 'last norm and its gradient': 3 * a * N * D + 4 * N}
 
     # ---- one matrix's gradient in backward, and what its method makes of it ----
     def given(x):  # temporaries of a matrix's backward
@@ -186,9 +189,9 @@ def estimate(config, vocab_size=None):
         return max(update_of(k, k, c.state_bits, w if c.method != 'lora' else 4) for k in x.trained)
 
     largest = max(block, key=lambda x: x.numbers)
-    waiting = w * table if piled and not several else 0  # the head's, which comes first
+    waiting = table_grad if piled and not several else 0  # the head's, which comes first
     residual = a * N * D  # the gradient of the stream
-    head_moves = update_of(table, D, c.state_bits, w) + (moments_of(table, c.state_bits) if c.offload else 0)
+    head_moves = rest * update_of(table, D, c.state_bits, w) + (moments_of(table, c.state_bits) if c.offload else 0)
     moments = {
         'loss': {'activations': acts, 'earlier gradients': before, **loss},
         'backward of the last block': {
@@ -209,16 +212,16 @@ def estimate(config, vocab_size=None):
         },
         "the embedding's gradient": {
             'activations': a * N * D,
-            'gradients': (all_grads if several else all_grads - w * table) * piled + w * table,
+            'gradients': (all_grads if several else all_grads - table_grad) * piled + table_grad,
             'update': 0,
         },
         "the embedding's update": {  # after the blocks', but under AdamW, which goes from the bottom up
-            'gradients': (all_grads - L * block_grads * (c.method != 'adamw')) if piled else w * table,
+            'gradients': (all_grads - L * block_grads * (c.method != 'adamw')) if piled else table_grad,
             'update': head_moves,
         },
         "the head's update": {
             'activations': (acts + 2 * a * N * D) * (not piled),
-            'gradients': (all_grads if several else w * table) * (not piled),
+            'gradients': (all_grads if several else table_grad) * (not piled),
             'update': head_moves,
         },
         "a matrix's update": {'gradients': all_grads if piled else 0, 'update': moved(largest)},
@@ -230,7 +233,7 @@ def estimate(config, vocab_size=None):
     )  # of what a block keeps: norms and the residual stream, which tensor parallelism repeats
     pieces = dict(
         weights=weights,
-        gradients=all_grads if piled else w * table,
+        gradients=all_grads if piled else table_grad,
         states=on_the_card + bases,
         layer=sum(x.weight for x in block),
         root=w * (2 * table + D),

@@ -1,24 +1,38 @@
 """
 LoRA: frozen weights and a trained low-rank product beside them (2106.09685); with NF4 weights, QLoRA (2305.14314).
 
-    y = x @ W.T + (alpha / r) (x @ A.T) @ B.T                                # W (out, in), A (r, in), B (out, r)
+    y = x @ W.T + (alpha / r) (dropout(x) @ A.T) @ B.T                       # W (out, in), A (r, in), B (out, r)
 
 A starts random, B at zero: the layer begins as W alone. Both are fp32, W is as it came, or in 4 bits. What is learnt
 stays within r dimensions of W: enough to fine-tune, not to learn from scratch (GaLore's table 2: at 1b its perplexity
-is 19.2, full training's 15.6), for which loqt.py merges and starts over in other dimensions.
+is 19.2, full training's 15.6). ReLoRA (2307.05695) leaves those dimensions: every `merge_every` steps
+
+    W <- W + (alpha / r) B @ A,   A and B start anew, and so do their moments
+
+Not for NF4 weights with few steps between merges: what moves a weight by less than half the distance between two of
+its 16 values is rounded away. loqt.py makes that good.
 
     python train.py --method=lora --init_from=path/to/folder --rank=16 --scale=2 --learning_rate=2e-4     # QLoRA
-    python train.py --method=lora --init_from=path/to/folder --rank=16 --scale=2 --learning_rate=2e-4 --quantize=none
+    python sample.py out/run --save_adapter=out/adapter     # A and B alone, in a folder that `peft` reads
+    python sample.py out/run --save_to=out/merged           # W + (alpha / r) B @ A, as a plain Hugging Face folder
 """
 
+import json
 import math
+import os
+import zlib
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from adam import AdamW, Packed, split_decay
+from adam import AdamW, Packed, add_, several_processes, split_decay
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be written or read; the message says what to do."""
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -38,14 +52,19 @@ class LoRALinear(Packed):
     """y = x @ (W + alpha / r B @ A).T in the place of an nn.Linear without bias, whose weight W is (out, in).
 
     Parameters: A (r, in), uniform as in Kaiming's initialisation, and B (out, r), zero; fp32 whatever W's dtype.
-    quantize: 'none', or 'nf4' for a W in 4 bits; double_quant: with its scales in 8. Raises ValueError else."""
+    quantize: 'none', or 'nf4' for a W in 4 bits; double_quant: with its scales in 8. dropout: share of the inputs of A
+    that are zero in training. Raises ValueError for values that cannot be."""
 
-    def __init__(self, n_in, n_out, rank=16, alpha=32.0, quantize='none', double_quant=False, device=None, dtype=None):
+    def __init__(self, n_in, n_out, rank=16, alpha=32.0, quantize='none', double_quant=False, dropout=0.0, device=None,
+                 dtype=None):  # fmt: skip
         super().__init__()
         if quantize not in ('nf4', 'none') or rank < 1:
             raise ValueError(f"quantize={quantize!r}, rank={rank} cannot be: use 'nf4' or 'none', and at least 1")
+        if not 0 <= dropout < 1:
+            raise ValueError(f'dropout={dropout} is not a share of the inputs: use at least 0 and less than 1')
         self.in_features, self.out_features, self.dtype = n_in, n_out, dtype or torch.get_default_dtype()
         self.scale, self.how, self.shapes = alpha / rank, (quantize, double_quant), {'W': (n_out, n_in)}
+        self.dropout, self.seed, self.drawn = dropout, '', 0  # drawn: micro-batches so far; LoRAAdamW counts them
         self.A = nn.Parameter(torch.empty(rank, n_in, device=device))
         self.B = nn.Parameter(torch.empty(n_out, rank, device=device))
         if not self.A.is_meta:
@@ -60,67 +79,186 @@ class LoRALinear(Packed):
     def set_weight(self, W, generator=None):
         """Freeze the weight W (out, in) and start over beside it."""
         self.keep('W', W.to(self.dtype))
-        if W.is_meta:  # a dry run
-            return
-        generator = generator or torch.Generator(W.device).manual_seed(W.shape[1])  # not the global one: runs repeat
+        if not W.is_meta:  # else a dry run
+            self.new_factors(generator or torch.Generator(W.device).manual_seed(W.shape[1]))  # not the global one
+
+    def new_factors(self, generator):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
         nn.init.zeros_(self.B)
+
+    @torch.no_grad()
+    def merge(self, seed):
+        """W <- W + alpha / r B @ A, and new factors (ReLoRA, algorithm 1). seed: of A, and of the random rounding of a
+        bf16 W, which would lose small changes; to the nearest of 16 values in 4 bits."""
+        W = self.read('W', self.dtype)
+        add_(W, self.B @ self.A, -self.scale, 0.0, seed)  # (out, in)
+        self.set_weight(W, torch.Generator(W.device).manual_seed(seed))
 
     @torch.no_grad()
     def dense_weight(self):
         """W + alpha / r B @ A (out, in), in W's dtype."""
         return torch.addmm(self.read('W', torch.float32), self.B, self.A, alpha=self.scale).to(self.dtype)
 
+    def dropped(self, x):
+        """x (..., in) with a share of it at zero, the rest as it was; all of it in evaluation.
+
+        The mask is a function of (seed, layer, micro-batch): the same when checkpointing computes the block again, and
+        when a run resumes. Processes share the micro-batches, so more of them change no mask."""
+        if not (self.dropout and self.training and torch.is_grad_enabled()):
+            return x
+        world, rank = (dist.get_world_size(), dist.get_rank()) if several_processes() else (1, 0)
+        seed = zlib.crc32(f'{self.seed} {self.drawn * world + rank}'.encode())
+        generator = torch.Generator(x.device).manual_seed(seed)
+        drop = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(self.dropout, generator=generator)
+        return x.masked_fill(drop, 0.0)
+
     def forward(self, x):
-        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
-        return FrozenLinear.apply(x, self) + self.scale * ((x @ A.T) @ B.T)  # (..., out)
+        A, B, x_A = self.A.to(x.dtype), self.B.to(x.dtype), self.dropped(x)
+        scale = self.scale if x_A is x else self.scale / (1 - self.dropout)
+        return FrozenLinear.apply(x, self) + (scale * (x_A @ A.T)) @ B.T  # (..., out)
 
 
 class LoRAAdamW(AdamW):
-    """AdamW, whose checkpoints hold the frozen weights as they are kept and the factors beside them."""
+    """AdamW, whose checkpoints hold the frozen weights as they are kept and the factors beside them.
+
+    layers: the LoRALinears. merge_every: steps between two merges (ReLoRA), 0 for none. A merge comes at the end of
+    `step()`, one layer after another, whatever the mode. Moments are then reset: the paper prunes 99 % of them, but a V
+    pruned to zero with a bias correction long over makes steps three times too large, (1 - b1) / sqrt(1 - b2)."""
 
     small_gradients = True
 
-    def __init__(self, params, layers, **adam):
-        self.layers = layers
+    def __init__(self, params, layers, merge_every=0, **adam):
+        self.layers, self.layer_of = layers, {layer.B: layer for layer in layers}
+        self.merge_every, self.steps = merge_every, 0
         super().__init__(params, **adam)
+        for i, layer in enumerate(layers):
+            layer.seed = f'{self.seed} {i}'
+
+    def gradient_ready(self, p):
+        if p in self.layer_of:
+            self.layer_of[p].drawn += 1
+        super().gradient_ready(p)
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.steps += 1
+        if self.merge_every and self.steps % self.merge_every == 0:
+            for i, layer in enumerate(self.layers):
+                if len(layer.A):
+                    layer.merge(zlib.crc32(f'{self.seed} {self.steps} {i}'.encode()))
+                    for state in (self.state[layer.A], self.state[layer.B]):
+                        state.update({name: 0 * value for name, value in state.items()})
+        return loss
+
+    def random_seed(self, p, step, row=0):
+        """Another one at every step, also where 'step' started anew."""
+        since = self.steps % self.merge_every if self.merge_every else self.steps
+        return super().random_seed(p, step + self.steps - since, row)
 
     def state_dict(self):
-        return super().state_dict() | {'layers': [dict(layer.state_dict()) for layer in self.layers]}
+        layers, drawn = [dict(layer.state_dict()) for layer in self.layers], [layer.drawn for layer in self.layers]
+        return super().state_dict() | {'layers': layers, 'drawn': drawn, 'steps': self.steps}
 
     def load_state_dict(self, state_dict):
         super().load_state_dict({name: state_dict[name] for name in ('state', 'param_groups')})
-        for layer, saved in zip(self.layers, state_dict['layers']):
+        self.steps = state_dict['steps']
+        for layer, saved, drawn in zip(self.layers, state_dict['layers'], state_dict['drawn']):
             layer.restore(saved)
+            layer.drawn = drawn
+
+
+# ---- PEFT's adapter folders --------------------------------------------------------------------------------------
+
+
+def adapters(model, prefix='base_model.model.model.'):
+    """Yield (PEFT's name, parameter) of all A and B. prefix: what PEFT puts before the names of a LlamaForCausalLM, and
+    what that puts before ours."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRALinear) and len(layer.A):
+            yield f'{prefix}{name}.lora_A.weight', layer.A
+            yield f'{prefix}{name}.lora_B.weight', layer.B
+
+
+def save_adapter(model, folder, base):
+    """Write A and B as the folder `peft.PeftModel.from_pretrained` reads. base: the model they belong to, by path."""
+    from safetensors.torch import save_file
+
+    tensors = {name: p.detach().cpu().contiguous() for name, p in adapters(model)}
+    layer = next(module for module in model.modules() if isinstance(module, LoRALinear) and len(module.A))
+    stored = dict(peft_type='LORA', task_type='CAUSAL_LM', base_model_name_or_path=base, bias='none')
+    stored |= dict(r=len(layer.A), lora_alpha=layer.scale * len(layer.A), lora_dropout=layer.dropout)
+    stored |= dict(target_modules=sorted({name.split('.')[-3] for name in tensors}), inference_mode=True)
+    os.makedirs(folder, exist_ok=True)
+    save_file(tensors, os.path.join(folder, 'adapter_model.safetensors'), metadata={'format': 'pt'})
+    with open(os.path.join(folder, 'adapter_config.json'), 'w') as f:
+        json.dump(stored, f, indent=2)
+
+
+def read_adapter(folder):
+    """-> the dict in the folder's adapter_config.json, or None where there is none. Raises AdapterError for what
+    LoRALinear does not compute."""
+    path = os.path.join(folder, 'adapter_config.json')
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path) as f:
+            stored = json.load(f)
+        stored['r'], stored['lora_alpha']
+    except (ValueError, KeyError) as error:
+        raise AdapterError(f'{path} is broken ({error!r}): save the adapter again') from None
+    odd = ('use_dora', 'use_rslora', 'fan_in_fan_out', 'modules_to_save', 'rank_pattern', 'alpha_pattern')
+    for key, plain in {'peft_type': 'LORA', 'bias': 'none', **dict.fromkeys(odd)}.items():
+        if stored.get(key) and stored[key] != plain:
+            what = f'{key}={stored[key]!r}'
+            raise AdapterError(f'{path}: {what} is not plain LoRA: merge it with peft, and use the result')
+    return stored
+
+
+@torch.no_grad()
+def load_adapter(model, folder):
+    """Fill A and B of the model's LoRALinears from a PEFT folder; layers it says nothing of keep theirs.
+
+    Raises AdapterError where shapes or scale differ."""
+    from safetensors.torch import load_file
+
+    stored, ours = read_adapter(folder), dict(adapters(model))
+    r, scale = stored['r'], stored['lora_alpha'] / stored['r']
+    layer = next(module for module in model.modules() if isinstance(module, LoRALinear))
+    tensors = load_file(os.path.join(folder, 'adapter_model.safetensors'))
+    targets = ','.join(sorted({name.split('.')[-3] for name in tensors}))
+    for name, tensor in tensors.items():
+        if name not in ours or ours[name].shape != tensor.shape or not math.isclose(scale, layer.scale):
+            options = f'--rank={r} --scale={scale:g} --lora_targets={targets}'
+            raise AdapterError(f'{folder} does not fit this model at {name}: use its base, and {options}')
+        ours[name].copy_(tensor)
+
+
+# ---- what train.py calls -----------------------------------------------------------------------------------------
 
 
 def linear(config):
     """What train.py makes the blocks' layers with for method='lora'; alpha is `scale` times r, as LoQT counts it."""
-    return partial(
-        LoRALinear,
-        rank=config.rank,
-        alpha=config.scale * config.rank,
-        quantize=config.quantize,
-        double_quant=config.double_quant,
-    )
+    options = dict(quantize=config.quantize, double_quant=config.double_quant, dropout=config.dropout)
+    return partial(LoRALinear, rank=config.rank, alpha=config.scale * config.rank, **options)
 
 
 def setup(model, config):
-    """What train.py calls for method='lora': the factors, the embeddings, the head and the norms are trained."""
-    layers = [module for module in model.layers.modules() if isinstance(module, LoRALinear)]
+    """What train.py calls for method='lora': A and B are trained, and what else train_rest says."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     if not layers:
-        raise ValueError(
-            "method='lora' trains LoRALinears: build the model with LLaMA(config, linear=lora.linear(...))"
-        )
-    return LoRAAdamW(
-        split_decay(model.parameters()),
-        layers,
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        state_bits=config.state_bits,
-        grad_clip=config.grad_clip,
-        per_layer=config.per_layer,
-        offload=config.offload,
-        seed=config.seed,
-    )
+        how = 'build the model with LLaMA(config, linear=lora.linear(...))'
+        raise ValueError(f"method='lora' trains LoRALinears: {how}")
+    scratch = config.init_from == 'scratch'
+    if config.train_rest == 'no' or (config.train_rest == 'auto' and not scratch):
+        model.requires_grad_(False)
+    for i, (name, layer) in enumerate(layers.items()):
+        if config.lora_targets != 'all' and name.rpartition('.')[2] not in config.lora_targets.split(','):
+            layer.A.data, layer.B.data = layer.A.data[:0].clone(), layer.B.data[:, :0].clone()  # rank 0: W alone
+        elif not scratch and not layer.A.is_meta:  # a weight that was given made each A from its shape alone
+            layer.new_factors(torch.Generator(layer.A.device).manual_seed(zlib.crc32(f'{config.seed} 0 {i}'.encode())))
+        layer.requires_grad_(len(layer.A) > 0)
+    adam = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+    adam |= dict(state_bits=config.state_bits, grad_clip=config.grad_clip, per_layer=config.per_layer)
+    groups = split_decay(p for p in model.parameters() if p.requires_grad)
+    options = dict(merge_every=config.merge_every, offload=config.offload, seed=config.seed)
+    return LoRAAdamW(groups, list(layers.values()), **options, **adam)

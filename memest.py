@@ -478,9 +478,7 @@ def print_gpus(config, shape, flags):
     """What each of several GPUs holds, way by way (llmem.py has the derivations)."""
     n, gb = flags['gpus'], flags.get('gpu_gb', 24.0)
     plan = estimate(config, shape.vocab_size)
-    print(
-        f'{n} GPUs, each (or each group, with tp) with {config.batch_size} x {config.block_size} tokens of its own; planned'
-    )
+    print(f'{n} GPUs, planned; each, or with tp each group, has {config.batch_size} x {config.block_size} tokens')
     print(f'{"":10} {"GiB a GPU":>9}  fits {gb:g} GiB   what torch calls it')
     for how, words in llmem.WAYS.items():
         need = llmem.several_gpus(plan.pieces, n, how, flags.get('tp', 1) if how == 'zero3' else 1)['total'] + CONTEXT

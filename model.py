@@ -178,7 +178,8 @@ class HeadLoss(torch.autograd.Function):
         loss = torch.zeros((), device=x.device)
         W_here = W.to(x.dtype)  # (V, D)
         if needs_grad:
-            dx, dW = torch.empty_like(x), torch.zeros_like(W_here)  # (N, D), (V, D)
+            dx = torch.empty_like(x)  # (N, D)
+            dW = torch.zeros_like(W_here) if ctx.needs_input_grad[1] else None  # (V, D); none of a frozen head
         for row in range(0, len(x), HeadLoss.ROWS):
             part, target = x[row : row + HeadLoss.ROWS], targets[row : row + HeadLoss.ROWS]
             logits = (part @ W_here.T).float()  # (rows, V)
@@ -194,16 +195,17 @@ class HeadLoss(torch.autograd.Function):
                 delta = logits.to(x.dtype)  # (rows, V)
                 del logits
                 torch.mm(delta, W_here, out=dx[row : row + HeadLoss.ROWS])
-                dW.addmm_(delta.T, part)
+                if dW is not None:
+                    dW.addmm_(delta.T, part)
                 del delta  # not beside the next rows' logits
         if needs_grad:
-            ctx.save_for_backward(dx, dW.to(W.dtype))
+            ctx.save_for_backward(dx, dW if dW is None else dW.to(W.dtype))
         return loss / count
 
     @staticmethod
     def backward(ctx, scale):
         dx, dW = ctx.saved_tensors
-        return dx.mul_(scale), dW.mul_(scale), None, None
+        return dx.mul_(scale), dW if dW is None else dW.mul_(scale), None, None
 
 
 class Attention(nn.Module):
@@ -340,7 +342,7 @@ class LLaMA(nn.Module):
         cos, sin = self.cos[start:end].to(dtype), self.sin[start:end].to(dtype)  # (T, d/2)
         for i, layer in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
-                # nothing in a block is random, so there is no generator state to keep
+                # what is random in a block (LoRA's dropout) has a seed of its own: no generator state to keep
                 x = checkpoint(layer, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, cos, sin, cache, i)

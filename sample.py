@@ -6,12 +6,15 @@ Text out of a checkpoint of ours or any Hugging Face LLaMA folder, as it is made
     python sample.py path/to/SmolLM2-135M --prompt='The capital of France is' --top_p=0.9
     echo 'import os' | python sample.py out/galore_laptop --prompt=-
     python sample.py out/loqt_13b_4090 --save_to=out/merged         # also write it as a Hugging Face folder
+    python sample.py out/lora_run --save_adapter=out/adapter        # also write LoRA's A and B as PEFT's folder
+    python sample.py out/adapter                                    # such a folder, on the base it names
 
 570 tokens a second for the laptop model on two CPU cores: with a key-value cache a token costs one forward.
 """
 
 import os
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -33,6 +36,7 @@ temperature = 0.8  # below 1 safer, above 1 wilder; 0 always takes the likeliest
 top_k = 0  # choose among the k likeliest tokens only; 0: all
 top_p = 1.0  # choose among the likeliest tokens that together have this probability
 save_to = ''  # write the model there as a Hugging Face folder, packed weights as whole ones; '': no
+save_adapter = ''  # write what LoRA learnt there as a folder that `peft` reads; '': no
 seed = 1  # the same seed gives the same text
 device = 'auto'  # 'auto' | 'cpu' | 'cuda': auto takes cuda where there is one
 # ---- end of config ---------------------------------------------------------------------------------------------------
@@ -90,13 +94,21 @@ def weights_folder(path):
     for folder in (path, os.path.join(path, 'best'), os.path.join(path, 'last'), os.path.join(path, 'last.old')):
         if os.path.exists(os.path.join(folder, 'config.json')):
             return folder
+    if adapter := lora.read_adapter(path):
+        base = adapter.get('base_model_name_or_path') or ''
+        if os.path.exists(os.path.join(base, 'config.json')):
+            return base
+        there = f'{path}/adapter_config.json'
+        raise ModelError(f"{path} is an adapter of '{base}', no folder here: fetch that and write its path to {there}")
     raise ModelError(f'{path} holds no config.json, best/ or last/: name the out_dir of a run or a Hugging Face folder')
 
 
-def load_model(folder, device):
-    """The model in a folder. Where its weights are packed, the method of the run that packed them unpacks them."""
+def load_model(folder, device, factors=False):
+    """The model in a folder. Where its weights are packed, the method of the run that packed them unpacks them.
+
+    factors: leave them packed even where there are whole ones, too."""
     stored = read_json(os.path.join(folder, 'config.json'))
-    if not stored.get('packed_weights'):
+    if not (stored.get('packed_weights') or factors):
         return LLaMA.from_pretrained(folder, device=device)
     run = SimpleNamespace(**checkpoints.find(folder)[1]['config'])
     linear = {'loqt': loqt, 'lora': lora}[run.method].linear(run)
@@ -108,12 +120,35 @@ def load_model(folder, device):
     return model
 
 
+def base_of(folder):
+    """The model that LoRA's A and B in a run's folder belong to, by path or name.
+
+    Raises AdapterError where they are not all that the run trained."""
+    run = checkpoints.find(folder)[1] if os.path.exists(os.path.join(folder, 'run.json')) else {'config': {}}
+    c = SimpleNamespace(**run['config'])
+    if getattr(c, 'method', '') != 'lora':
+        raise lora.AdapterError(f'{folder} is no run of --method=lora, there is no adapter in it: use --save_to=DIR')
+    if c.train_rest != 'no' or c.init_from in ('scratch', 'resume') or 0 < c.merge_every <= run['step']:
+        changed = 'merged its adapter into them' if c.train_rest == 'no' else 'trained embeddings, head and norms, too'
+        raise lora.AdapterError(f'{folder} {changed}, so an adapter alone is not the model: use --save_to=DIR')
+    return os.path.abspath(weights_folder(c.init_from)) if os.path.isdir(c.init_from) else c.init_from
+
+
 def main(config):
     device = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
     folder = weights_folder(config.checkpoint)
-    model = load_model(folder, device)
+    if adapter := lora.read_adapter(config.checkpoint):
+        linear = partial(lora.LoRALinear, rank=adapter['r'], alpha=adapter['lora_alpha'])
+        model = LLaMA.from_pretrained(folder, device=device, linear=linear)
+        lora.load_adapter(model, config.checkpoint)
+    else:
+        if config.save_adapter:
+            base_of(folder)  # says at once where there is none
+        model = load_model(folder, device, factors=bool(config.save_adapter))
     model.set_block_size(min(model.config.block_size, 4096), device)  # a cache of 128k positions would be gigabytes
     tokenizer = tokenizers.load(folder)
+    if config.save_adapter:
+        lora.save_adapter(model, config.save_adapter, base_of(folder))
     if config.save_to:
         model.save_pretrained(config.save_to)
         for name, content in tokenizers.files_of(folder).items():
@@ -136,7 +171,7 @@ def main(config):
 if __name__ == '__main__':
     try:
         main(configurator.load_or_exit(__file__, sys.argv[1:], problems, positional='checkpoint'))
-    except (ModelError, checkpoints.CheckpointError, tokenizers.TokenizerError, OSError) as error:
+    except (ModelError, checkpoints.CheckpointError, tokenizers.TokenizerError, lora.AdapterError, OSError) as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
         sys.exit(130)

@@ -83,6 +83,10 @@ moments = 'keep'  # 'keep' | 'rotate' | 'reset': what galore, loqt do with Adam'
 psi = 1.2  # loqt: the k-th distance between two merges is tau + psi^k; 0: always tau
 compensation = 5  # loqt: rounds in a merge that let B make good what 4 bits lose; 0: none
 residual = 'none'  # 'none' | 'fira': galore adds the gradient's part outside the subspace; needs full gradients
+dropout = 0.0  # lora: share of the adapters' inputs that is zero in training; 0.05 is usual for small data
+merge_every = 0  # lora: steps between two merges of B A into the weights (ReLoRA), each with a short warm-up; 0: never
+train_rest = 'auto'  # 'auto' | 'yes' | 'no': lora trains embeddings, head and norms, too; auto: in runs from scratch
+lora_targets = 'all'  # lora: layers of a block that get an adapter, such as q_proj,v_proj; the others stay as they are
 
 # memory and speed
 device = 'auto'  # 'auto' | 'cpu' | 'cuda': auto takes cuda where there is one
@@ -112,6 +116,8 @@ METHODS = {'adamw': adam, 'galore': galore, 'loqt': loqt, 'lora': lora, 'apollo'
 # What a checkpoint's tensors decide.
 FIXED = ('model', *SHAPE, 'method', 'rank', 'residual', 'state_bits', 'basis_bits', 'weight_bits', 'dtype')
 FIXED_PACKED = ('scale', 'quantize', 'double_quant')  # the same of LoQT's and LoRA's layers
+FIXED_LORA = ('train_rest', 'lora_targets', 'merge_every')
+LINEARS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')  # of a block
 
 
 class Stop(Exception):
@@ -159,9 +165,18 @@ def problems(config):
         )
     if not c.save_merged and c.method not in ('loqt', 'lora'):
         found.append(f"save_merged=False leaves out packed weights, and method='{c.method}' packs none: leave it out")
-    for key in ('psi', 'compensation'):
+    for key in ('psi', 'compensation', 'merge_every'):
         if getattr(c, key) < 0:
             found.append(f'{key}={getattr(c, key)} is negative: use 0 or more')
+    for key, default in (('dropout', 0.0), ('merge_every', 0), ('train_rest', 'auto'), ('lora_targets', 'all')):
+        if c.method != 'lora' and getattr(c, key) != default:
+            found.append(f"{key} is lora's: leave it out with method='{c.method}', or use --method=lora")
+    if not 0 <= c.dropout < 1:
+        found.append(f'dropout={c.dropout} is not a share of the inputs: use at least 0 and less than 1')
+    if c.dropout and c.compile:
+        found.append('dropout draws its masks where compile=True cannot follow: set --compile=False or --dropout=0')
+    if c.lora_targets != 'all' and not set(c.lora_targets.split(',')) <= set(LINEARS):
+        found.append(f"lora_targets='{c.lora_targets}' names no such layers: use all, or some of {','.join(LINEARS)}")
     if c.scale <= 0:
         found.append(f'scale={c.scale} would undo or hold every update: use more than 0')
     if c.per_layer and c.compile:
@@ -182,16 +197,21 @@ def problems(config):
 
 
 def learning_rate_at(step, config):
-    """Linear warm-up from 0, half a cosine down to min_lr, and min_lr from then on. Depends on nothing but the step."""
+    """Linear warm-up from 0, half a cosine down to min_lr, and min_lr from then on. Depends on nothing but the step.
+
+    After each merge of ReLoRA another warm-up, of a tenth of merge_every and at most 100 steps, back to that curve."""
     c = config
     low = c.min_lr if c.min_lr >= 0 else c.learning_rate / 10
     end = c.lr_decay_iters or c.max_iters
     if step < c.warmup_iters:
         return c.learning_rate * step / c.warmup_iters
+    rise = 1.0
+    if c.merge_every and step >= c.merge_every:
+        rise = min((step % c.merge_every + 1) / (min(c.merge_every // 10, 100) + 1), 1.0)
     if step >= end:
-        return low
+        return low * rise
     progress = (step - c.warmup_iters) / (end - c.warmup_iters)
-    return low + (c.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * progress))
+    return rise * (low + (c.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 @torch.no_grad()
@@ -361,7 +381,9 @@ def main(config):
     saved_at, run = None, {'step': 0, 'best_val_loss': 1e30, 'seconds': 0.0}
     if config.init_from == 'resume':
         saved_at, run = checkpoint.find(last if checkpoint.exists(last) or not checkpoint.exists(best) else best)
-        fixed = FIXED + FIXED_PACKED * (config.method in ('loqt', 'lora'))
+        if config.train_rest == 'auto' and config.method == 'lora':
+            config.train_rest = run['config'].get('train_rest')
+        fixed = FIXED + FIXED_PACKED * (config.method in ('loqt', 'lora')) + FIXED_LORA * (config.method == 'lora')
         if changed := [key for key in fixed if getattr(config, key) != run['config'].get(key)]:
             was = ' '.join(f'--{key}={run["config"].get(key)}' for key in changed)
             now = ' '.join(f'{key}={getattr(config, key)}' for key in changed)
@@ -373,16 +395,23 @@ def main(config):
             f'{config.out_dir} holds a run already: --init_from=resume goes on with it, --overwrite replaces it, '
             'or choose another --out_dir'
         )
+    if config.train_rest == 'auto' and config.method == 'lora':  # decided now, for those who resume this run
+        config.train_rest = 'yes' if config.init_from == 'scratch' else 'no'
     at_start = 0 if on_cuda else report.memory(device)  # Python and torch itself, on a CPU part of the process
-    source = saved_at
+    source, adapter = saved_at, None
     if config.init_from not in ('scratch', 'resume'):
         source = config.init_from if os.path.isdir(config.init_from) else download(config.init_from)
+        adapter = source if lora.read_adapter(source) else None
+        if adapter and config.method != 'lora':
+            raise Stop(f'{source} is an adapter: use --method=lora, or python sample.py {source} --save_to=DIR first')
         source = sample.weights_folder(source)  # the folder of a run of ours will do, too
     files = tokenizers.files_of(folder, source)
     model = build_model(config, folder, meta['vocab_size'], dtype, device, source, layers_of(config))
     if not source:
         model.config.eos_token_id = tokenizer.eot
     optimizer = METHODS[config.method].setup(model, config)
+    if adapter:
+        lora.load_adapter(model, adapter)
     if saved_at:
         checkpoint.load_optimizer(saved_at, optimizer)
     if rank == 0:
@@ -399,6 +428,8 @@ def main(config):
         checkpoint.remove(last)
         checkpoint.remove(best)
     settings = {key: value for key, value in vars(config).items() if not key.startswith('_')}
+    if saved_at:
+        settings['init_from'] = run['config']['init_from']  # what the run began from: its adapter belongs to that
     if rank == 0:
         os.makedirs(config.out_dir, exist_ok=True)
         tracker = report.make_tracker(config.tracker, config.out_dir, settings)
@@ -539,7 +570,7 @@ def cli(argv):
         main(config)
     except (Stop, DataError, ModelError, checkpoint.CheckpointError, tokenizers.TokenizerError) as error:
         sys.exit(f'error: {error}')
-    except ImportError as error:
+    except (ImportError, lora.AdapterError) as error:
         sys.exit(f'error: {error}')
     except subprocess.CalledProcessError:
         sys.exit('error: the data set could not be prepared, for the reason above')

@@ -18,6 +18,7 @@ CONFIG = dict(learning_rate=1e-3, beta1=0.9, beta2=0.999, weight_decay=0.0, rank
 CONFIG |= dict(refresh='subspace', stagger=True, state_bits=32, grad_clip=0.0, per_layer=False, offload=False, seed=0)
 CONFIG |= dict(method='galore', lazy=0.0, moments='keep', residual='none', basis_bits=16, weight_bits=16, compile=False)
 CONFIG |= dict(quantize='nf4', double_quant=False, psi=1.2, compensation=2, max_iters=10)
+CONFIG |= dict(dropout=0.0, merge_every=0, train_rest='auto', lora_targets='all', init_from='scratch')
 CONFIG |= dict(checkpointing=False, batch_size=4, block_size=32, gradient_accumulation_steps=1)
 MODES = {
     'adamw': (adam, {}),
@@ -38,6 +39,8 @@ MODES = {
         dict(double_quant=True, state_bits=8, per_layer=True, checkpointing=True, gradient_accumulation_steps=2),
     ),
     'lora': (lora, dict(gradient_accumulation_steps=2)),
+    'lora fine-tuning': (lora, dict(train_rest='no', dropout=0.1, checkpointing=True, state_bits=8)),
+    'lora, merged': (lora, dict(merge_every=1, quantize='none', lora_targets='q_proj,v_proj', per_layer=True)),
 }
 
 

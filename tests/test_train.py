@@ -143,6 +143,7 @@ def test_every_key_has_a_comment_and_the_design_names_are_there():
         gradient_accumulation_steps model n_layer n_head n_kv_head n_embd n_inner vocab_size
         learning_rate warmup_iters lr_decay_iters min_lr
         weight_decay beta1 beta2 grad_clip method rank scale update_proj_gap refresh stagger
+        dropout merge_every train_rest lora_targets
         psi compensation lazy moments residual quantize double_quant save_merged device dtype
         state_bits basis_bits weight_bits offload per_layer checkpointing compile
         log_interval eval_interval eval_tokens save_interval sample_tokens tracker"""
@@ -170,7 +171,7 @@ MODES = {
         '--state_bits=8',
         '--double_quant',
     ],
-    'lora': ['--method=lora', '--save_merged=False'],
+    'lora': ['--method=lora', '--save_merged=False', '--dropout=0.1', '--merge_every=9'],
     'adamw, clipped': ['--method=adamw', '--grad_clip=0.5', '--weight_decay=0.1'],
 }
 
@@ -263,7 +264,15 @@ def test_per_layer_through_the_whole_loop_equals_normal(tmp_path, data):
 
 
 @pytest.mark.parametrize(
-    'flags', [[], ['--per_layer'], ['--method=loqt', '--quantize=none'], ['--method=adamw', '--grad_clip=0.5']], ids=str
+    'flags',
+    [
+        [],
+        ['--per_layer'],
+        ['--method=loqt', '--quantize=none'],
+        ['--method=lora', '--quantize=none', '--dropout=0.2', '--merge_every=3'],
+        ['--method=adamw', '--grad_clip=0.5'],
+    ],
+    ids=str,
 )
 def test_two_processes_equal_one(flags, tmp_path, data):
     flags = [*flags, '--gradient_accumulation_steps=4', '--learning_rate=1e-3', '--max_iters=8']
