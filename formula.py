@@ -164,6 +164,18 @@ def estimate(config, vocab_size=None):
     before = all_grads if several else 0  # of earlier micro-batches
     piled = not c.per_layer or (c.grad_clip > 0)  # gradients wait for the step's end
 
+    # ---- layers that are due a new basis or a merge in this step: they have a G ----
+    renews = c.method == 'loqt' or (c.method == 'galore' and not down.dense_grad)
+    together = min(-(-len(block) * L // c.update_proj_gap), len(block))
+    due = (block[-together:] if c.stagger else L * block) if renews else []
+    gathered = sum((a if c.method == 'loqt' else w) * x.numbers for x in due)
+
+    def renewed(x):  # temporaries of a merge, or of a new basis: fp32 copies
+        if c.method == 'loqt':
+            return 12 * x.numbers + 8 * x.r * x.n
+        svd = 4 * (x.m * x.m + 2 * x.numbers) if c.refresh == 'svd' else 4 * x.n * x.r
+        return (w + 4 * (w < 4)) * x.numbers + svd + 8 * x.m * x.r
+
     # ---- loss, HeadLoss.ROWS rows at a time ----
     rows = min(HeadLoss.ROWS, N)
     logits = rows * V * (4 + (a if a < 4 else 0))
@@ -191,9 +203,10 @@ def estimate(config, vocab_size=None):
     largest = max(block, key=lambda x: x.numbers)
     waiting = table_grad if piled and not several else 0  # the head's, which comes first
     residual = a * N * D  # the gradient of the stream
-    head_moves = rest * update_of(table, D, c.state_bits, w) + (moments_of(table, c.state_bits) if c.offload else 0)
+    visiting = moments_of(table, c.state_bits) * c.offload  # moments that come from main memory
+    head_moves = rest * (update_of(table, D, c.state_bits, w) + visiting)
     moments = {
-        'loss': {'activations': acts, 'earlier gradients': before, **loss},
+        'loss': {'activations': acts, 'earlier gradients': before + gathered * several, **loss},
         'backward of the last block': {
             'activations': acts + again,
             'gradients': before + waiting,
@@ -201,6 +214,11 @@ def estimate(config, vocab_size=None):
                 2 * a * N * F + residual,
                 a * N * F + residual + given(down) + decoded(down) + (0 if piled else moved(down)),
             ),
+        },
+        'a new basis or a merge': {
+            'activations': acts + again,
+            'gradients': before + waiting + gathered * several,
+            'in the block': a * N * F + residual + renewed(down) if renews else 0,
         },
         'backward of the first block': {
             'activations': saved + again,
@@ -216,7 +234,7 @@ def estimate(config, vocab_size=None):
             'update': 0,
         },
         "the embedding's update": {  # after the blocks', but under AdamW, which goes from the bottom up
-            'gradients': (all_grads - L * block_grads * (c.method != 'adamw')) if piled else table_grad,
+            'gradients': (all_grads - L * block_grads * (c.method not in ('adamw', 'lora'))) if piled else table_grad,
             'update': head_moves,
         },
         "the head's update": {

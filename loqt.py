@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from adam import AdamW, Packed, average_, decode, encode, load, several_processes, split_decay, store
+from adam import AdamW, Packed, average_, decode, encode, fast_bf16, load, several_processes, split_decay, store
 from galore import orthonormal_basis, projected_gradient, turned, wide
 
 # ---- pure functions ----------------------------------------------------------------------------------------------
@@ -202,21 +202,25 @@ def merge(layer):
     W = wide(layer.frozen(torch.float32, with_factors=layer.started))  # (m, n)
     layer.forget('rest')
     layer.keep('P', P.to(layer.B.dtype))
+    Q = P.T @ old if layer.started else None  # (r, r)
     P = layer.read('P', torch.float32)  # (m, r), as forward will see it
     # The pseudo-inverse (r, m), since in 4 bits P is not quite orthonormal; `_ex` does not wait for the device.
     P_plus = torch.linalg.solve_ex(P.T @ P, P.T)[0]
-    B, best = torch.zeros(layer.B.shape, device=W.device), {}  # (r, n)
+    # What is compensated is a tenth of W: bf16's three digits of it do. fp32 layers stay fp32.
+    low = layer.B.dtype if fast_bf16(W.device) else torch.float32
+    P, P_plus = P.to(low), P_plus.to(low)
+    B, best = torch.zeros_like(layer.B), {}  # (r, n)
     rounds = layer.compensation if layer.quantize == 'nf4' else 1  # rounding to bf16 leaves little to compensate
     for c in range(max(rounds, 1)):
-        target = torch.addmm(W, P, B, alpha=-layer.scale) if c else W  # (m, n): what W_q is to hold
+        target = torch.sub(W, P @ B.to(low), alpha=layer.scale) if c else W  # (m, n): what W_q is to hold
         parts = encode((target.T if layer.tall else target).to(layer.B.dtype).contiguous(), *layer.how)
         del target
-        E = W - wide(decode(parts, layer.shapes['W'], torch.float32))  # (m, n): what it lacks
+        E = W - wide(decode(parts, layer.shapes['W'], low))  # (m, n): what it lacks
         if layer.compensation:
-            B = (P_plus @ E / layer.scale).to(layer.B.dtype).float()  # (r, n)
+            B = (P_plus @ E.to(low) / layer.scale).to(layer.B.dtype)  # (r, n)
         found = {'B': B, **parts}
         if rounds > 1:  # the best is kept, without asking the device which one that is
-            found['error'] = E.addmm_(P, B, alpha=-layer.scale).norm()  # of what is lost all the same
+            found['error'] = E.sub_(P @ B.to(low), alpha=layer.scale).norm()  # of what is lost all the same
         del E
         better = best and found['error'] < best['error']
         best = {name: torch.where(better, new, best[name]) for name, new in found.items()} if best else found
@@ -224,7 +228,7 @@ def merge(layer):
     for part in parts:
         layer.register_buffer('W' + part, best[part])
     layer.started, layer.collect = True, False
-    return None if old is None else P.T @ old  # (r, r)
+    return Q
 
 
 # ---- the optimizer -----------------------------------------------------------------------------------------------

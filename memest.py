@@ -77,6 +77,10 @@ class FlashAttention(torch.autograd.Function):
 def as_on_a_card():
     """What differs there: fused norms, flash attention, and products in the weights' own dtype."""
 
+    def by_kernel(A):
+        packed, how = adam.kernels().quantize_4bit(A, blocksize=adam.BLOCK_4BIT, quant_type='nf4')
+        return packed, how.absmax
+
     def attention(q, k, v, attn_mask=None, is_causal=True, enable_gqa=False):
         return FlashAttention.apply(q, k, v)
 
@@ -84,6 +88,8 @@ def as_on_a_card():
         mock.patch.object(models.F, 'rms_norm', lambda x, shape, weight, eps: FusedRMSNorm.apply(x, weight)),
         mock.patch.object(models.F, 'scaled_dot_product_attention', attention),
         mock.patch.object(galore, 'product_dtype', lambda A: A.dtype),
+        mock.patch.object(adam, 'nf4_on_cpu', by_kernel),
+        mock.patch.object(loqt, 'fast_bf16', lambda device: True),
     ):
         yield
 
@@ -160,7 +166,8 @@ def storages(model, optimizer):
         for tensor in (*layer.parameters(), *layer.buffers()):
             yield i, tensor
         for p in layer.parameters():
-            yield from ((i, t) for t in optimizer.state.get(p, {}).values() if isinstance(t, torch.Tensor))
+            kept = [*optimizer.state.get(p, {}).values(), getattr(optimizer, 'R', {}).get(p)]
+            yield from ((i, tensor) for tensor in kept if isinstance(tensor, torch.Tensor))
     inside = {id(tensor) for tensor in (*model.layers.parameters(), *model.layers.buffers())}
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in inside:
@@ -229,6 +236,7 @@ def record_steps(model_config, dtype, config, setup, step, compute_dtype, main_m
             if isinstance(t, torch.Tensor) and name not in ('W', 'W_scale') and t.device.type != 'meta'
         ]
         states = bytes_of(t for _, t in kept)
+        record.call({t.untyped_storage() for _, t in storages(model, optimizer)}, 'weights')  # also those made anew
         record.call({t.untyped_storage() for _, t in kept}, 'states')
         if more:
             third = set(model.layers[2].parameters())
