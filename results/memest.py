@@ -98,9 +98,8 @@ def tracked(config):
     argv = [f'config/{config}.py', '--max_iters=60', '--warmup_iters=6', '--eval_interval=60', '--eval_tokens=8192']
     argv += ['--update_proj_gap=20', f'--out_dir=out/tracked_{config}', '--overwrite', '--sample_tokens=0']
     text = io.StringIO()
-    with contextlib.redirect_stdout(text), memest.LiveBytes() as live:
-        with contextlib.suppress(SystemExit):
-            train.cli([word for word in argv if 'adamw' not in config or 'proj_gap' not in word])
+    with contextlib.redirect_stdout(text), memest.LiveBytes() as live, contextlib.suppress(SystemExit):
+        train.cli([word for word in argv if 'adamw' not in config or 'proj_gap' not in word])
     plan = float(re.search(r'planned peak of all tensors ([\d.]+) GB', text.getvalue())[1])
     print(json.dumps([plan * 1e9, live.peak]))
 
@@ -113,13 +112,13 @@ def main():
     lines = [
         '# memest: formula, trace, real runs, published figures',
         '',
-        'Made by `python results/memest.py` (torch 2.13.0+cpu). GB are 1e9 bytes, GiB 2^30. Nothing here was measured on a',
-        'card: figures of a card are planned.',
+        'Made by `python results/memest.py` (torch 2.13.0+cpu). GB are 1e9 bytes, GiB 2^30. Nothing here was measured',
+        'on a card: figures of a card are planned.',
         '',
         '## Plans against real runs of train.py',
         '',
-        '60 steps of each laptop config on this CPU, with refreshes or merges, an evaluation and a checkpoint; all storages',
-        'of the process tracked from its start. The plan was printed before the first step.',
+        '60 steps of each laptop config on this CPU, with refreshes or merges, an evaluation and a checkpoint; all',
+        'storages of the process tracked from its start. The plan was printed before the first step.',
         '',
         '| config | planned, MB | tracked, MB | error |',
         '|---|---|---|---|',
@@ -164,7 +163,7 @@ def main():
         '## Published beside planned',
         '',
         'Theirs keep gradients, moments and the loss in other ways, and on other allocators; "G" may be GB or GiB.',
-        'Ours: bf16 weights, rank 1024 at 7B and 13B, 512 at 1B, no (V, N) logits, R in place of G, an fp32 scale a block.',
+        'Ours: bf16 weights, rank 1024 at 7B and 13B, 512 at 1B, no (V, N) logits, R in place of G.',
         '',
         '| what | published | there, G | planned: tensors, GB | reserved, GB | with CUDA, GB | GiB |',
         '|---|---|---|---|---|---|---|',
@@ -192,8 +191,8 @@ def main():
         '',
         '## Time',
         '',
-        f'A trace of `config/loqt_13b_4090.py` took {seconds:.1f} s, the process {memory / 1e9:.2f} GB at its peak; the '
-        f'formula {1e3 * instant:.2f} ms.',
+        f'A trace of `config/loqt_13b_4090.py` took {seconds:.1f} s, the process {memory / 1e9:.2f} GB at its peak;',
+        f'the formula {1e3 * instant:.2f} ms.',
         '',
     ]
     with open(os.path.join(ROOT, 'results', 'memest.md'), 'w') as f:
