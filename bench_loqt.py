@@ -12,7 +12,7 @@ import torch
 import loqt
 import memest
 import train
-from adam import decode, encode
+from adam import kernels
 from build import build_model
 from galore import wide
 from measure import (
@@ -35,32 +35,42 @@ ASKED = {'60m': 0.234, '130m': 0.486, '350m': 0.970, '1b': 3.145}  # GiB of LoQT
 
 def official(layer, rounds):
     """A merge as the authors' LoQT does it, written out from its description: SVD in fp32, the pseudo-inverse by
-    another one, and in each round a quantisation of all of W."""
+    another one, and in each round a quantisation of all of W by bitsandbytes. -> what is lost, as a share of W."""
+
+    def rounded(A):
+        packed, how = kernels().quantize_4bit(A.reshape(-1), blocksize=64, quant_type='nf4')
+        return kernels().dequantize_4bit(packed, how).view(A.shape)
+
     W, P = wide(layer.dense_weight(torch.float32)), layer.read('P', torch.float32)  # (m, n), (m, r)
-    U, _, _ = torch.linalg.svd(wide(layer.G), full_matrices=False)
-    P = decode(encode(U[:, : P.shape[1]].contiguous()), P.shape, torch.float32)
+    U, _, _ = torch.linalg.svd(wide(layer.G).float(), full_matrices=False)
+    P = rounded(U[:, : P.shape[1]].contiguous())
     inverse = torch.linalg.pinv(P)  # (r, m)
     What, best = W, math.inf
     for _ in range(rounds):
-        Q = decode(encode(What.contiguous()), tuple(W.shape), torch.float32)  # (m, n)
+        Q = rounded(What.contiguous())  # (m, n)
         B = inverse @ (W - Q) / layer.scale  # (r, n)
         What = W - layer.scale * P @ B
         best = min(best, (What - Q).norm().item())
-    return best
+    return best / W.norm().item()
 
 
 def measure_merge(config):
-    """A layer of each shape, with a gradient whose spectrum falls as those of real runs do: our merge and theirs."""
+    """A bf16 layer of each shape, with a gradient whose spectrum falls as those of real runs do: our merge, theirs."""
     rows = []
     for size, _ in sizes(config.merge_sizes):
         rank = rank_of(size)
         for m, n in dict.fromkeys(tuple(p.shape) for p in block_matrices(on_meta(size, 1))):
             torch.manual_seed(0)
-            layer = loqt.LoQTLinear(n, m, rank=rank)
+            layer = loqt.LoQTLinear(n, m, rank=rank, dtype=torch.bfloat16)
             k = min(m, n)
             G = torch.randn(m, k) @ (torch.exp(-8 * torch.arange(k) / k)[:, None] * torch.randn(k, n))
+            G = G.bfloat16()
             layer.G = G.clone()
             loqt.merge(layer)  # from now on there is an old P to start from
+            W = layer.dense_weight(torch.float32)
+            layer.G, lost = G.clone(), {'theirs': official(layer, layer.compensation)}
+            loqt.merge(layer)
+            lost['ours'] = ((W - layer.dense_weight(torch.float32)).norm() / W.norm()).item()
 
             def ours(layer=layer, G=G):
                 layer.G = G.clone()
@@ -73,9 +83,9 @@ def measure_merge(config):
             times = interleaved({'ours': ours, 'theirs': theirs}, config.repeats, config.seconds, 2)
             made = made_in(ours) / (4 * m * n)
             ratio = times['theirs'] / times['ours']
-            rows.append(
-                [size, f'{m} x {n}', rank, 1000 * times['ours'], 1000 * times['theirs'], f'1/{ratio:.0f}', made]
-            )
+            ms = 1000 * times['ours'], 1000 * times['theirs']
+            shares = f'{lost["ours"]:.4f}', f'{lost["theirs"]:.4f}'
+            rows.append([size, f'{m} x {n}', rank, *ms, f'1/{ratio:.1f}', *shares, made])
     return rows
 
 
@@ -148,8 +158,9 @@ PARTS = {
         'A merge of one layer (LoQT)',
         'Five rounds of compensation, NF4 without double quantisation. Theirs is the procedure of the official code, '
         'written out in bench_loqt.py: an SVD for P, a pseudo-inverse by another, five quantisations. The last column '
-        'is the most that our merge makes, in matrices of the size of W in fp32, a copy of the gradient among them.',
-        ['size', 'layer', 'rank', 'ms', 'ms of theirs', 'time', 'made, in matrices'],
+        'is the most that our merge makes, in matrices of the size of W in fp32, a copy of the gradient among '
+        'them. Lost: what the merged layer lacks of W, as a share of its norm.',
+        ['size', 'layer', 'rank', 'ms', 'ms of theirs', 'time', 'lost', 'lost by theirs', 'made, in matrices'],
     ),
     'nf4': (
         measure_packed,

@@ -97,7 +97,7 @@ def as_on_a_card():
 PHASES = {
     'weights': 'weights',
     'states': 'states',
-    'data': 'tokens',
+    'data': 'tokens, and the choice among them',
     'forward': 'activations',
     'forward again': 'the block that runs again, and its backward',
     'loss': 'the loss, and the gradients of head and last block',

@@ -230,7 +230,7 @@ def deeper(chunks, n_layer):
         sweeps[-1][chunk.layer] = i
         sweep_of[i] = len(sweeps) - 1
         expected = chunk.layer + step if first <= chunk.layer + step <= last else None
-    if any(len(sweep) != 4 for sweep in sweeps):
+    if any(len(sweep) not in (1, 4) for sweep in sweeps):  # 1: something is done with the first or last layer alone
         raise NotUniform('a sweep leaves layers out')
 
     def place(event, layer):  # of a dropped storage, seen from a layer
@@ -242,7 +242,7 @@ def deeper(chunks, n_layer):
             raise NotUniform('a layer drops what a distant one made')
         return sweep_of[i], distance, at
 
-    for sweep in sweeps:
+    for sweep in (sweep for sweep in sweeps if len(sweep) == 4):
         one, two = (chunks[sweep[layer]].events for layer in (1, 2))
         if len(one) != len(two):
             raise NotUniform('layers 1 and 2 differ')
@@ -254,7 +254,7 @@ def deeper(chunks, n_layer):
 
     def layer_chunk(s, j):
         old = j if j < 2 else last if j == n_layer - 1 else 2
-        nearer, events = chunks[sweeps[s][1]].events, []
+        nearer, events = chunks[sweeps[s].get(1, sweeps[s].get(old))].events, []
         where[s, j] = len(new)
         new.append(Chunk(j, events))
         for k, event in enumerate(chunks[sweeps[s][old]].events):
@@ -273,7 +273,7 @@ def deeper(chunks, n_layer):
         if chunk.layer is not None:
             s = sweep_of[i]
             copies = range(2, n_layer - 1) if chunk.layer == 2 else [chunk.layer if chunk.layer < 2 else n_layer - 1]
-            for j in copies if sweeps[s][first] < sweeps[s][last] else reversed(copies):
+            for j in copies if sweeps[s].get(first, 0) <= sweeps[s].get(last, 0) else reversed(copies):
                 layer_chunk(s, j)
             continue
         events = []

@@ -4,10 +4,16 @@ LoQT on the laptop config beside AdamW, GaLore and LoRA, with its parts on and o
     python results/loqt.py               # 25 runs, two at a time, 90 minutes on two CPU cores; finished ones are kept
 """
 
+import json
 import os
+import subprocess
+import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 
-os.environ['OMP_NUM_THREADS'] = '1'  # two runs at a time, each on a core of its own
+if len(sys.argv) == 1:
+    os.environ['OMP_NUM_THREADS'] = '1'  # two runs at a time, each on a core of its own
 import laptop
 
 import plot  # found by laptop, which puts the repository's root on the path
@@ -33,6 +39,39 @@ PARTS = [
     ('moments rotate', ['--moments=rotate']),
     ('8-bit states', ['--state_bits=8']),
 ]
+
+
+def share_of_merges():
+    """(seconds of all steps of the laptop run, seconds of its merges), in a process of their own."""
+    path = os.path.join(laptop.ROOT, 'out', 'laptop', 'share.json')
+    if not os.path.exists(path):
+        environment = {key: value for key, value in os.environ.items() if key != 'OMP_NUM_THREADS'}
+        subprocess.run([sys.executable, __file__, path], check=True, env=environment)
+    with open(path) as f:
+        return json.load(f)
+
+
+def clock_merges(path):
+    import loqt
+    import train
+
+    seconds = {'steps': 0.0, 'merges': 0.0}
+
+    def clocked(name, function):
+        def call(*words):
+            started = time.perf_counter()
+            out = function(*words)
+            seconds[name] += time.perf_counter() - started
+            return out
+
+        return call
+
+    loqt.merge, train.training_step = clocked('merges', loqt.merge), clocked('steps', train.training_step)
+    with tempfile.TemporaryDirectory() as folder:
+        config = os.path.join(laptop.ROOT, 'config', 'loqt_laptop.py')
+        train.cli([config, f'--out_dir={folder}/run', '--eval_interval=750', '--eval_tokens=4096', '--sample_tokens=0'])
+    with open(path, 'w') as f:
+        json.dump([seconds['steps'], seconds['merges']], f)
 
 
 def main():
@@ -74,6 +113,9 @@ def main():
     for (name, flags), job in zip(PARTS, parts):
         shown = f' (`{" ".join(flags)}`)' if flags else ''
         lines.append(f'| {name}{shown} | {loss[job]:.4f} | {loss[job] / loss[parts[0]]:.4f} |')
+    steps, merges = share_of_merges()
+    lines += ['', f'All merges of that run, on two threads: {merges:.1f} s of {steps:.0f} s of training steps, '
+              f'{100 * merges / steps:.1f} %.']  # fmt: skip
     lines += ['', '![val loss](loqt.png)', '']
     with open(os.path.join(laptop.ROOT, 'results', 'loqt.md'), 'w') as f:
         f.write('\n'.join(lines))
@@ -84,4 +126,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    clock_merges(sys.argv[1]) if sys.argv[1:] else main()
