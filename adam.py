@@ -16,6 +16,7 @@ What is not in the papers, and why:
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import weakref
@@ -27,6 +28,12 @@ from torch.optim.adamw import adamw
 
 BLOCK = 256  # numbers that share a scale in 8-bit states
 BLOCK_4BIT = 64  # numbers that share one in NF4
+NF4 = (  # the values of QLoRA's appendix E
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 PARTS = '', '_absmax', '_offset', '_outer_absmax'  # what `encode` makes of a tensor, as endings of its name
 PIECE = 1 << 24  # numbers updated at once
 SMALLEST_8BIT = 4096  # smaller tensors (norms) keep fp32 states, as in bitsandbytes
@@ -158,8 +165,6 @@ def nf4(A):
 def nf4_on_cpu(A):
     """The same to the bit, without the five temporaries of A's size that bitsandbytes makes on a CPU, and in half its
     time: a number's code is how many of the 15 boundaries between 16 values lie below it, counted in the cache."""
-    values = kernels().get_4bit_type('nf4', device='cpu')
-    boundaries = ((values[1:] + values[:-1]) / 2).tolist()
     packed = torch.empty(A.numel() // 2, 1, dtype=torch.uint8)
     absmax = torch.empty(A.numel() // BLOCK_4BIT)
     for piece, pairs, scales in zip(A.split(1 << 17), packed.split(1 << 16), absmax.split((1 << 17) // BLOCK_4BIT)):
@@ -167,8 +172,8 @@ def nf4_on_cpu(A):
         torch.amax(blocks.abs(), 1, out=scales)
         blocks = blocks / (scales + (scales == 0))[:, None]
         codes, above = torch.zeros(blocks.shape, dtype=torch.uint8), torch.empty(blocks.shape, dtype=torch.bool)
-        for boundary in boundaries:
-            codes += torch.gt(blocks, boundary, out=above).view(torch.uint8)
+        for low, high in itertools.pairwise(NF4):
+            codes += torch.gt(blocks, (low + high) / 2, out=above).view(torch.uint8)
         codes = codes.view(-1, 2)
         torch.add(codes[:, 1], codes[:, 0], alpha=16, out=pairs[:, 0])  # the first of two in the upper half
     return packed, absmax
