@@ -140,15 +140,20 @@ def watch(record, model, optimizer):
         if inputs[0].requires_grad and record.phase == 'forward':
             inputs[0].register_hook(enter('backward', None))
 
-    def located(method):
-        def call(p, *arguments):
-            before, record.phase = record.phase, 'update'
-            record.at(layer_of.get(p))
-            out = method(p, *arguments)
-            record.phase = before
-            return out
+    # Not `update` itself: a wrapper would hold its gradient for longer than the caller does.
+    take, moments_at_hand = optimizer.take, optimizer.moments_at_hand
 
-        return call
+    def located(p):
+        record.at(layer_of.get(p))
+        return take(p)
+
+    @contextlib.contextmanager
+    def at_hand(p):
+        before, record.phase = record.phase, 'update'
+        record.at(layer_of.get(p))
+        with moments_at_hand(p):
+            yield
+        record.phase = before
 
     layer_of = {p: i for i, layer in enumerate(model.layers) for p in layer.parameters()}
     model.register_forward_pre_hook(enter('forward', None))
@@ -157,7 +162,7 @@ def watch(record, model, optimizer):
         layer.register_forward_pre_hook(begin_layer(i))
         layer.register_forward_hook(end_layer(i))
     model.layers[0].register_forward_pre_hook(start_of_layers)
-    optimizer.take, optimizer.update = located(optimizer.take), located(optimizer.update)
+    optimizer.take, optimizer.moments_at_hand = located, at_hand
 
 
 def storages(model, optimizer):
@@ -241,7 +246,7 @@ def record_steps(model_config, dtype, config, setup, step, compute_dtype, main_m
         if more:
             third = set(model.layers[2].parameters())
             states += more * bytes_of(t for p, t in kept if p in third)
-        del optimizer.take, optimizer.update  # which hold what they belong to
+        del optimizer.take, optimizer.moments_at_hand  # which hold what they belong to
         return record.chunks, weights, states, most
 
 
