@@ -137,8 +137,6 @@ def hidden(function, args, out):
     """The bytes that CUDA's kernel of an operation takes while it runs, beside what it returns."""
     if function is aten.addmm.default and args[0].ndim == 1:
         return [WORKSPACE_LT]
-    if function is aten._safe_softmax.default:  # softmax, then its rows without any -inf (ATen/native/SoftMax.cpp)
-        return [out.nbytes, out.numel()]
     if function is aten.embedding_dense_backward.default and args[1].numel() > 3072:  # sorts (cuda/Embedding.cu)
         return [args[1].nbytes] * 4
     return []
@@ -174,6 +172,24 @@ class FusedAttention(torch.autograd.Function):
         return dq, dk, dv, None
 
 
+class SafeSoftmax(torch.autograd.Function):
+    """aten's _safe_softmax in the steps that it takes inside: rows of -inf alone give zeros."""
+
+    @staticmethod
+    def forward(ctx, scores):
+        out = scores.softmax(-1)
+        masked = scores == float('-inf')
+        empty = masked.all(-1, keepdim=True)
+        result = torch.where(empty, torch.zeros((), dtype=out.dtype, device=out.device), out)
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx, delta):
+        (result,) = ctx.saved_tensors
+        return aten._softmax_backward_data(delta, result, -1, result.dtype)
+
+
 def math_attention(q, k, v, mask=None, dropout=0.0, causal=False, scale=None):
     """softmax(q k^T) v in separate steps, as ATen/native/transformers/attention.cpp takes them on CUDA.
 
@@ -185,15 +201,13 @@ def math_attention(q, k, v, mask=None, dropout=0.0, causal=False, scale=None):
     if causal:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
     if mask is not None and mask.dtype == torch.bool:
-        keep, mask = mask, torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
-        mask = mask.masked_fill_(keep.logical_not(), float('-inf'))
-        del keep
+        mask = torch.where(mask.logical_not(), float('-inf'), torch.zeros((), dtype=q.dtype, device=q.device))  # (T, S)
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], -3) for x in (k, v))
     scores = scaled @ (k.transpose(-2, -1) * root)  # (B, H, T, S)
     if mask is not None:
         scores = scores.add_(mask)
-    scores = aten._safe_softmax(scores, -1)
+    scores = SafeSoftmax.apply(scores)
     if dropout:
         scores = F.dropout(scores, dropout)
     return (scores @ v).to(dtype)  # (B, H, T, D)
@@ -411,6 +425,8 @@ def trace_hf(config, method='full', batch=1, seq=512, dtype='bf16', optimizer='a
     half = DTYPES[dtype]
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        # transformers looks into the positions for packed sequences, and takes fake ones for such: with a mask
+        stack.enter_context(patch('transformers.masking_utils.find_packed_sequence_indices', lambda _: None, create=True))
         model = build(config, half, attention)
         if cuda:
             stack.enter_context(patch.object(F, 'scaled_dot_product_attention', cuda_attention))
@@ -498,14 +514,14 @@ def load(model, method, recorder, dtype, double_quant, kbit_fp32, warmup):
     with torch.no_grad():
         for name, p in names:
             owner, _, last = name.rpartition('.')
-            q = nn.Parameter(torch.empty_like(p))
-            new[id(p)] = q
             module = modules[owner]
-            module._parameters[last] = q
-            if id(p) in packed and module is packed[id(p)]:
+            module._parameters[last] = q = nn.Parameter(torch.empty_like(p))
+            if id(p) in packed:
                 replace_module(model, owner, NF4Linear(module, dtype, double_quant))
                 module._parameters.clear()
-            del q, p
+            else:
+                new[id(p)] = q
+            del q
         for module in model.modules():  # those tied to others
             for name, p in module._parameters.items():
                 if p is not None and id(p) in new:
