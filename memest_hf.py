@@ -19,6 +19,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -38,7 +39,7 @@ WORKSPACE_LT = MB
 CONTEXT = 500 * MB
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-METHODS, ATTENTION = ('full', 'lora', 'qlora'), ('sdpa', 'flash', 'eager')
+METHODS, ATTENTION = ('full', 'lora', 'qlora'), ('sdpa', 'noflash', 'flash', 'eager')
 # On CUDA torch's own optimizers take the foreach path where none is chosen (torch/optim/optimizer.py,
 # _default_to_fused_or_foreach), with a copy of all second moments at once.
 TORCH_OPTIMIZERS = {
@@ -173,14 +174,15 @@ class FusedAttention(torch.autograd.Function):
 
 
 class SafeSoftmax(torch.autograd.Function):
-    """aten's _safe_softmax in the steps that it takes inside: rows of -inf alone give zeros."""
+    """aten's _safe_softmax in the steps that it takes inside, seen in torch.profiler's memory events: softmax, one byte
+    a score for those of -inf, one a row, and zeros put into rows of -inf alone in place."""
 
     @staticmethod
     def forward(ctx, scores):
-        out = scores.softmax(-1)
+        result = scores.softmax(-1)
         masked = scores == float('-inf')
         empty = masked.all(-1, keepdim=True)
-        result = torch.where(empty, torch.zeros((), dtype=out.dtype, device=out.device), out)
+        result.masked_fill_(empty, 0.0)
         ctx.save_for_backward(result)
         return result
 
@@ -201,7 +203,7 @@ def math_attention(q, k, v, mask=None, dropout=0.0, causal=False, scale=None):
     if causal:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.where(mask.logical_not(), float('-inf'), torch.zeros((), dtype=q.dtype, device=q.device))  # (T, S)
+        mask = torch.where(mask, torch.zeros((), dtype=q.dtype, device=q.device), float('-inf'))  # (T, S)
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], -3) for x in (k, v))
     scores = scaled @ (k.transpose(-2, -1) * root)  # (B, H, T, S)
@@ -213,12 +215,13 @@ def math_attention(q, k, v, mask=None, dropout=0.0, causal=False, scale=None):
     return (scores @ v).to(dtype)  # (B, H, T, D)
 
 
-def cuda_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def cuda_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
+                   flash=True):  # fmt: skip
     """F.scaled_dot_product_attention as CUDA chooses (ATen/native/transformers/cuda/sdp_utils.cpp): flash for 16 bits
-    without a mask; else memory-efficient, which cannot repeat heads; else step by step."""
+    without a mask, where it is built in (flash); else memory-efficient, which cannot repeat heads; else step by step."""
     if torch.is_autocast_enabled('cpu'):
         q, k, v = (x.to(torch.get_autocast_dtype('cpu')) for x in (q, k, v))
-    if attn_mask is None and q.dtype != torch.float32 and q.shape[-1] <= 256:
+    if flash and attn_mask is None and q.dtype != torch.float32 and q.shape[-1] <= 256:
         return FusedAttention.apply(q, k, v, True)
     if not (enable_gqa and q.shape[1] != k.shape[1]):
         return FusedAttention.apply(q, k, v, False)
@@ -389,13 +392,14 @@ TARGETS = {'attention': ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'out_proj', 'c_
 
 def trace_hf(config, method='full', batch=1, seq=512, dtype='bf16', optimizer='adamw', checkpointing=False,
              attention='sdpa', autocast='', lora_rank=16, lora_targets='attention', lora_dropout=0.0, lora_dtype='fp32',
-             double_quant=True, kbit_fp32=True, loss='transformers5', warmup=True, keep_outputs=True, hopper=False,
+             double_quant=True, kbit_fp32=True, loss='transformers5', warmup=True, keep_outputs=True, reentrant=True, hopper=False,
              cuda=True, context=CONTEXT, steps=3):  # fmt: skip
     """The HFPlan of a few steps on `batch` rows of `seq` tokens; ValueError, in one sentence, for what cannot be.
 
     config: a folder with a config.json, such a file, or a transformers config. method: 'full', 'lora' or 'qlora'.
     dtype: of the weights; where NF4 takes their place, of its products. optimizer: one of OPTIMIZERS; 'adamw' is
-    torch's default on CUDA, foreach. attention: 'flash' is the package flash-attn, which takes 16 bits only.
+    torch's default on CUDA, foreach. attention: 'noflash' is SDPA of a torch built without flash
+    (wheels for Windows), 'flash' the package flash-attn, which takes 16 bits only.
     autocast: '', 'bf16' or 'fp16', as in Trainer(bf16=True). lora_targets: 'attention', 'all' linear layers but the head,
     or the last parts of names with commas between. lora_dtype: peft makes the factors fp32 over 16-bit weights.
     kbit_fp32: peft's prepare_model_for_kbit_training, which puts norms, embeddings and head in fp32. loss:
@@ -429,7 +433,8 @@ def trace_hf(config, method='full', batch=1, seq=512, dtype='bf16', optimizer='a
         stack.enter_context(patch('transformers.masking_utils.find_packed_sequence_indices', lambda _: None, create=True))
         model = build(config, half, attention)
         if cuda:
-            stack.enter_context(patch.object(F, 'scaled_dot_product_attention', cuda_attention))
+            kernels = partial(cuda_attention, flash=attention != 'noflash')
+            stack.enter_context(patch.object(F, 'scaled_dot_product_attention', kernels))
             stack.enter_context(patch.object(F, 'dropout', cuda_dropout))
             stack.enter_context(CudaAutocast())
         stack.enter_context(recorder)
@@ -439,9 +444,7 @@ def trace_hf(config, method='full', batch=1, seq=512, dtype='bf16', optimizer='a
             add_lora(model, lora_targets, lora_rank, lora_dropout, DTYPES[lora_dtype])
         model.train()
         if checkpointing:
-            # peft's prepare_model_for_kbit_training leaves the choice to torch, whose own is the reentrant kind
-            how = {'use_reentrant': True} if method == 'qlora' and kbit_fp32 else None
-            model.gradient_checkpointing_enable(how)
+            model.gradient_checkpointing_enable({'use_reentrant': reentrant})
             if method != 'full':  # peft does so: a checkpoint whose inputs need no gradient has none at all
                 model.enable_input_require_grads()
         if loss == 'shifted':
