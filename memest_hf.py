@@ -38,6 +38,10 @@ WORKSPACE_LT = MB
 # CUDA's context, code and handles of libraries, which the allocator never sees: 300 to 500 MB on cards since 2018.
 CONTEXT = 500 * MB
 
+# What a plan is raised by before it is held against a card (results/memest_points.md): for a block that fits no gap;
+# and where lengths vary, for blocks cached for shorter batches than the longest.
+MARGIN, MARGIN_VARYING = 0.05, 0.20
+
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 METHODS, ATTENTION = ('full', 'lora', 'qlora'), ('sdpa', 'noflash', 'flash', 'eager')
 # On CUDA torch's own optimizers take the foreach path where none is chosen (torch/optim/optimizer.py,
@@ -160,7 +164,7 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, delta):
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, _, _ = ctx.saved_tensors
         B, H, T, D = q.shape
         dq, dk, dv = (x.new_empty(B, T, x.shape[1], D).transpose(1, 2) for x in (q, k, v))
         rounded = -(-T // 128) * 128 if ctx.flash else T
@@ -218,7 +222,7 @@ def math_attention(q, k, v, mask=None, dropout=0.0, causal=False, scale=None):
 def cuda_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
                    flash=True):  # fmt: skip
     """F.scaled_dot_product_attention as CUDA chooses (ATen/native/transformers/cuda/sdp_utils.cpp): flash for 16 bits
-    without a mask, where it is built in (flash); else memory-efficient, which cannot repeat heads; else step by step."""
+    without a mask, where it is built in; else memory-efficient, which cannot repeat heads; else step by step."""
     if torch.is_autocast_enabled('cpu'):
         q, k, v = (x.to(torch.get_autocast_dtype('cpu')) for x in (q, k, v))
     if flash and attn_mask is None and q.dtype != torch.float32 and q.shape[-1] <= 256:
@@ -251,7 +255,7 @@ class NF4Linear(nn.Module):
     """The memory of bitsandbytes' Linear4bit: two weights a byte, a scale for 64 of them; the numbers mean nothing.
 
     linear: the layer it replaces, weight (out, in). dtype: of the products. double_quant: scales in 8 bits, with a
-    scale in fp32 for 256 of those, an offset, and a table of 256 of its own (bitsandbytes/functional.py, quantize_4bit)."""
+    scale in fp32 for 256 of those, an offset, and a table of 256 of its own (bitsandbytes' quantize_4bit)."""
 
     def __init__(self, linear, dtype=torch.bfloat16, double_quant=True):
         super().__init__()
@@ -392,21 +396,21 @@ TARGETS = {'attention': ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'out_proj', 'c_
 
 def trace_hf(config, method='full', batch=1, seq=512, dtype='bf16', optimizer='adamw', checkpointing=False,
              attention='sdpa', autocast='', lora_rank=16, lora_targets='attention', lora_dropout=0.0, lora_dtype='fp32',
-             double_quant=True, kbit_fp32=True, loss='transformers5', warmup=True, keep_outputs=True, reentrant=True, hopper=False,
-             cuda=True, context=CONTEXT, steps=3):  # fmt: skip
+             double_quant=True, kbit_fp32=True, loss='transformers5', warmup=True, keep_outputs=True, reentrant=True,
+             hopper=False, cuda=True, context=CONTEXT, steps=3):  # fmt: skip
     """The HFPlan of a few steps on `batch` rows of `seq` tokens; ValueError, in one sentence, for what cannot be.
 
     config: a folder with a config.json, such a file, or a transformers config. method: 'full', 'lora' or 'qlora'.
-    dtype: of the weights; where NF4 takes their place, of its products. optimizer: one of OPTIMIZERS; 'adamw' is
-    torch's default on CUDA, foreach. attention: 'noflash' is SDPA of a torch built without flash
-    (wheels for Windows), 'flash' the package flash-attn, which takes 16 bits only.
-    autocast: '', 'bf16' or 'fp16', as in Trainer(bf16=True). lora_targets: 'attention', 'all' linear layers but the head,
-    or the last parts of names with commas between. lora_dtype: peft makes the factors fp32 over 16-bit weights.
-    kbit_fp32: peft's prepare_model_for_kbit_training, which puts norms, embeddings and head in fp32. loss:
-    'transformers5', or 'shifted', as before 4.50, with a copy of the logits less the last. warmup: transformers 5
-    takes the room for all weights in one piece first (caching_allocator_warmup), where NF4 is loaded. keep_outputs: the
-    logits of a step live until those of the next are made, as in a loop of one's own; Trainer drops them. cuda=False:
-    this CPU's kernels, no workspaces. steps: reserved bytes can still grow in the second and third."""
+    dtype: of the weights; where NF4 takes their place, of its products. optimizer: one of OPTIMIZERS; 'adamw' is torch's
+    default on CUDA, foreach. attention: 'sdpa'; 'noflash', SDPA of a torch built without flash (wheels for Windows);
+    'flash', the package flash-attn, 16 bits only; 'eager'. autocast: '', 'bf16' or 'fp16', as in Trainer(bf16=True).
+    lora_targets: 'attention', 'all' linear layers but the head, or the last parts of names with commas between.
+    lora_dtype: peft makes the factors fp32 over 16-bit weights. kbit_fp32: peft's prepare_model_for_kbit_training,
+    which puts norms, embeddings and head in fp32. loss: 'transformers5', or 'shifted', as before 4.50, with a copy of the
+    logits. warmup: transformers 5 takes the room for all weights in one piece before it loads them
+    (caching_allocator_warmup), where NF4 is loaded. keep_outputs: a step's logits live until the next step's are made,
+    as in a loop of one's own; Trainer drops them. reentrant: the kind of checkpoints. cuda=False: this CPU's kernels, no
+    workspaces. steps: reserved bytes can still grow in the second and third."""
     optimizer = ALIASES.get(optimizer, optimizer)
     for name, value, known in (
         ('method', method, METHODS),
@@ -430,7 +434,9 @@ def trace_hf(config, method='full', batch=1, seq=512, dtype='bf16', optimizer='a
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         # transformers looks into the positions for packed sequences, and takes fake ones for such: with a mask
-        stack.enter_context(patch('transformers.masking_utils.find_packed_sequence_indices', lambda _: None, create=True))
+        stack.enter_context(
+            patch('transformers.masking_utils.find_packed_sequence_indices', lambda _: None, create=True)
+        )
         model = build(config, half, attention)
         if cuda:
             kernels = partial(cuda_attention, flash=attention != 'noflash')
@@ -444,7 +450,8 @@ def trace_hf(config, method='full', batch=1, seq=512, dtype='bf16', optimizer='a
             add_lora(model, lora_targets, lora_rank, lora_dropout, DTYPES[lora_dtype])
         model.train()
         if checkpointing:
-            model.gradient_checkpointing_enable({'use_reentrant': reentrant})
+            name = 'activation_checkpointing_enable'  # since 5.20 or so
+            getattr(model, name, model.gradient_checkpointing_enable)({'use_reentrant': reentrant})
             if method != 'full':  # peft does so: a checkpoint whose inputs need no gradient has none at all
                 model.enable_input_require_grads()
         if loss == 'shifted':
@@ -480,7 +487,7 @@ def trace_hf(config, method='full', batch=1, seq=512, dtype='bf16', optimizer='a
 
 
 def build(config, dtype, attention):
-    """The model on fake tensors, in its final dtype; ValueError where transformers cannot make a language model of it."""
+    """The model on fake tensors, in its final dtype; ValueError where transformers cannot make one of it."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -500,7 +507,7 @@ def build(config, dtype, attention):
 
 def load(model, method, recorder, dtype, double_quant, kbit_fp32, warmup):
     """Put each weight on the card: in the model's order as .to('cuda') does; NF4 by name as from_pretrained does."""
-    modules = {name: module for name, module in model.named_modules()}
+    modules = dict(model.named_modules())
     head = model.get_output_embeddings()
     packed = {
         id(m.weight): m
@@ -598,13 +605,15 @@ def table(plan, gpu_gb):
     ]
     lines = [f'{name:<22}{size / 2**30:9.3f} GiB  {note}'.rstrip() for name, size, note in rows if size]
     if gpu_gb:
-        fits = 'fits' if plan.total <= gpu_gb * 1e9 else 'does not fit'
-        lines.append(f'{fits} on {gpu_gb:g} GB: {plan.total / 1e9:.2f} GB planned')
+        for margin, lengths in ((MARGIN, 'of equal length'), (MARGIN_VARYING, 'padded each to its longest row')):
+            need = plan.total * (1 + margin) / 1e9
+            fits = 'fits' if need <= gpu_gb else 'does not fit'
+            lines.append(f'{fits} on {gpu_gb:g} GB, with {margin:.0%} to spare for batches {lengths}: {need:.2f} GB')
     return '\n'.join(lines)
 
 
 def main(argv):
-    """python memest_hf.py --hf=... with trace_hf's arguments as flags, --gpu_gb=24 and --json; 0, or 1 and a sentence."""
+    """python memest_hf.py --hf=... with trace_hf's arguments as flags, --gpu_gb=24, --json; 0, or 1 and a sentence."""
     known = {name: p.default for name, p in inspect.signature(trace_hf).parameters.items() if name != 'config'}
     given, path, gpu_gb, as_json = {}, None, 0.0, False
     try:
