@@ -401,16 +401,16 @@ def trace_hf(config, method='full', batch=1, seq=512, dtype='bf16', optimizer='a
     """The HFPlan of a few steps on `batch` rows of `seq` tokens; ValueError, in one sentence, for what cannot be.
 
     config: a folder with a config.json, such a file, or a transformers config. method: 'full', 'lora' or 'qlora'.
-    dtype: of the weights; where NF4 takes their place, of its products. optimizer: one of OPTIMIZERS; 'adamw' is torch's
-    default on CUDA, foreach. attention: 'sdpa'; 'noflash', SDPA of a torch built without flash (wheels for Windows);
+    dtype: of the weights; where NF4 takes their place, of its products. optimizer: one of OPTIMIZERS; 'adamw' is
+    torch's default on CUDA, foreach. attention: 'sdpa'; 'noflash', SDPA of a torch built without flash (wheels for Windows);
     'flash', the package flash-attn, 16 bits only; 'eager'. autocast: '', 'bf16' or 'fp16', as in Trainer(bf16=True).
     lora_targets: 'attention', 'all' linear layers but the head, or the last parts of names with commas between.
     lora_dtype: peft makes the factors fp32 over 16-bit weights. kbit_fp32: peft's prepare_model_for_kbit_training,
-    which puts norms, embeddings and head in fp32. loss: 'transformers5', or 'shifted', as before 4.50, with a copy of the
-    logits. warmup: transformers 5 takes the room for all weights in one piece before it loads them
+    which puts norms, embeddings and head in fp32. loss: 'transformers5', or 'shifted', as before 4.50, with a copy of
+    the logits. warmup: transformers 5 takes the room for all weights in one piece before it loads them
     (caching_allocator_warmup), where NF4 is loaded. keep_outputs: a step's logits live until the next step's are made,
-    as in a loop of one's own; Trainer drops them. reentrant: the kind of checkpoints. cuda=False: this CPU's kernels, no
-    workspaces. steps: reserved bytes can still grow in the second and third."""
+    as in a loop of one's own; Trainer drops them. reentrant: the kind of checkpoints. cuda=False: this CPU's kernels,
+    no workspaces. steps: reserved bytes can still grow in the second and third."""
     optimizer = ALIASES.get(optimizer, optimizer)
     for name, value, known in (
         ('method', method, METHODS),

@@ -279,9 +279,9 @@ def report(done, without, command):
             f'Of the {n} rows that count what the card holds (reserved, NVML), {below} are below what was measured,',
             f'{short(card)} of them by more than 2 %. With the stated margins, {MARGIN:.0%} where all batches are',
             f'equally long and {MARGIN_VARYING:.0%} where each is padded to its own longest row,',
-            f'{short(card, margin_of)} of {n} stay more than 2 % below. One margin for all, the smallest with which at',
-            f'most 1 in 20 of these rows is more than 2 % below, would be {cover(card):.0%}; chosen without the row that',
-            'it is tried on, it fails for',
+            f'{short(card, margin_of)} of {n} stay more than 2 % below. One margin for all, the smallest with which',
+            f'at most 1 in 20 of these rows is more than 2 % below, would be {cover(card):.0%}; chosen without the row',
+            'that it is tried on, it fails for',
             f'{left_out} of {n}.',
             '',
         ]
