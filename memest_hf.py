@@ -402,8 +402,9 @@ def trace_hf(config, method='full', batch=1, seq=512, dtype='bf16', optimizer='a
 
     config: a folder with a config.json, such a file, or a transformers config. method: 'full', 'lora' or 'qlora'.
     dtype: of the weights; where NF4 takes their place, of its products. optimizer: one of OPTIMIZERS; 'adamw' is
-    torch's default on CUDA, foreach. attention: 'sdpa'; 'noflash', SDPA of a torch built without flash (wheels for Windows);
-    'flash', the package flash-attn, 16 bits only; 'eager'. autocast: '', 'bf16' or 'fp16', as in Trainer(bf16=True).
+    torch's default on CUDA, foreach. attention: 'sdpa'; 'noflash', SDPA of a torch built without flash (wheels
+    for Windows); 'flash', the package flash-attn, 16 bits only; 'eager'. autocast: '', 'bf16' or 'fp16', as in
+    Trainer(bf16=True).
     lora_targets: 'attention', 'all' linear layers but the head, or the last parts of names with commas between.
     lora_dtype: peft makes the factors fp32 over 16-bit weights. kbit_fp32: peft's prepare_model_for_kbit_training,
     which puts norms, embeddings and head in fp32. loss: 'transformers5', or 'shifted', as before 4.50, with a copy of
@@ -460,30 +461,40 @@ def trace_hf(config, method='full', batch=1, seq=512, dtype='bf16', optimizer='a
         plan.parameters, params = count(model), [p for p in model.parameters() if p.requires_grad]
         plan.trained = sum(p.numel() for p in params)
         update = make_optimizer(optimizer, params)
-        outputs = None
-        for _ in range(steps):
-            recorder.phase = 'forward'
-            tokens = torch.zeros(batch, seq, dtype=torch.int64)
-            labels, mask = torch.zeros_like(tokens), torch.ones_like(tokens)  # noqa: F841, the mask is full: not passed
-            with torch.autocast('cpu', DTYPES[autocast], enabled=True) if autocast else contextlib.nullcontext():
-                outputs = model(input_ids=tokens, labels=labels)
-            value = outputs.loss
-            if not keep_outputs:
-                outputs = None
-            recorder.phase = 'backward'
-            value.backward()
-            del value
-            recorder.phase = 'optimizer'
-            update.step()
-            update.zero_grad()
+        try:
+            train(model, update, recorder, batch, seq, DTYPES.get(autocast), steps, keep_outputs)
+        except (RuntimeError, TypeError, AttributeError, NotImplementedError) as e:
+            reason = ' '.join(str(e).split())[:200]
+            raise ValueError(
+                f'a step of {type(model).__name__} with method={method!r} does not run on fake tensors: {reason}'
+            ) from e
         kept = [t for state in update.state.values() for t in state.values() if isinstance(t, torch.Tensor) and t.ndim]
         plan.states, plan.paged = sum(t.nbytes for t in kept), getattr(update, 'unified', 0)
         card = recorder.allocator
         plan.live, plan.allocated, plan.reserved = recorder.peak, card.allocated_peak, card.reserved_peak
         plan.workspaces = recorder.workspace * len(recorder.workspaces)
         plan.phase, plan.operation = recorder.where
-        del model, update, outputs, params, kept
+        del model, update, params, kept
     return plan
+
+
+def train(model, update, recorder, batch, seq, autocast, steps, keep_outputs):
+    """A plain loop of training; the mask of attention is full, for which transformers passes none on."""
+    outputs = None
+    for _ in range(steps):
+        recorder.phase = 'forward'
+        tokens = torch.zeros(batch, seq, dtype=torch.int64)
+        labels, mask = torch.zeros_like(tokens), torch.ones_like(tokens)  # noqa: F841, a batch has one
+        with torch.autocast('cpu', autocast) if autocast else contextlib.nullcontext():
+            outputs = model(input_ids=tokens, labels=labels)
+        value = outputs.loss
+        if not keep_outputs:
+            outputs = None
+        recorder.phase = 'backward'
+        value.backward()
+        recorder.phase = 'optimizer'
+        update.step()
+        update.zero_grad()
 
 
 def build(config, dtype, attention):
@@ -512,7 +523,7 @@ def load(model, method, recorder, dtype, double_quant, kbit_fp32, warmup):
     packed = {
         id(m.weight): m
         for m in modules.values()
-        if method == 'qlora' and m is not head and type(m).__name__ in ('Linear', 'Conv1D')
+        if method == 'qlora' and m is not head and (isinstance(m, nn.Linear) or type(m).__name__ == 'Conv1D')
     }
     names = [(name, p) for name, p in model.named_parameters()]  # tied ones once
     if method == 'qlora':
