@@ -1,7 +1,9 @@
 """
 Published measurements of peak memory beside what memest_hf.py predicts: makes memest_points.md.
 
-    python results/memest_points.py --points=path/to/points.csv      # 20 seconds a row; --only=C,X for some ids
+    python results/memest_points.py --points=path/to/points.csv      # 10 minutes; --only=C,X for some ids
+
+Finished traces are kept in out/memest_points.json for as long as memest.py and memest_hf.py stay as they are.
 
 Columns of the file: id, source, model, params_B, batch, seq, dtype, optimizer, ckpt, attn, extra, gpu, metric, value,
 unit, quality. The models are built here from their published shapes; nothing is downloaded. Rows that say too little of
@@ -10,9 +12,11 @@ their run, or of a run that no trace of ours covers, are listed with the reason.
 
 import argparse
 import csv
+import json
 import os
 import re
 import sys
+import zlib
 
 import torch
 from transformers import (
@@ -31,7 +35,7 @@ from transformers import (
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from memest_hf import MARGIN, MARGIN_VARYING, trace_hf  # noqa: E402
+from memest_hf import MARGIN, MARGIN_VARYING, HFPlan, trace_hf  # noqa: E402
 
 UNITS = {'GiB': 2**30, 'GB': 10**9, 'MB': 2**20, 'B': 1}
 
@@ -123,6 +127,7 @@ OPTIMIZERS |= {'paged_adamw_8bit': 'paged_adamw8bit', 'adamw_8bit': 'adamw8bit',
 # they are first used, counted from before the process started.
 NVML_CONTEXT = 200 << 20
 CONTEXT = 500 << 20
+KEPT = os.path.join(ROOT, 'out', 'memest_points.json')
 
 
 class Unknown(Exception):
@@ -196,14 +201,25 @@ def recipe(row):
 
 def predict(rows):
     """-> lists of (row, published, predicted, group, kwargs) and of (row, reason)."""
-    known, done, without = {}, [], []
+    done, without = [], []
+    known = {}
+    if os.path.exists(KEPT):
+        with open(KEPT) as f:
+            known = {key: HFPlan(**plan) for key, plan in json.load(f).items()}
+    code = 0
+    for name in ('memest.py', 'memest_hf.py'):
+        with open(os.path.join(ROOT, name), 'rb') as f:
+            code = zlib.crc32(f.read(), code)
     for row in rows:
         try:
             group, name, how, part, more = recipe(row)
             how |= {} if group == 'A' else dict(steps=2)  # the third moves reserved by a percent at most
-            key = (name, *sorted(how.items()))
+            key = f'{code} {name} {sorted(how.items())}'
             if key not in known:
                 known[key] = trace_hf(CONFIGS[name](), **how)
+                os.makedirs(os.path.dirname(KEPT), exist_ok=True)
+                with open(KEPT, 'w') as f:
+                    json.dump({key: vars(plan) for key, plan in known.items()}, f)
             plan = known[key]
         except Unknown as e:
             without.append((row, str(e)))
