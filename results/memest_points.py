@@ -320,7 +320,7 @@ NOTES = """## What was decided, and when
   holds that; the runs had 2.6). The bf16 row, C1, is read as of a torch without flash attention (wheels for Windows):
   with flash its reserved bytes are 3.0 % below, its allocated ones 0.02 %. Its source does not say which it was.
 - After seeing rows of the RTX 3060: the loss of transformers 5 (the older loss, with its copy of the logits, predicts
-  5 to 7 % more), and a round 200 MiB for the context: without X5 the rows lie 58 to 320 MiB above the segments.
+  6 to 9 % more), and a round 200 MiB for the context: without X5 the rows lie 58 to 320 MiB above the segments.
 - After seeing all of them: both margins, round numbers above the worst row of each kind. Equal lengths: a matrix of
   scores or of activations that fits no gap takes one segment more. Varying lengths: blocks cached for a short batch
   cannot hold those of a longer one, so that the largest tensors have segments of several sizes; a trace has one."""
