@@ -1,0 +1,200 @@
+"""memest_hf.py: steps of Hugging Face models on fake tensors against the same steps on real ones, with peft's LoRA."""
+
+import gc
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+transformers = pytest.importorskip('transformers')
+
+import memest_hf  # noqa: E402
+from memest import LiveBytes  # noqa: E402
+from memest_hf import trace_hf  # noqa: E402
+
+SHAPE = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, vocab_size=301)
+CONFIGS = {
+    'llama': transformers.LlamaConfig(num_key_value_heads=2, **SHAPE),
+    'qwen2': transformers.Qwen2Config(num_key_value_heads=2, tie_word_embeddings=True, **SHAPE),
+    'gpt2': transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=301, n_positions=64),
+    'gpt_neo': transformers.GPTNeoConfig(
+        hidden_size=64, num_layers=2, num_heads=4, vocab_size=301, attention_types=[[['global', 'local'], 1]]
+    ),
+}
+TARGETS = {'llama': 'q_proj,v_proj,down_proj', 'qwen2': 'q_proj,v_proj', 'gpt2': 'c_attn', 'gpt_neo': 'q_proj,v_proj'}
+
+
+def real_peak(config, dtype, lora, targets, checkpointing, optimizer):
+    """The most that the storages of two real steps on this CPU took at once; the house's recorder over transformers,
+    peft and torch, none of them patched."""
+    how = 'eager' if config.model_type == 'gpt_neo' else 'sdpa'
+    with LiveBytes() as live:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=how)
+        if checkpointing:
+            model.gradient_checkpointing_enable({'use_reentrant': True})
+        if lora:
+            peft = pytest.importorskip('peft')
+            conv = config.model_type == 'gpt2'
+            settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets.split(','), fan_in_fan_out=conv)
+            model = peft.get_peft_model(model, settings)
+        model.train()
+        gc.collect()
+        live.peak = live.now  # what building took is not the step's
+        params = [p for p in model.parameters() if p.requires_grad]
+        update = memest_hf.make_optimizer(optimizer, params)
+        for _ in range(2):
+            tokens = torch.randint(0, 301, (2, 32))
+            labels, mask = tokens.clone(), torch.ones_like(tokens)  # noqa: F841
+            outputs = model(input_ids=tokens, labels=labels)
+            outputs.loss.backward()
+            update.step()
+            update.zero_grad()
+        return live.peak
+
+
+@pytest.mark.parametrize('checkpointing', [False, True], ids=['', 'checkpointed'])
+@pytest.mark.parametrize('lora', [False, True], ids=['full', 'lora'])
+@pytest.mark.parametrize('name', CONFIGS)
+def test_live_bytes_equal_a_real_run_of_transformers_and_peft(name, lora, checkpointing):
+    for dtype in ('fp32', 'bf16') if name == 'llama' and lora else ('fp32',):
+        optimizer = 'adamw_loop' if name == 'qwen2' else 'adamw'
+        plan = trace_hf(CONFIGS[name], method='lora' if lora else 'full', batch=2, seq=32, dtype=dtype, cuda=False,
+                        optimizer=optimizer, checkpointing=checkpointing, lora_rank=4, lora_targets=TARGETS[name],
+                        steps=2)  # fmt: skip
+        real = real_peak(CONFIGS[name], memest_hf.DTYPES[dtype], lora, TARGETS[name], checkpointing, optimizer)
+        assert abs(plan.live / real - 1) < 0.001, (dtype, plan.live, real)
+
+
+@pytest.mark.parametrize('double_quant', [False, True], ids=['', 'double'])
+def test_a_packed_layer_takes_the_bytes_of_bitsandbytes_own(double_quant):
+    bnb = pytest.importorskip('bitsandbytes')
+    theirs = bnb.nn.Linear4bit(
+        192, 336, bias=False, compute_dtype=torch.bfloat16, quant_type='nf4', compress_statistics=double_quant
+    ).to('cpu')
+    state = theirs.weight.quant_state
+    tensors = [theirs.weight.data, state.code, state.absmax]
+    if double_quant:
+        tensors += [state.offset, state.state2.absmax, state.state2.code]
+    ours = memest_hf.NF4Linear(torch.nn.Linear(192, 336, bias=False), torch.bfloat16, double_quant)
+    assert sorted(t.nbytes for t in ours.parts) == sorted(t.nbytes for t in tensors)
+    assert ours.decode(torch.bfloat16).shape == state.shape
+
+
+def test_qlora_holds_what_is_packed_and_what_is_not_by_hand():
+    config = CONFIGS['llama']
+    plan = trace_hf(config, method='qlora', batch=1, seq=8, lora_rank=4, lora_targets='q_proj', optimizer='adamw8bit')
+    d, f, V, L = 64, 176, 301, 2
+    matrices = [d * d] * 2 + [d * d // 2] * 2 + [d * f] * 3  # q, o; k, v; gate, up, down
+    packed = sum(n // 2 + n // 64 + 4 * -(-n // 64 // 256) + 4 * 16 + 4 * 256 + 4 for n in matrices) * L
+    fp32 = 4 * (2 * V * d + (2 * L + 1) * d)  # embeddings, head, norms: as peft prepares them
+    lora = 4 * L * 4 * (d + d)
+    buffers = 2 * 4 * (d // 4 // 2)  # rotary frequencies, twice
+    assert plan.weights == packed + fp32 + lora + buffers
+    assert plan.trained == L * 4 * (d + d)
+    assert plan.parameters == sum(matrices) * L + 2 * V * d + (2 * L + 1) * d + plan.trained
+    assert plan.states == 2 * 4 * plan.trained  # below 4,096 numbers: fp32
+
+
+def test_bitsandbytes_states_are_those_of_its_own_optimizer():
+    bnb = pytest.importorskip('bitsandbytes')
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (100, 4096, 70000)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    theirs = bnb.optim.AdamW8bit(params, lr=1e-3)
+    theirs.step()
+    names = ('state1', 'state2', 'absmax1', 'absmax2')
+    made = sum(state[name].nbytes for state in theirs.state.values() for name in names if name in state)
+    ours = memest_hf.BnbStates(params, 8, False)
+    ours.step()
+    assert sum(t.nbytes for state in ours.state.values() for t in state.values()) == made
+    paged = memest_hf.BnbStates([torch.nn.Parameter(torch.zeros(200_000))], 8, True)
+    paged.params[0].grad = torch.zeros(200_000)
+    paged.step()
+    assert paged.unified == 2 * 200_000
+
+
+def test_attention_step_by_step_is_torchs_in_value_gradient_and_memory():
+    q, k, v = (torch.randn(2, h, 48, 16, requires_grad=True) for h in (4, 2, 2))
+    ours = memest_hf.math_attention(q, k, v, causal=True)
+    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours.sum(), (q, k, v)), torch.autograd.grad(theirs.sum(), (q, k, v))):
+        torch.testing.assert_close(a, b)
+
+    def most(function):
+        """The peak of torch's own count of allocations, inside of operations, too."""
+        with torch.profiler.profile(profile_memory=True) as seen:
+            function()
+        events = [e for e in seen.profiler.kineto_results.events() if e.name() == '[memory]']
+        now = peak = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            now += event.nbytes()
+            peak = max(peak, now)
+        return peak
+
+    q, k, v = (torch.randn(2, h, 256, 16) for h in (4, 2, 2))
+    native = torch.ops.aten._scaled_dot_product_attention_math
+    theirs = most(lambda: native(q, k, v, is_causal=True, enable_gqa=True))
+    ours = most(lambda: memest_hf.math_attention(q, k, v, causal=True))
+    assert theirs > 2 * 2 * 4 * 256 * 256 * 4  # it saw the scores and the probabilities
+    assert abs(ours / theirs - 1) < 0.02, (ours, theirs)
+
+
+def test_what_cuda_does_otherwise_than_a_cpu_is_in_the_plan():
+    config = CONFIGS['llama']
+    plan = trace_hf(config, batch=2, seq=32)
+    assert plan.workspaces == 2 * 8_519_680  # forward's thread and backward's
+    assert plan.allocated >= plan.live + plan.workspaces
+    assert plan.reserved >= plan.allocated and plan.reserved % (2 << 20) == 0
+    assert plan.total == plan.reserved + plan.context
+    assert plan.phase in ('forward', 'backward', 'optimizer') and plan.operation
+    long = dict(seq=512, steps=1)
+    assert trace_hf(config, attention='noflash', **long).live > 2 * trace_hf(config, **long).live  # T x T scores
+    short = dict(seq=2, batch=1)
+    loop = trace_hf(config, optimizer='adamw_loop', **short).live
+    assert trace_hf(config, optimizer='adamw', **short).live > loop > trace_hf(config, optimizer='sgd', **short).live
+    assert trace_hf(config, optimizer='lomo', **short).live < trace_hf(config, optimizer='sgd', **short).live
+    mixed = trace_hf(config, dtype='fp32', autocast='bf16', seq=256, steps=1).live
+    assert mixed < trace_hf(config, dtype='fp32', seq=256, steps=1).live
+
+
+def test_the_command_prints_a_table_and_json(tmp_path, capsys):
+    CONFIGS['llama'].save_pretrained(tmp_path)
+    assert memest_hf.main([f'--hf={tmp_path}', '--method=qlora', '--seq=16', '--gpu_gb=24']) == 0
+    text = capsys.readouterr().out
+    assert 'reserved' in text and 'fits on 24 GB' in text
+    assert memest_hf.main([f'--hf={tmp_path / "config.json"}', '--seq=16', '--json', '--checkpointing']) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan['total'] == plan['reserved'] + plan['paged'] + plan['context']
+
+
+@pytest.mark.parametrize(
+    'words, names',
+    [
+        (['--hf=nowhere'], 'nowhere does not exist'),
+        ([], '--hf is missing'),
+        (['--hf=CONFIG', '--batch=0'], 'batch=0'),
+        (['--hf=CONFIG', '--batch=two'], '--batch=two'),
+        (['--hf=CONFIG', '--method=dora'], "'dora'"),
+        (['--hf=CONFIG', '--optimizer=lion'], "'lion'"),
+        (['--hf=CONFIG', '--gpu_gb=0'], '--gpu_gb=0'),
+        (['--hf=CONFIG', '--colour=red'], '--colour'),
+        (['--hf=CONFIG', '--method=lora', '--lora_targets=nothing'], 'q_proj'),
+        (['--hf=CONFIG', '--dtype=fp32', '--attention=flash'], 'flash'),
+        (['--hf=UNKNOWN'], 'not a config that this transformers knows'),
+        (['--hf=NOTJSON'], 'not a config that this transformers knows'),
+        (['--hf=BERTISH'], 'causal language model'),
+    ],
+)
+def test_bad_input_is_one_sentence(words, names, tmp_path, capsys):
+    CONFIGS['llama'].save_pretrained(tmp_path / 'CONFIG')
+    (tmp_path / 'UNKNOWN').write_text(json.dumps({'model_type': 'no-such-model'}))
+    (tmp_path / 'NOTJSON').write_text('{')
+    (tmp_path / 'BERTISH').write_text(json.dumps({'model_type': 'vit'}))
+    words = [
+        w.replace('--hf=', f'--hf={tmp_path}/') if any(c.isupper() for c in w.partition('=')[2]) else w for w in words
+    ]
+    assert memest_hf.main(words) == 1
+    said = capsys.readouterr().err.strip()
+    assert names in said and '\n' not in said and 'Traceback' not in said
