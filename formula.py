@@ -103,8 +103,9 @@ class Matrix:
             self.basis = {16: w * m * r, 8: m * r + 4 * -(-m * r // BLOCK), 4: nf4(m * r, False)}[c.basis_bits]
             self.dense_grad = c.residual == 'fira'
             self.grad = w * (m if self.dense_grad else r) * n
+            self.weight += w  # R's placeholder, one number seen r n times
             if c.weight_bits == 8:
-                self.weight = m * n + 4 * (m * n // math.gcd(into, BLOCK))
+                self.weight = 2 * w + m * n + 4 * (m * n // math.gcd(into, BLOCK))
         elif c.method in ('apollo', 'apollo_mini'):
             trained = [r * n]
         elif c.method == 'loqt':

@@ -366,9 +366,8 @@ def fit(config, gpu_bytes, shape):
                 middle = (low + high) // 2
                 low, high = (middle, high) if fits(middle) else (low, middle)
             c = turned(low)
-            flags = {**way, 'checkpointing': checkpointing, 'batch_size': low}
-            flags['gradient_accumulation_steps'] = c.gradient_accumulation_steps
-            words = ' '.join(f'--{key}={value}' for key, value in flags.items() if value != getattr(config, key))
+            changed = {key: value for key, value in vars(c).items() if value != getattr(config, key)}
+            words = ' '.join(f'--{key}={value}' for key, value in changed.items())
             rows.append((name, checkpointing, low, estimate(c, shape.vocab_size), seconds_per_token(c, shape), words))
     return sorted(rows, key=lambda row: row[4])
 
@@ -428,7 +427,8 @@ def own_flags(argv):
     }  # fmt: skip
     flags, rest = {}, []
     for word in argv:
-        name, _, value = word.lstrip('-').replace('-', '_', 1).partition('=')
+        name, _, value = word.removeprefix('--').partition('=')
+        name = name.replace('-', '_')
         if word == '--model=llmem':
             flags['llmem'] = True
         elif word.startswith('--') and name in kinds:

@@ -182,7 +182,7 @@ class Record(LiveBytes):
 
     def call(self, storages, phase):
         """Note these storages down as made in another phase."""
-        places = {self.place[storage] for storage in storages}
+        places = {self.place[storage] for storage in storages if storage in self.place}  # else: in main memory
         for c in {c for c, _ in places}:
             births = (e for e, event in enumerate(self.chunks[c].events) if event[0] == '+')
             for i, e in enumerate(births):

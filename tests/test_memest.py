@@ -123,7 +123,8 @@ def test_a_record_of_four_layers_repeated_equals_that_of_all_layers(mode, monkey
         )
         peak = made.peak
         assert peak.layer in (None, 0, 6)
-        return made.weights, made.states, made.total, made.allocated, made.reserved, peak.kinds, peak.timeline
+        sizes = made.weights, made.states, made.total, made.allocated, made.reserved
+        return *sizes, peak.kinds, peak.operation, peak.layer, len(peak.timeline)
 
     traced = []
     steps = memest.record_steps
