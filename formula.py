@@ -247,9 +247,7 @@ def estimate(config, vocab_size=None):
     }
     name = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {**stays, **moments[name]}
-    whole = (
-        a * N * 4 * D + 8 * N
-    )  # of what a block keeps: norms and the residual stream, which tensor parallelism repeats
+    whole = a * N * 4 * D + 8 * N  # of what a block keeps: norms and residual stream, which tensor parallelism repeats
     pieces = dict(
         weights=weights,
         gradients=all_grads if piled else table_grad,

@@ -277,8 +277,12 @@ def trace_step(model_config, dtype, config, setup, step, compute_dtype=None, mai
     finally:
         gc.enable()
     (weights, states, building), peak = sizes, replay(chunks)
-    seen = 0 if main_memory else WORKSPACE
-    plan = Plan(weights, states, max(peak.live, building), peak.allocated + seen, peak.reserved + seen, peak=peak)
+    total = max(peak.live, building)
+    if main_memory:
+        plan = Plan(weights, states, total, total, total, context=0, peak=peak)
+    else:
+        allocated, reserved = (size + WORKSPACE for size in (peak.allocated, peak.reserved))
+        plan = Plan(weights, states, total, allocated, reserved, peak=peak)
     where = f' of layer {peak.layer}' if peak.layer is not None else ''
     plan.moment = f'{PHASES[peak.phase]}{where} ({peak.operation})' if peak.live >= building else 'setting up'
     plan.parts = {PHASES[phase]: size for phase, size in peak.kinds.items()} if peak.live >= building else {}
@@ -380,12 +384,16 @@ def table(plan, width=40):
     lines = []
     for name, size in sorted(plan.parts.items(), key=lambda part: -part[1]):
         lines.append(f'{name:52} {size / 1e9:9.3f} GB  {"█" * round(width * size / plan.total)}')
-    lines += [
-        f'{"= alive at the peak":52} {plan.total / 1e9:9.3f} GB  {plan.moment}',
-        f"{'with what the allocator rounds up, and cuBLAS':52} {plan.allocated / 1e9:9.3f} GB  allocated",
-        f'{"with what it cannot use":52} {plan.reserved / 1e9:9.3f} GB  reserved',
-        f"{'with CUDA itself':52} {plan.card / 1e9:9.3f} GB  = {plan.card / 2**30:.2f} GiB, as nvidia-smi would show",
-    ]
+    lines.append(f'{"= alive at the peak":52} {plan.total / 1e9:9.3f} GB  {plan.moment}')
+    lines += (
+        []
+        if not plan.context
+        else [  # on a card
+            f"{'with what the allocator rounds up, and cuBLAS':52} {plan.allocated / 1e9:9.3f} GB  allocated",
+            f'{"with what it cannot use":52} {plan.reserved / 1e9:9.3f} GB  reserved',
+            f"{'with CUDA itself':52} {plan.card / 1e9:9.3f} GB  = {plan.card / 2**30:.2f} GiB, as nvidia-smi would show",
+        ]
+    )
     if plan.peak:
         lines.append('largest at the peak:')
         for size, shape, operation, layer in plan.peak.largest:
@@ -472,10 +480,9 @@ def main(argv):
             'planned, not measured'
         )
         print(table(plan))
-        print(
-            f'by the formula {instant.total / 1e9:.3f} GB ({100 * (instant.total / plan.total - 1):+.2f} %); '
-            f'{seconds:.1f} s'
-        )
+        if plan.context:  # the formula is a card's
+            error = 100 * (instant.total / plan.total - 1)
+            print(f'by the formula {instant.total / 1e9:.3f} GB ({error:+.2f} %); {seconds:.1f} s')
         if 'gpu_gb' in flags:
             room = flags['gpu_gb'] * 2**30 - plan.card * (1 + MARGIN)
             says = f'fits, {room / 2**30:.2f} GiB to spare' if room >= 0 else f'is {-room / 2**30:.2f} GiB too much'

@@ -283,7 +283,7 @@ def print_plan(config, model, plan, folder, meta, device):
     print(f'model: {model.n_params():,} parameters in {str(model.head.dtype).removeprefix("torch.")} on {device}')
     print(f'memory: planned peak of all tensors {plan}')
     if plan.moment:
-        shown = f', {plan.card / 1e9:.2f} GB as nvidia-smi shows it' if plan.reserved > plan.allocated else ''
+        shown = f', {plan.card / 1e9:.2f} GB as nvidia-smi shows it' if plan.context else ''
         print(f'memory: that is in {plan.moment}{shown}; python memest.py has the details')
     epochs = ''
     if meta:
