@@ -385,15 +385,13 @@ def table(plan, width=40):
     for name, size in sorted(plan.parts.items(), key=lambda part: -part[1]):
         lines.append(f'{name:52} {size / 1e9:9.3f} GB  {"█" * round(width * size / plan.total)}')
     lines.append(f'{"= alive at the peak":52} {plan.total / 1e9:9.3f} GB  {plan.moment}')
-    lines += (
-        []
-        if not plan.context
-        else [  # on a card
+    if plan.context:
+        gib = f'{plan.card / 2**30:.2f} GiB'
+        lines += [
             f"{'with what the allocator rounds up, and cuBLAS':52} {plan.allocated / 1e9:9.3f} GB  allocated",
             f'{"with what it cannot use":52} {plan.reserved / 1e9:9.3f} GB  reserved',
-            f"{'with CUDA itself':52} {plan.card / 1e9:9.3f} GB  = {plan.card / 2**30:.2f} GiB, as nvidia-smi would show",
+            f"{'with CUDA itself':52} {plan.card / 1e9:9.3f} GB  = {gib}, as nvidia-smi would show",
         ]
-    )
     if plan.peak:
         lines.append('largest at the peak:')
         for size, shape, operation, layer in plan.peak.largest:
