@@ -22,8 +22,9 @@ def first_line(error):
 
 
 def save(folder, model, optimizer, run, extra_files, selection=None):
-    """Write weights, `optimizer.pt`, `coreset.pt` of a selection, and `run.json` (a dict of plain values) to `folder`,
-    replacing what was there only when all is on disk. `extra_files` (the tokenizer's), name -> bytes, make the folder complete in itself."""
+    """Write weights, `optimizer.pt`, `coreset.pt` if there is a selection, and `run.json` (a dict of plain values) to
+    `folder`, replacing what was there only when all is on disk. `extra_files` (the tokenizer's), name -> bytes, make
+    the folder complete in itself."""
     new = folder + '.new'
     try:
         shutil.rmtree(new, ignore_errors=True)

@@ -41,7 +41,7 @@ EPS = 1e-3  # of 'zo'
 
 
 def facility_location(similarity, k):
-    """The k indices, (k,) int64 in the order of their choice, of the greedy maximum of sum_i max_{s in S} similarity_is.
+    """Indices (k,) int64, in the order of their choice, of the greedy maximum of sum_i max_{s in S} similarity_is.
 
     similarity: (n, n). Each gain is kept up to date with the rows that the last choice changed, n^2 log n operations
     in practice. Raises ValueError where there are not k examples."""
@@ -175,7 +175,7 @@ def trained_input(v_proj, x):
 
 
 def example_losses(x, W, targets, needs_grad=False):
-    """(b,): each example's mean cross-entropy in nats over its own targets that are not -100; and its gradient by x.
+    """(b,) fp64: each example's mean cross-entropy in nats over its own targets that are not -100; and its gradient by x.
 
     x (b, T, D), W (V, D), targets (b, T). ROWS rows of logits exist at a time."""
     keep = targets != -100
@@ -192,7 +192,7 @@ def example_losses(x, W, targets, needs_grad=False):
         if needs_grad:
             logits = (logits.mul_(scale / total)).scatter_add_(1, ids[a : a + ROWS], -scale)
             torch.mm(logits.to(x.dtype), W, out=dx[a : a + ROWS])
-    return torch.cat(losses).view(targets.shape).sum(1), dx.view_as(x) if needs_grad else None
+    return torch.cat(losses).double().view(targets.shape).sum(1), dx.view_as(x) if needs_grad else None
 
 
 @torch.no_grad()
@@ -215,7 +215,7 @@ def zeroth_order(model, h, cos, sin, targets, directions=1, seed=0):
                 with hooked(v_proj, lambda *_, eps=eps, u=u: v + eps * u):
                     out = model.norm(block(h, cos, sin))
                 losses.append(example_losses(out, model.head, targets)[0])
-            p.append((losses[0] - losses[1]) / (2 * EPS))
+            p.append(((losses[0] - losses[1]) / (2 * EPS)).float())
     finally:
         torch.set_float32_matmul_precision(precision)
     return torch.stack(p, 1)
@@ -273,10 +273,10 @@ def features(model, tokens, targets, feature, batch_size, directions=1, seed=0, 
 class Coreset:
     """Chooses each step's batch, and keeps the little that lasts from one step to the next.
 
-    feature: 'random', 'zo' or 'grad'; norm: 'unit' or 'adam'; small: sources that are kept whole; weights: 'uniform' or
-    'cluster'; directions: m of 'zo'; sparsity: h of 'adam'. clusters: 0, or the number of clusters of hidden states that
-    stand in for sources, found anew at the steps `remake` (all random before the first), the small ones kept whole if
-    keep_small. Raises ValueError for words that are not known.
+    feature: 'random', 'zo' or 'grad'; norm: 'unit' or 'adam'; weights: 'uniform' or 'cluster'; directions: m of 'zo';
+    sparsity: h of 'adam'. small: sources to be kept whole, as long as they fill at most keep_small of the batch.
+    clusters: 0, or the number of clusters of hidden states that stand in for sources, found anew at the steps `remake`
+    (all is random before the first). Raises ValueError for words that are not known.
 
     After `choose`: kept_share, of the batch; errors, those of `matching_error` for 'grad' on what was compared, else
     None."""

@@ -257,7 +257,7 @@ def training_step(forward, optimizer, micro_batches, learning_rate, device):
     optimizer.lr, total = learning_rate, 0.0
     for i, (x, y, *weights) in enumerate(micro_batches):
         optimizer.last_micro_batch = i == len(micro_batches) - 1
-        weighted = {'weights': w.to(device) for w in weights}
+        weighted = {'weights': weights[0].to(device)} if weights else {}
         loss = forward(x.to(device), y.to(device), **weighted) / len(micro_batches)
         loss.backward()
         total = total + loss.detach()

@@ -1,0 +1,259 @@
+"""
+Batches of 64 chosen out of 256 against batches of 64, 128 and 256, five seeds each: makes coreset.md and coreset.png.
+
+    python results/coreset.py                            # an hour or less on one CPU core; finished runs are kept
+    python results/coreset.py --math=path/to/folder      # with train.jsonl, lines of {source, instruction, output}
+    python results/coreset.py --report                   # the tables alone, of the runs there are
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT]
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import adam  # noqa: E402
+import coreset  # noqa: E402
+import memest  # noqa: E402
+from batches import Tokens, read_meta  # noqa: E402
+from data import common  # noqa: E402
+from data.pystdlib import prepare as pystdlib  # noqa: E402
+from model import LLaMA, ModelConfig  # noqa: E402
+
+OUT = os.path.join(ROOT, 'out', 'coreset')
+T, VOCABULARY, POOL, BATCH, STEPS, WARM, SEEDS, RATE, CAP = 32, 512, 256, 64, 120, 400, 5, 1e-3, 0.5
+SHAPE = dict(n_layer=4, n_head=4, n_embd=64, n_inner=176, block_size=T)
+KEPT = dict(keep_small=CAP)
+# name: (the batch's size, sources used: 'kept' | 'shares' | 'none', options of Coreset, or the name of another rule)
+METHODS = {
+    'random 64': (64, 'none', dict(feature='random')),
+    'stratified 64': (64, 'shares', dict(feature='random')),
+    'keep small + random': (64, 'kept', dict(feature='random')),
+    'random 128': (128, 'none', dict(feature='random')),
+    'full 256': (256, 'none', dict(feature='random')),
+    'top loss': (64, 'none', 'loss'),
+    'top norm': (64, 'none', 'norm'),
+    'zo m=1 (the paper)': (64, 'kept', dict(feature='zo', norm='adam', directions=1)),
+    'zo m=16': (64, 'kept', dict(feature='zo', norm='adam', directions=16)),
+    'grad, Adam + l1': (64, 'kept', dict(feature='grad', norm='adam')),
+    'grad, unit': (64, 'kept', dict(feature='grad')),
+    'grad, unit, cluster weights': (64, 'none', dict(feature='grad', weights='cluster')),
+    'grad, unit, stratified': (64, 'shares', dict(feature='grad')),
+    'grad, unit, no sources': (64, 'none', dict(feature='grad')),
+    'gradient clusters, one at random each': (64, 'none', 'clusters'),
+    'grad over sqrt(V), stratified': (64, 'shares', 'moment'),
+}
+ON_TEXT = [name for name in METHODS if name != 'grad, unit, cluster weights']
+DATA = {  # what is run on what
+    'pystdlib': ON_TEXT,
+    'redundant': [name for name, (_, how, _) in METHODS.items() if how == 'none'] + ['zo m=1 (the paper)', 'zo m=16',
+                                                                                     'grad, Adam + l1'],
+    'math': [name for name in ON_TEXT if name != 'zo m=16'],
+}  # fmt: skip
+
+
+def prepare(name, math):
+    """The folder of a data set with a vocabulary of 512, or None where there is no such data."""
+    folder = os.path.join(OUT, 'data', name)
+    if os.path.exists(os.path.join(folder, 'meta.json')):
+        return folder
+    if name == 'pystdlib':
+        pystdlib.prepare(folder, 'bpe', VOCABULARY)
+        return folder
+    path = os.path.join(math or '', 'train.jsonl')
+    if not os.path.exists(path):
+        print(f'math is left out: {path} does not exist; name a folder that holds it with --math=')
+        return None
+    with open(path, encoding='utf-8') as f:
+        rows = sorted(map(json.loads, f), key=lambda row: row['source'])
+    texts = [(row['source'], f'{row["instruction"]}\n{row["output"]}') for row in rows]
+    tok = common.choose_tokenizer('bpe', (text for _, text in texts), VOCABULARY)
+    with common.Writer(folder, tok, 'python results/coreset.py --math=...') as out:
+        for i, (source, text) in enumerate(texts):
+            out.add(source, 'val' if i == 0 else 'train', text)
+    return folder
+
+
+class Windows:
+    """All windows of a data set by source; every tenth is for evaluation. Sources of fewer than 40 windows are left
+    out; small ones are those below the average size."""
+
+    def __init__(self, folder):
+        tokens = Tokens(folder, 'train', T)
+        self.vocabulary = read_meta(folder)['vocab_size']
+        ends = tokens.source_ends
+        self.train, self.held_out, self.names = [], [], []
+        for name, a, b in zip(tokens.sources, [0, *ends[:-1]], ends):
+            starts = np.arange(a, b - T - 1, T)
+            if len(starts) >= 40:
+                rows = np.stack([tokens.tokens[s : s + T + 1] for s in starts]).astype(np.int64)
+                self.names.append(name)
+                self.train.append(np.delete(rows, np.s_[::10], axis=0))
+                self.held_out.append(rows[::10][:: max(len(rows[::10]) // 100, 1)])
+        sizes = np.array([len(rows) for rows in self.train])
+        self.share, self.small = sizes / sizes.sum(), np.flatnonzero(sizes < sizes.mean()).tolist()
+        self.sources = np.repeat(np.arange(len(sizes)), sizes)
+        self.rows = np.concatenate(self.train)
+
+    def pool(self, seed, step, redundant=False):
+        """x, y (256, T) and sources (256,) of a step, the same for all methods; redundant: 64 windows, copied unequally
+        often to 256, 3 % of the copies' tokens replaced at random."""
+        rng = np.random.default_rng((seed, step))
+        chosen = rng.choice(len(self.rows), POOL, replace=False)
+        rows = self.rows[chosen]
+        if redundant:
+            copies = rng.multinomial(POOL - BATCH, rng.dirichlet(np.full(BATCH, 0.7))) + 1
+            chosen = rng.permutation(np.repeat(chosen[:BATCH], copies))
+            rows = self.rows[chosen]
+            noise = rng.random(rows.shape) < 0.03
+            rows = np.where(noise, rng.integers(self.vocabulary, size=rows.shape), rows)
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), self.sources[chosen]
+
+
+@torch.no_grad()
+def evaluate(model, windows, every=1):
+    """{mixture, macro, small, large}: losses of held-out windows, by the sources' shares or in the mean over sources."""
+    losses = []
+    for rows in windows.held_out:
+        rows = torch.from_numpy(rows[::every])
+        losses.append(model(rows[:, :-1], rows[:, 1:]).item())
+    losses, small = np.array(losses), np.isin(np.arange(len(losses)), windows.small)
+    groups = {'macro': small | True, 'small': small, 'large': ~small}
+    return {'mixture': float(losses @ windows.share)} | {name: float(losses[on].mean()) for name, on in groups.items()}
+
+
+def new_model(windows, seed):
+    return LLaMA(ModelConfig(vocab_size=windows.vocabulary, **SHAPE)).materialise(seed=seed)
+
+
+def warm_start(name, windows, seed):
+    """Weights after 400 steps of random 64, from which all methods of a seed go on."""
+    path = os.path.join(OUT, f'warm_{name}_{seed}.pt')
+    if not os.path.exists(path):
+        model = new_model(windows, seed)
+        optimizer = adam.AdamW(model.parameters(), lr=2e-3)
+        for step in range(WARM):
+            optimizer.lr = 2e-3 * min(1, (step + 1) / 40)
+            x, y, _ = windows.pool(seed + 1000, step)
+            model(x[:BATCH], y[:BATCH]).backward()
+            optimizer.step()
+        torch.save(model.state_dict(), path)
+    return torch.load(path, weights_only=True)
+
+
+def other_rule(rule, model, optimizer, x, y, sources, k, rng):
+    """Choices that coreset.py does not make: indices, and weights or None."""
+    if rule == 'loss':
+        with torch.no_grad():
+            h, cos, sin = model.embed(x)
+            for layer in model.layers:
+                h = layer(h, cos, sin)
+            losses, _ = coreset.example_losses(model.norm(h), model.head, y)
+        return losses.topk(k).indices, None
+    found = coreset.features(model, x, y, 'grad', BATCH)
+    if rule == 'moment':  # lengths as the optimizer sees them
+        W = model.layers[-1].self_attn.v_proj.weight
+        V = optimizer.state[W].get('V', torch.ones_like(W))
+        G = torch.einsum('bto,bti->boi', found['D'], found['X']) / (V.sqrt() + 1e-8)  # (n, out, in)
+        return coreset.select(G.flatten(1), sources, k), None
+    K = coreset.gram(found['X'], found['D'])
+    if rule == 'norm':
+        return K.diagonal().topk(k).indices, None
+    # Clusters around the medoids, one at random of each, with the cluster's size as weight, cut at twice the mean:
+    # without the cut an unbiased estimate of the pool's gradient.
+    distance = coreset.unit_distance(K)
+    medoids = coreset.facility_location(distance.max() - distance, k)
+    nearest = distance[:, medoids].argmin(1)  # (n,)
+    nearest[medoids] = torch.arange(k)  # also where a twin of it is as near
+    members = [np.flatnonzero(nearest.numpy() == c) for c in range(k)]
+    weights = torch.tensor([min(len(m), 2 * POOL / k) for m in members]).float()
+    return torch.tensor([rng.choice(m) for m in members]), weights / weights.mean()
+
+
+def run(name, method, seed, windows):
+    """One run as a dict of numbers; from its file where it ran before."""
+    path = os.path.join(OUT, f'{name}_{method}_{seed}.json'.replace(' ', '_').replace('(', '').replace(')', ''))
+    if os.path.exists(path):
+        with open(path) as f:
+            return json.load(f)
+    k, how, options = METHODS[method]
+    model = new_model(windows, seed)
+    model.load_state_dict(warm_start('math' if name == 'math' else 'pystdlib', windows, seed))
+    optimizer = adam.AdamW(model.parameters(), lr=RATE)
+    chooser, small = None, windows.small if how == 'kept' and name != 'redundant' else []
+    if isinstance(options, dict) and k < POOL:
+        chooser = coreset.Coreset(**options, small=small, keep_small=CAP, seed=seed)
+    curve, errors, selecting, spent = [], [], 0.0, 0.0
+
+    def one_step(step):
+        nonlocal selecting, spent
+        x, y, sources = windows.pool(seed, step, name == 'redundant')
+        if how == 'none' or name == 'redundant':
+            sources = np.zeros(POOL, dtype=np.int64)
+        started, weights = time.process_time(), None
+        if k == POOL:
+            chosen = torch.arange(POOL)
+        elif chooser:
+            chosen, weights = chooser.choose(model, x, y, sources, k, step, BATCH)
+            if chooser.errors is not None:
+                errors.append(chooser.errors.tolist())
+        else:
+            rng = np.random.default_rng((seed, step, 1))
+            chosen, weights = other_rule(options, model, optimizer, x, y, sources, k, rng)
+        selected = time.process_time()
+        optimizer.lr = RATE * min(1, (step + 1) / 10)
+        model(x[chosen], y[chosen], weights=weights).backward()
+        optimizer.step()
+        selecting, spent = selecting + selected - started, spent + time.process_time() - started
+
+    for step in range(STEPS):
+        if step % 20 == 0:
+            curve.append([step, spent, evaluate(model, windows, 8)['mixture']])
+        one_step(step)
+    found = evaluate(model, windows)
+    curve.append([STEPS, spent, evaluate(model, windows, 8)['mixture']])
+    found |= {'seconds': spent, 'selecting': selecting, 'curve': curve, 'kept': chooser.kept_share if chooser else 0.0}
+    found['errors'] = np.mean(errors, 0).tolist() if errors else None
+    with memest.LiveBytes() as live:  # of one more step: what it makes, weights and moments not counted
+        one_step(STEPS)
+    found['made'] = live.peak
+    with open(path + '.part', 'w') as f:
+        json.dump(found, f)
+    os.rename(path + '.part', path)
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--math', default='')
+    parser.add_argument('--report', action='store_true')
+    parser.add_argument('--seeds', type=int, default=SEEDS)
+    args = parser.parse_args()
+    os.makedirs(OUT, exist_ok=True)
+    torch.manual_seed(0)
+    folders = {name: prepare(name, args.math) for name in ('pystdlib', 'math')}
+    windows = {name: Windows(folder) for name, folder in folders.items() if folder}
+    if 'pystdlib' in windows:
+        windows['redundant'] = windows['pystdlib']
+    for name, w in windows.items():
+        print(name, len(w.names), 'sources', f'small: {[w.names[q] for q in w.small]} {w.share[w.small].sum():.3f}',
+              'held out', sum(map(len, w.held_out)))  # fmt: skip
+    for seed in range(args.seeds):
+        for name, methods in DATA.items():
+            for method in methods if name in windows else ():
+                started = time.time()
+                r = run(name, method, seed, windows[name])
+                print(f'{seed} {name:10} {method:40} mixture {r["mixture"]:.4f} macro {r["macro"]:.4f} '
+                      f'{r["seconds"]:.1f} s {time.time() - started:.0f}', flush=True)  # fmt: skip
+
+
+if __name__ == '__main__':
+    main()
