@@ -175,7 +175,7 @@ def trained_input(v_proj, x):
 
 
 def example_losses(x, W, targets, needs_grad=False):
-    """(b,) fp64: each example's mean cross-entropy in nats over its own targets that are not -100; and its gradient by x.
+    """(b,) fp64: each example's mean cross-entropy in nats over its own targets that are not -100; its gradient by x.
 
     x (b, T, D), W (V, D), targets (b, T). ROWS rows of logits exist at a time."""
     keep = targets != -100

@@ -9,7 +9,6 @@ Batches of 64 chosen out of 256 against batches of 64, 128 and 256, five seeds e
 import argparse
 import json
 import os
-import statistics
 import sys
 import time
 
@@ -28,8 +27,8 @@ from data.pystdlib import prepare as pystdlib  # noqa: E402
 from model import LLaMA, ModelConfig  # noqa: E402
 
 OUT = os.path.join(ROOT, 'out', 'coreset')
-T, VOCABULARY, POOL, BATCH, STEPS, WARM, SEEDS, RATE, CAP = 32, 512, 256, 64, 120, 400, 5, 1e-3, 0.5
-SHAPE = dict(n_layer=4, n_head=4, n_embd=64, n_inner=176, block_size=T)
+T, VOCABULARY, POOL, BATCH, STEPS, WARM, SEEDS, RATE, CAP = 24, 512, 256, 64, 60, 400, 5, 1e-3, 1.0
+SHAPE = dict(n_layer=3, n_head=4, n_embd=64, n_inner=176, block_size=T)
 KEPT = dict(keep_small=CAP)
 # name: (the batch's size, sources used: 'kept' | 'shares' | 'none', options of Coreset, or the name of another rule)
 METHODS = {
@@ -120,7 +119,7 @@ class Windows:
 
 @torch.no_grad()
 def evaluate(model, windows, every=1):
-    """{mixture, macro, small, large}: losses of held-out windows, by the sources' shares or in the mean over sources."""
+    """{mixture, macro, small, large}: held-out losses, by the sources' shares or in the mean over sources."""
     losses = []
     for rows in windows.held_out:
         rows = torch.from_numpy(rows[::every])
@@ -139,9 +138,9 @@ def warm_start(name, windows, seed):
     path = os.path.join(OUT, f'warm_{name}_{seed}.pt')
     if not os.path.exists(path):
         model = new_model(windows, seed)
-        optimizer = adam.AdamW(model.parameters(), lr=2e-3)
+        optimizer = adam.AdamW(model.parameters(), lr=3e-3)
         for step in range(WARM):
-            optimizer.lr = 2e-3 * min(1, (step + 1) / 40)
+            optimizer.lr = 3e-3 * min(1, (step + 1) / 40)
             x, y, _ = windows.pool(seed + 1000, step)
             model(x[:BATCH], y[:BATCH]).backward()
             optimizer.step()
@@ -215,7 +214,7 @@ def run(name, method, seed, windows):
         selecting, spent = selecting + selected - started, spent + time.process_time() - started
 
     for step in range(STEPS):
-        if step % 20 == 0:
+        if step % 15 == 0:
             curve.append([step, spent, evaluate(model, windows, 8)['mixture']])
         one_step(step)
     found = evaluate(model, windows)
