@@ -9,8 +9,11 @@ Batches of 64 chosen out of 256 against batches of 64, 128 and 256, five seeds e
 import argparse
 import json
 import os
+import re
 import sys
+import sysconfig
 import time
+from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -27,7 +30,7 @@ from data.pystdlib import prepare as pystdlib  # noqa: E402
 from model import LLaMA, ModelConfig  # noqa: E402
 
 OUT = os.path.join(ROOT, 'out', 'coreset')
-T, VOCABULARY, POOL, BATCH, STEPS, WARM, SEEDS, RATE, CAP = 24, 512, 256, 64, 60, 400, 5, 1e-3, 1.0
+T, VOCABULARY, POOL, BATCH, STEPS, WARM, SEEDS, RATE, CAP = 24, 512, 256, 64, 48, 400, 5, 1e-3, 1.0
 SHAPE = dict(n_layer=3, n_head=4, n_embd=64, n_inner=176, block_size=T)
 KEPT = dict(keep_small=CAP)
 # name: (the batch's size, sources used: 'kept' | 'shares' | 'none', options of Coreset, or the name of another rule)
@@ -49,13 +52,31 @@ METHODS = {
     'gradient clusters, one at random each': (64, 'none', 'clusters'),
     'grad over sqrt(V), stratified': (64, 'shares', 'moment'),
 }
-ON_TEXT = [name for name in METHODS if name != 'grad, unit, cluster weights']
 DATA = {  # what is run on what
-    'pystdlib': ON_TEXT,
-    'redundant': [name for name, (_, how, _) in METHODS.items() if how == 'none'] + ['zo m=1 (the paper)', 'zo m=16',
-                                                                                     'grad, Adam + l1'],
-    'math': [name for name in ON_TEXT if name != 'zo m=16'],
+    'pystdlib': [name for name in METHODS if name not in ('grad, unit, cluster weights', 'zo m=16')],
+    'redundant': ['random 64', 'random 128', 'full 256', 'zo m=1 (the paper)', 'zo m=16', 'grad, Adam + l1',
+                  'grad, unit, no sources', 'grad, unit, cluster weights', 'gradient clusters, one at random each'],
+    'unlike': ['random 64', 'stratified 64', 'keep small + random', 'full 256', 'zo m=1 (the paper)', 'grad, unit'],
+    'math': ['random 64', 'stratified 64', 'keep small + random', 'full 256', 'grad, unit', 'grad, unit, stratified'],
 }  # fmt: skip
+
+
+def texts_unlike():
+    """[(source, text)] of what comes with Python: its modules, and little of five other kinds of text."""
+    root, found = Path(sysconfig.get_paths()['stdlib']), []
+    kinds = {
+        'python': sorted(root.glob('*.py')),
+        'english': [root / 'pydoc_data' / 'topics.py'],
+        'tables': sorted(root.glob('encodings/cp*.py')),
+        'headers': sorted(Path(sysconfig.get_paths()['include']).rglob('*.h')),
+        'news': sorted(root.glob('idlelib/*.txt')) + sorted(root.glob('LICENSE.txt')),
+        'html': sorted(root.rglob('*.html')),
+    }
+    for kind, paths in kinds.items():
+        text = '\n'.join(path.read_text(encoding='utf-8', errors='replace') for path in paths if path.exists())
+        text = text if kind == 'python' else text[:200_000]
+        found += [(kind, text[a : a + 10_000]) for a in range(0, len(text), 10_000)]
+    return found
 
 
 def prepare(name, math):
@@ -66,18 +87,30 @@ def prepare(name, math):
     if name == 'pystdlib':
         pystdlib.prepare(folder, 'bpe', VOCABULARY)
         return folder
-    path = os.path.join(math or '', 'train.jsonl')
-    if not os.path.exists(path):
-        print(f'math is left out: {path} does not exist; name a folder that holds it with --math=')
-        return None
-    with open(path, encoding='utf-8') as f:
-        rows = sorted(map(json.loads, f), key=lambda row: row['source'])
-    texts = [(row['source'], f'{row["instruction"]}\n{row["output"]}') for row in rows]
+    if name == 'unlike':
+        texts = texts_unlike()
+    else:
+        path = os.path.join(math or '', 'train.jsonl')
+        if not os.path.exists(path):
+            print(f'math is left out: {path} does not exist; name a folder that holds it with --math=')
+            return None
+        with open(path, encoding='utf-8') as f:
+            rows = sorted(map(json.loads, f), key=lambda row: row['source'])
+        texts = [(row['source'], f'{row["instruction"]}\n{row["output"]}') for row in rows]
     tok = common.choose_tokenizer('bpe', (text for _, text in texts), VOCABULARY)
-    with common.Writer(folder, tok, 'python results/coreset.py --math=...') as out:
+    with common.Writer(folder, tok, 'python results/coreset.py') as out:
         for i, (source, text) in enumerate(texts):
             out.add(source, 'val' if i == 0 else 'train', text)
     return folder
+
+
+HEADINGS = {
+    'pystdlib': "Python's standard library, its packages as sources",
+    'redundant': 'pools of 64 windows copied to 256 with 3 % noise',
+    'unlike': 'Python and five other kinds of text',
+    'math': 'mathematical questions and answers, 8 sources',
+}
+INTRODUCTION, CONCLUSIONS = [], []
 
 
 class Windows:
@@ -177,15 +210,19 @@ def other_rule(rule, model, optimizer, x, y, sources, k, rng):
     return torch.tensor([rng.choice(m) for m in members]), weights / weights.mean()
 
 
+def path_of(name, method, seed):
+    return os.path.join(OUT, re.sub(r'[^a-z0-9]+', '_', f'{name} {method}'.lower()).strip('_') + f'_{seed}.json')
+
+
 def run(name, method, seed, windows):
     """One run as a dict of numbers; from its file where it ran before."""
-    path = os.path.join(OUT, f'{name}_{method}_{seed}.json'.replace(' ', '_').replace('(', '').replace(')', ''))
+    path = path_of(name, method, seed)
     if os.path.exists(path):
         with open(path) as f:
             return json.load(f)
     k, how, options = METHODS[method]
     model = new_model(windows, seed)
-    model.load_state_dict(warm_start('math' if name == 'math' else 'pystdlib', windows, seed))
+    model.load_state_dict(warm_start('pystdlib' if name == 'redundant' else name, windows, seed))
     optimizer = adam.AdamW(model.parameters(), lr=RATE)
     chooser, small = None, windows.small if how == 'kept' and name != 'redundant' else []
     if isinstance(options, dict) and k < POOL:
@@ -214,7 +251,7 @@ def run(name, method, seed, windows):
         selecting, spent = selecting + selected - started, spent + time.process_time() - started
 
     for step in range(STEPS):
-        if step % 15 == 0:
+        if step % 16 == 0:
             curve.append([step, spent, evaluate(model, windows, 8)['mixture']])
         one_step(step)
     found = evaluate(model, windows)
@@ -230,15 +267,106 @@ def run(name, method, seed, windows):
     return found
 
 
+def mean(values):
+    """'mean +- standard error' of a list of numbers, one a seed."""
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float('nan')
+    return f'{np.mean(values):.4f} +- {error:.4f}'
+
+
+def at_seconds(runs, seconds):
+    """The mixture loss of each run's curve after so many seconds."""
+    return [np.interp(seconds, [t for _, t, _ in r['curve']], [loss for *_, loss in r['curve']]) for r in runs]
+
+
+def finished(name):
+    """{method: its runs, by seed} of the seeds that all methods have finished."""
+    found = {}
+    for method in DATA[name]:
+        for seed in range(100):
+            if os.path.exists(path_of(name, method, seed)):
+                with open(path_of(name, method, seed)) as f:
+                    found.setdefault(method, {})[seed] = json.load(f)
+    if set(found) != set(DATA[name]):
+        return {}
+    common_seeds = sorted(set.intersection(*(set(runs) for runs in found.values())))
+    return {method: [runs[seed] for seed in common_seeds] for method, runs in found.items() if common_seeds}
+
+
+def table_of(runs):
+    base = [r['mixture'] for r in runs['random 64']]
+    seconds = np.mean([r['seconds'] for r in runs['random 64']])
+    head = [
+        'method',
+        'mixture',
+        'mean over sources',
+        'small sources',
+        'large sources',
+        'mixture, over random 64',
+        'gradient error (random)',
+        'ms a step',
+        'of it choosing',
+        "mixture at random 64's seconds",
+        'MB made',
+    ]
+    lines = [f'| {" | ".join(head)} |', '|' + '---|' * len(head)]
+    for method, rs in runs.items():
+        errors = np.mean([r['errors'] for r in rs], 0) if rs[0]['errors'] else None
+        spent, chosen = (np.mean([r[key] for r in rs]) for key in ('seconds', 'selecting'))
+        cells = [method, *(mean([r[key] for r in rs]) for key in ('mixture', 'macro', 'small', 'large'))]
+        cells.append(mean([r['mixture'] - b for r, b in zip(rs, base)]))
+        cells.append(f'{errors[0]:.2f} ({errors[1]:.2f})' if errors is not None else '')
+        cells += [f'{1000 * spent / STEPS:.0f}', f'{100 * chosen / spent:.0f}%']
+        cells += [f'{np.mean(at_seconds(rs, seconds)):.4f}', f'{np.mean([r["made"] for r in rs]) / 1e6:.0f}']
+        lines.append(f'| {" | ".join(cells)} |')
+    return lines
+
+
+def draw(found, png):
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(found) + 1, figsize=(6 * len(found) + 6, 5.5), layout='constrained')
+    for axes, (name, runs) in zip(panels, found.items()):
+        for method, rs in runs.items():
+            x, y = ([np.mean([r[key] for r in rs]), np.std([r[key] for r in rs]) / max(len(rs) - 1, 1) ** 0.5]
+                    for key in ('mixture', 'macro'))  # fmt: skip
+            axes.errorbar(x[0], y[0], xerr=x[1], yerr=y[1], fmt='o', ms=4)
+            axes.annotate(method, (x[0], y[0]), fontsize=7, xytext=(3, 3), textcoords='offset points')
+        axes.set(title=f'{name}, {STEPS} steps', xlabel='mixture loss', ylabel='mean over sources')
+    name = 'redundant' if 'redundant' in found else next(iter(found))
+    for method, rs in found[name].items():
+        seconds, losses = (np.mean([[point[i] for point in r['curve']] for r in rs], 0) for i in (1, 2))
+        panels[-1].plot(seconds, losses, marker='.', label=method)
+    panels[-1].set(title=f'{name}, over time', xlabel='CPU seconds', ylabel='mixture loss')
+    panels[-1].legend(fontsize=7)
+    figure.savefig(png, dpi=110)
+
+
+def report():
+    """coreset.md and coreset.png of the runs there are."""
+    found = {name: runs for name in DATA if (runs := finished(name))}
+    lines = ['# Batches chosen out of larger ones', '', *INTRODUCTION, '']
+    for name, runs in found.items():
+        lines += [f'## {name}: {HEADINGS[name]}, {len(runs["random 64"])} seeds', '', *table_of(runs), '']
+    lines += [*CONCLUSIONS, '', '![losses](coreset.png)', '']
+    with open(os.path.join(ROOT, 'results', 'coreset.md'), 'w') as f:
+        f.write('\n'.join(lines))
+    draw(found, os.path.join(ROOT, 'results', 'coreset.png'))
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument('--math', default='')
     parser.add_argument('--report', action='store_true')
     parser.add_argument('--seeds', type=int, default=SEEDS)
     args = parser.parse_args()
+    if args.report:
+        return report()
     os.makedirs(OUT, exist_ok=True)
     torch.manual_seed(0)
-    folders = {name: prepare(name, args.math) for name in ('pystdlib', 'math')}
+    folders = {name: prepare(name, args.math) for name in ('pystdlib', 'unlike', 'math')}
     windows = {name: Windows(folder) for name, folder in folders.items() if folder}
     if 'pystdlib' in windows:
         windows['redundant'] = windows['pystdlib']
@@ -252,6 +380,7 @@ def main():
                 r = run(name, method, seed, windows[name])
                 print(f'{seed} {name:10} {method:40} mixture {r["mixture"]:.4f} macro {r["macro"]:.4f} '
                       f'{r["seconds"]:.1f} s {time.time() - started:.0f}', flush=True)  # fmt: skip
+    report()
 
 
 if __name__ == '__main__':
