@@ -169,6 +169,19 @@ def hooked(module, hook):
         handle.remove()
 
 
+@contextlib.contextmanager
+def evaluating(model):
+    """No dropout, whose masks would take from the global generator; afterwards every module's flag is what it was."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def trained_input(v_proj, x):
     """What the trained matrix of the V projection multiplies: x, or under LoRA alpha / r A x for its B."""
     return v_proj.scale * (x @ v_proj.A.to(x.dtype).T) if hasattr(v_proj, 'A') else x  # (b, T, in)
@@ -302,7 +315,8 @@ class Coreset:
         share = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         if plan:
             share = (0, max(len(tokens) // batch_size // 2, 1))
-        found = features(model, tokens, targets, self.feature, batch_size, self.directions, self.seed, *share)
+        with evaluating(model):
+            found = features(model, tokens, targets, self.feature, batch_size, self.directions, self.seed, *share)
         for t in found.values() if several else ():
             dist.all_reduce(t)  # the others' are zeros here
         return found

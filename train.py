@@ -127,6 +127,7 @@ METHODS = {'adamw': adam, 'galore': galore, 'loqt': loqt, 'lora': lora, 'apollo'
 # What a checkpoint's tensors decide.
 FIXED = ('model', *SHAPE, 'method', 'rank', 'residual', 'state_bits', 'basis_bits', 'weight_bits', 'dtype')
 FIXED_PACKED = ('scale', 'quantize', 'double_quant')  # the same of LoQT's and LoRA's layers
+FIXED_CORESET = ('coreset', 'coreset_norm', 'coreset_clusters', 'zo_directions')  # and of the history of the choices
 
 
 class Stop(Exception):
@@ -434,6 +435,8 @@ def main(config):
     if config.init_from == 'resume':
         saved_at, run = checkpoint.find(last if checkpoint.exists(last) or not checkpoint.exists(best) else best)
         fixed = FIXED + FIXED_PACKED * (config.method in ('loqt', 'lora'))
+        if 'none' not in (config.coreset, run['config'].get('coreset', 'none')):
+            fixed += FIXED_CORESET
         if changed := [key for key in fixed if getattr(config, key) != run['config'].get(key)]:
             was = ' '.join(f'--{key}={run["config"].get(key)}' for key in changed)
             now = ' '.join(f'{key}={getattr(config, key)}' for key in changed)

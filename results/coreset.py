@@ -30,7 +30,7 @@ from data.pystdlib import prepare as pystdlib  # noqa: E402
 from model import LLaMA, ModelConfig  # noqa: E402
 
 OUT = os.path.join(ROOT, 'out', 'coreset')
-T, VOCABULARY, POOL, BATCH, STEPS, WARM, SEEDS, RATE, CAP = 24, 512, 256, 64, 48, 400, 5, 1e-3, 1.0
+T, VOCABULARY, POOL, BATCH, STEPS, WARM, SEEDS, RATE, CAP = 24, 512, 256, 64, 32, 400, 5, 1e-3, 1.0
 SHAPE = dict(n_layer=3, n_head=4, n_embd=64, n_inner=176, block_size=T)
 KEPT = dict(keep_small=CAP)
 # name: (the batch's size, sources used: 'kept' | 'shares' | 'none', options of Coreset, or the name of another rule)
@@ -53,11 +53,11 @@ METHODS = {
     'grad over sqrt(V), stratified': (64, 'shares', 'moment'),
 }
 DATA = {  # what is run on what
+    'redundant': ['random 64', 'full 256', 'grad, unit, no sources', 'grad, Adam + l1', 'zo m=1 (the paper)',
+                  'zo m=16', 'random 128', 'grad, unit, cluster weights'],
+    'unlike': ['random 64', 'keep small + random', 'full 256', 'grad, unit', 'zo m=1 (the paper)', 'stratified 64'],
     'pystdlib': [name for name in METHODS if name not in ('grad, unit, cluster weights', 'zo m=16')],
-    'redundant': ['random 64', 'random 128', 'full 256', 'zo m=1 (the paper)', 'zo m=16', 'grad, Adam + l1',
-                  'grad, unit, no sources', 'grad, unit, cluster weights', 'gradient clusters, one at random each'],
-    'unlike': ['random 64', 'stratified 64', 'keep small + random', 'full 256', 'zo m=1 (the paper)', 'grad, unit'],
-    'math': ['random 64', 'stratified 64', 'keep small + random', 'full 256', 'grad, unit', 'grad, unit, stratified'],
+    'math': ['random 64', 'keep small + random', 'full 256', 'grad, unit', 'grad, unit, stratified', 'stratified 64'],
 }  # fmt: skip
 
 
@@ -128,7 +128,7 @@ class Windows:
                 rows = np.stack([tokens.tokens[s : s + T + 1] for s in starts]).astype(np.int64)
                 self.names.append(name)
                 self.train.append(np.delete(rows, np.s_[::10], axis=0))
-                self.held_out.append(rows[::10][:: max(len(rows[::10]) // 100, 1)])
+                self.held_out.append(rows[::10][:: max(len(rows[::10]) // 60, 1)])
         sizes = np.array([len(rows) for rows in self.train])
         self.share, self.small = sizes / sizes.sum(), np.flatnonzero(sizes < sizes.mean()).tolist()
         self.sources = np.repeat(np.arange(len(sizes)), sizes)
@@ -151,13 +151,22 @@ class Windows:
 
 
 @torch.no_grad()
+def losses_of(model, x, y):
+    """(n,): each window's mean loss."""
+    h, cos, sin = model.embed(x)
+    for layer in model.layers:
+        h = layer(h, cos, sin)
+    return coreset.example_losses(model.norm(h), model.head, y)[0]
+
+
 def evaluate(model, windows, every=1):
     """{mixture, macro, small, large}: held-out losses, by the sources' shares or in the mean over sources."""
-    losses = []
-    for rows in windows.held_out:
-        rows = torch.from_numpy(rows[::every])
-        losses.append(model(rows[:, :-1], rows[:, 1:]).item())
-    losses, small = np.array(losses), np.isin(np.arange(len(losses)), windows.small)
+    parts = [rows[::every] for rows in windows.held_out]
+    of = np.repeat(np.arange(len(parts)), [len(rows) for rows in parts])
+    rows = torch.from_numpy(np.concatenate(parts))
+    found = np.concatenate([losses_of(model, part[:, :-1], part[:, 1:]).numpy() for part in rows.split(POOL)])
+    losses = np.bincount(of, found) / np.bincount(of)
+    small = np.isin(np.arange(len(losses)), windows.small)
     groups = {'macro': small | True, 'small': small, 'large': ~small}
     return {'mixture': float(losses @ windows.share)} | {name: float(losses[on].mean()) for name, on in groups.items()}
 
@@ -166,15 +175,15 @@ def new_model(windows, seed):
     return LLaMA(ModelConfig(vocab_size=windows.vocabulary, **SHAPE)).materialise(seed=seed)
 
 
-def warm_start(name, windows, seed):
-    """Weights after 400 steps of random 64, from which all methods of a seed go on."""
-    path = os.path.join(OUT, f'warm_{name}_{seed}.pt')
+def warm_start(name, windows):
+    """Weights after 400 steps of random 64, from which all methods and seeds go on."""
+    path = os.path.join(OUT, f'warm_{name}.pt')
     if not os.path.exists(path):
-        model = new_model(windows, seed)
+        model = new_model(windows, 0)
         optimizer = adam.AdamW(model.parameters(), lr=3e-3)
         for step in range(WARM):
             optimizer.lr = 3e-3 * min(1, (step + 1) / 40)
-            x, y, _ = windows.pool(seed + 1000, step)
+            x, y, _ = windows.pool(1000, step)
             model(x[:BATCH], y[:BATCH]).backward()
             optimizer.step()
         torch.save(model.state_dict(), path)
@@ -184,12 +193,7 @@ def warm_start(name, windows, seed):
 def other_rule(rule, model, optimizer, x, y, sources, k, rng):
     """Choices that coreset.py does not make: indices, and weights or None."""
     if rule == 'loss':
-        with torch.no_grad():
-            h, cos, sin = model.embed(x)
-            for layer in model.layers:
-                h = layer(h, cos, sin)
-            losses, _ = coreset.example_losses(model.norm(h), model.head, y)
-        return losses.topk(k).indices, None
+        return losses_of(model, x, y).topk(k).indices, None
     found = coreset.features(model, x, y, 'grad', BATCH)
     if rule == 'moment':  # lengths as the optimizer sees them
         W = model.layers[-1].self_attn.v_proj.weight
@@ -222,7 +226,7 @@ def run(name, method, seed, windows):
             return json.load(f)
     k, how, options = METHODS[method]
     model = new_model(windows, seed)
-    model.load_state_dict(warm_start('pystdlib' if name == 'redundant' else name, windows, seed))
+    model.load_state_dict(warm_start('pystdlib' if name == 'redundant' else name, windows))
     optimizer = adam.AdamW(model.parameters(), lr=RATE)
     chooser, small = None, windows.small if how == 'kept' and name != 'redundant' else []
     if isinstance(options, dict) and k < POOL:
@@ -251,7 +255,7 @@ def run(name, method, seed, windows):
         selecting, spent = selecting + selected - started, spent + time.process_time() - started
 
     for step in range(STEPS):
-        if step % 16 == 0:
+        if step % 8 == 0:
             curve.append([step, spent, evaluate(model, windows, 8)['mixture']])
         one_step(step)
     found = evaluate(model, windows)

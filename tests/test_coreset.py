@@ -265,6 +265,19 @@ def test_every_stack_is_trained_and_choosing_touches_nothing(method, dtype, bits
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_dropout_is_off_while_choosing_and_on_again_after():
+    model, optimizer = model_and_optimizer()
+    for block in model.layers:
+        block.mlp.down_proj = torch.nn.Sequential(torch.nn.Dropout(0.5), block.mlp.down_proj)
+    model.layers[0].eval()
+    x, y = tokens_of(12)
+    before = snapshot(model, optimizer)
+    for feature in ('grad', 'zo'):
+        a, b = (Coreset(feature).choose(model, x, y, [0] * 12, 5, 0, 4)[0] for _ in range(2))
+        assert torch.equal(a, b)
+    assert_untouched(before, snapshot(model, optimizer))
+
+
 def test_neither_kept_nor_unwanted_examples_run_through_the_model():
     model, _ = model_and_optimizer()
     x, y = tokens_of(20)
@@ -436,6 +449,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(mixed, tmp_path):
     assert values(out)['val_loss'] == values(out2)['val_loss']
     os.remove(tmp_path / 'part/last/coreset.pt')
     words = ['train.py', *FLAGS, f'--dataset={mixed}', f'--out_dir={tmp_path / "part"}', *STEPS, *flags]
+    refused = run([*words, '--init_from=resume', '--max_iters=12', '--coreset=zo'])
+    assert refused.returncode == 1 and 'cannot go on with coreset=zo: type --coreset=grad' in refused.stderr
     refused = run([*words, '--init_from=resume', '--max_iters=12'])
     assert refused.returncode == 1 and 'coreset.pt is missing or broken' in refused.stderr
 
