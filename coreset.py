@@ -57,10 +57,11 @@ def facility_location(similarity, k):
         s = chosen[j] = int(gain.argmax())
         new = np.maximum(best, A[s])  # (n,)
         changed = np.flatnonzero(new > best)
-        lost = rows[changed]  # (changed, n)
-        lost -= best[changed, None]
-        np.minimum(lost, (new - best)[changed, None], out=lost)
-        gain -= np.ones(len(lost)) @ np.maximum(lost, 0, out=lost)
+        for some in np.split(changed, range(64, len(changed), 64)):  # as many rows as stay in the cache
+            lost = rows[some]  # (some, n)
+            lost -= best[some, None]
+            np.minimum(lost, (new - best)[some, None], out=lost)
+            gain -= np.ones(len(some)) @ np.maximum(lost, 0, out=lost)
         gain[s], best = -np.inf, new
     return torch.from_numpy(chosen)
 

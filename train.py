@@ -102,14 +102,10 @@ compile = False  # torch.compile: 15 s to start, then a sixth faster here; off, 
 # choice of batches
 coreset = 'none'  # 'none' | 'random' | 'zo' | 'grad': choose each step's windows out of more (CoLM); random: by source
 coreset_from = 4  # how many times more windows a step chooses from; each costs a forward under zo and grad
-coreset_norm = (
-    'unit'  # 'unit' | 'adam': what zo and grad compare: gradients at unit length, or the paper's, Adam's of them
-)
-coreset_weights = 'uniform'  # 'uniform' | 'cluster': cluster weighs a chosen window by how many it stands for; noisier
-coreset_clusters = 0  # 0: sources are the data set's; else so many clusters of hidden states, found five times in a run
-keep_small = (
-    0.5  # sources below average size are taken whole, up to this share of the batch: better there, worse elsewhere
-)
+coreset_norm = 'unit'  # 'unit' | 'adam': compare gradients at unit length, or, as the paper does, Adam's steps of each
+coreset_weights = 'uniform'  # 'uniform' | 'cluster': cluster weighs a window by how many it stands for; noisier
+coreset_clusters = 0  # 0: sources are the data set's; else so many clusters of hidden states, found anew five times
+keep_small = 0.5  # share of the batch within which sources below average size are taken whole; 0: all in proportion
 zo_directions = 16  # random directions of zo; the paper's 1 leaves a single number a window
 
 # reports
