@@ -249,7 +249,7 @@ def test_every_stack_is_trained_and_choosing_touches_nothing(method, dtype, bits
     model, optimizer = model_and_optimizer(method, dtype, checkpointing, **options)
     before = [p.detach().clone() for p in model.parameters()]
     choosers = [Coreset('grad', small=[2]), Coreset('zo', norm='adam', directions=2, small=[2], weights='cluster')]
-    for step, chooser in enumerate([*choosers, *choosers]):
+    for step, chooser in enumerate(choosers):
         x, y = tokens_of(16, T=8, seed=step)
         sources = torch.tensor([0] * 8 + [1] * 5 + [2] * 3)
         state = snapshot(model, optimizer)
@@ -257,7 +257,6 @@ def test_every_stack_is_trained_and_choosing_touches_nothing(method, dtype, bits
         # a galore that has not stepped yet makes the (empty) place for a weight's state on the way, as forward does
         assert_untouched(state, snapshot(model, optimizer))
         assert len(set(chosen.tolist())) == 8 and {13, 14, 15} <= set(chosen.tolist())
-        assert torch.equal(chosen, chooser.choose(model, x, y, sources, 8, step, 6)[0]) or chooser.norm == 'adam'
         parts = [chosen.split(4), *([weights.split(4)] if weights is not None else [])]
         batches = [(x[i], y[i], *w) for i, *w in zip(*parts)]
         assert training.training_step(model, optimizer, batches, 1e-2, 'cpu').isfinite()
