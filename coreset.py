@@ -16,10 +16,11 @@ and f_i is G_i at unit length ('unit'), |.| the l2 norm, for which K_ij = <G_i, 
 paper, what Adam with a history of what was selected would make of G_i ('adam'), at the h coordinates that are largest
 on average in a source, |.| the l1 norm.
 
-Memory: 'grad' keeps n T (in + out) numbers of a pool, 'zo' n m. Time: a forward of the pool, and a block's backward.
-Not for: data without repetition, if loss is all that counts. There gradients of different examples are orthogonal and a
-random batch is as good; what moves results is the larger weight of small sources (results/coreset.md). Where the
-pool holds near-duplicates it replaces a batch four times as large.
+Memory: 'grad' keeps n T (in + out) numbers of a pool, 'zo' n m. Time: a forward of what is compared, and the last block
+and the head again: with n = 4 k about two thirds of a step.
+Not for: data without repetition, where gradients of different examples are nearly orthogonal and a random batch is as
+good. What moves results there is the larger weight of small sources, which 'random' gives, too. In pools of
+near-duplicates 64 chosen examples end below all 256 (results/coreset.md).
 
     python train.py config/coreset_laptop.py                                                      # ours
     chosen = select(features, sources, k)                                     # (n, anything), (n,) -> (k,) indices
