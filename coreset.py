@@ -293,8 +293,8 @@ class Coreset:
     clusters: 0, or the number of clusters of hidden states that stand in for sources, found anew at the steps `remake`
     (all is random before the first). Raises ValueError for words that are not known.
 
-    After `choose`: kept_share, of the batch; errors, those of `matching_error` for 'grad' on what was compared, else
-    None."""
+    After `choose`: kept_share, of the batch; errors, None or for 'grad' (3,): `matching_error` of what was chosen and
+    of a random batch, among what was compared, and of the chosen if each is weighed by the size of its cluster."""
 
     def __init__(self, feature='grad', norm='unit', small=(), weights='uniform', directions=16, clusters=0,
                  remake=(), keep_small=1.0, sparsity=2560, betas=(0.9, 0.999), seed=0):  # fmt: skip
@@ -362,7 +362,8 @@ class Coreset:
             among = torch.isin(chosen, rows)
             if self.feature == 'grad':
                 w = None if weights is None else weights[among] / weights[among].mean()
-                self.errors = matching_error(K, picked, w)
+                by_size = cluster_weights(picked, sources[rows], near.cpu())
+                self.errors = torch.cat([matching_error(K, picked, w), matching_error(K, picked, by_size)[:1]])
             if self.norm == 'adam':
                 self.remember(found, picked)
         return chosen, weights

@@ -314,8 +314,8 @@ def told(selection, kept):
         return ''
     text = f' | kept {100 * sum(kept) / len(kept):.0f}%'
     if selection.errors is not None:  # of the last step, on what was compared
-        chosen, at_random = selection.errors.tolist()
-        text += f' | gradient error {chosen:.3f}, random {at_random:.3f}'
+        chosen, at_random, by_size = selection.errors.tolist()
+        text += f' | gradient error {chosen:.3f}, by cluster size {by_size:.3f}, random {at_random:.3f}'
     return text
 
 

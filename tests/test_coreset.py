@@ -318,6 +318,7 @@ def test_planted_duplicates_are_found_and_stand_for_each_other():
         G = torch.einsum('bto,bti->boi', found['D'], found['X']).flatten(1)
         own = ((weights[:, None] * G[chosen]).mean(0) - G.mean(0)).norm() / G.mean(0).norm()
         assert chooser.errors[0].item() == pytest.approx(own.item(), rel=1e-2, abs=1e-3), 'what the log line shows'
+        assert chooser.errors[2] == pytest.approx(chooser.errors[0].item(), abs=1e-6), 'these weights are those by size'
         at_random = [
             (G[rng.permutation(256)[:64]].mean(0) - G.mean(0)).square().sum() / G.mean(0).square().sum()
             for _ in range(500)
@@ -434,7 +435,10 @@ def trained(out, data, *flags, processes=1):
 def test_two_processes_choose_the_same_set_as_one(mixed, tmp_path):
     out, alone = trained(tmp_path / 'one', mixed, '--coreset_from=3')
     line = next(line for line in out.splitlines() if line.startswith('step 4/8 | loss'))
-    assert re.search(r' ETA \d:\d\d:\d\d \| kept [1-9]\d% \| gradient error 0\.\d{3}, random 0\.\d{3}$', line), line
+    wanted = (
+        r' ETA \d:\d\d:\d\d \| kept [1-9]\d% \| gradient error 0\.\d{3}, by cluster size \d\.\d{3}, random 0\.\d{3}$'
+    )
+    assert re.search(wanted, line), line
     _, both = trained(tmp_path / 'two', mixed, '--coreset_from=3', processes=2)
     assert max((alone[name] - both[name]).abs().max() for name in alone) < 2e-6
 
