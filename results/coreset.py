@@ -124,25 +124,28 @@ CONCLUSIONS = [
     '## What the gain comes from',
     '',
     '**Repetition.** Where the pool holds near-duplicates, 64 chosen by gradients at unit length end below all 256,',
-    'per step, per second and with a quarter of the bytes: one clean copy of each text serves as well as four noisy',
-    'ones. Weights by cluster size halve the error of the gradient and lose half of the gain, since they bring the',
-    "repetition back. The paper's one direction is as good as a random batch; sixteen help, and cost more than",
-    'training on 256.',
+    'per step, per second and with a quarter of the bytes: one copy of each text serves better than four noisy ones.',
+    'Weights by cluster size lower the error of the gradient to a third and lose half of the gain, since they bring',
+    "the repetition back. The paper's one direction is hardly better than a random batch; sixteen help, and cost",
+    'several times a step on all 256.',
     '',
     '**Re-weighting.** Everything else that looks like a gain in the mean over sources is the rule that keeps small',
     'sources whole. Where they are unlike the rest it carries 64 windows past the full 256 in the mean over sources,',
-    'and costs as much as it gains on the mixture. Random windows with the same budgets do the same, within the',
-    'error; no feature adds anything to it. Where sources are alike, the packages of one library or the subjects of',
-    'one exam, re-weighting does not make up for the smaller batch: the full 256 stays ahead in the mean over',
-    'sources, too. (At a ratio of four the small sources of pystdlib and math fill nearly the whole batch by',
-    'themselves.)',
+    'and falls behind a random 64 on the mixture. Random windows with the same budgets do the same, within the error;',
+    'no feature adds anything to it. Where sources are alike, the packages of one library or the subjects of one',
+    'exam, re-weighting does not make up for the smaller batch: the full 256 stays ahead in the mean over sources,',
+    'too. (At a ratio of four the small sources of pystdlib and math fill the batch nearly or wholly by themselves,',
+    'so that little or nothing is left to choose.)',
     '',
-    '**Ordinary data, the mixture.** Tried against a random batch of the same size: stratified budgets, gradients at',
-    "unit length within them and across all sources, the same divided by the square root of Adam's second moment, and",
-    'one random member of each gradient cluster with its clipped size as weight. They lower the error of the last V',
-    "projection's gradient by some per cent and the loss, within its error, not at all. Per second all are behind",
-    "plain random batches, since the pool's forward is two thirds of a step. So: `--coreset=random` where small",
-    'sources matter, `grad` where the log line shows a gradient error well below the random one, else nothing.',
+    '**Ordinary data, the mixture.** Tried against a random batch of the same size: budgets in proportion to the',
+    'sources, gradients at unit length within them and across all sources, the same divided by the square root of',
+    "Adam's second moment, and one random member of each gradient cluster with its clipped size as weight. Gradients",
+    "lower the error of the last V projection's by a tenth, and the loss not at all. What may help are the budgets",
+    'alone, which look at nothing: twice their error on sources that are unlike each other, nothing elsewhere. Per',
+    'second every look at gradients is behind plain random batches, since it takes two thirds of a step.',
+    '',
+    'So: `--coreset=random` where small sources matter, `grad` where the log line shows a gradient error by cluster',
+    'size well below the random one, else nothing.',
 ]
 
 
@@ -398,7 +401,7 @@ def draw(found, png):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(found) + 1, figsize=(6 * len(found) + 6, 5.5), layout='constrained')
+    figure, panels = plt.subplots(1, len(found) + 1, figsize=(5 * len(found) + 5, 5), layout='constrained')
     for axes, (name, runs) in zip(panels, found.items()):
         for method, rs in ((method, list(by_seed.values())) for method, by_seed in runs.items()):
             x, y = ([np.mean([r[key] for r in rs]), np.std([r[key] for r in rs]) / max(len(rs) - 1, 1) ** 0.5]
