@@ -369,6 +369,7 @@ PAIRS = [  # data, method, against
     ('unlike', 'keep small + random', 'full 256'),
     ('unlike', 'grad, unit', 'full 256'),
     ('unlike', 'grad, unit', 'keep small + random'),
+    ('unlike', 'stratified 64', 'random 64'),
     ('pystdlib', 'keep small + random', 'full 256'),
     ('pystdlib', 'zo m=1 (the paper)', 'keep small + random'),
     ('pystdlib', 'grad, Adam + l1', 'keep small + random'),
