@@ -21,14 +21,17 @@ def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def save(folder, model, optimizer, run, extra_files):
-    """Write weights, `optimizer.pt` and `run.json` (a dict of plain values) to `folder`, replacing what was there only
-    when all is on disk. `extra_files` (the tokenizer's), name -> bytes, make the folder complete in itself."""
+def save(folder, model, optimizer, run, extra_files, selection=None):
+    """Write weights, `optimizer.pt`, `coreset.pt` if there is a selection, and `run.json` (a dict of plain values) to
+    `folder`, replacing what was there only when all is on disk. `extra_files` (the tokenizer's), name -> bytes, make
+    the folder complete in itself."""
     new = folder + '.new'
     try:
         shutil.rmtree(new, ignore_errors=True)
         model.save_pretrained(new, merged=run.get('config', {}).get('save_merged', True))
         torch.save(optimizer.state_dict(), os.path.join(new, 'optimizer.pt'))
+        if selection:
+            torch.save(selection.state_dict(), os.path.join(new, 'coreset.pt'))
         with open(os.path.join(new, 'run.json'), 'w') as f:
             json.dump(run, f, indent=1)
         for name, content in extra_files.items():
@@ -105,6 +108,17 @@ def load_optimizer(path, optimizer):
         state = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
         state['param_groups'] = optimizer.state_dict()['param_groups']
         optimizer.load_state_dict(state)
+    except Exception as error:
+        reason = first_line(error)
+        raise CheckpointError(f'{file} is missing or broken ({reason}): {elsewhere(path)}') from error
+
+
+def load_selection(path, selection):
+    """Fill a selection's state from path/coreset.pt; a run that did without one so far has none."""
+    file = os.path.join(path, 'coreset.pt')
+    try:
+        if find(path)[1].get('config', {}).get('coreset', 'none') != 'none':
+            selection.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
     except Exception as error:
         reason = first_line(error)
         raise CheckpointError(f'{file} is missing or broken ({reason}): {elsewhere(path)}') from error

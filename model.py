@@ -164,7 +164,8 @@ class KVCache:
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of x W^T in nats, over targets that are not -100, without the (N, V) logits.
+    """Mean cross-entropy of x W^T in nats, over targets that are not -100, without the (N, V) logits. weights (N,): a
+    factor on each row's.
 
     Forward and backward together, ROWS rows of logits at a time. torch's F.linear_cross_entropy does this too, but in
     bf16 either adds losses up in bf16, 0.2 nats off at 16,384 rows, or, on a CPU, makes two fp32 tensors of the
@@ -173,7 +174,7 @@ class HeadLoss(torch.autograd.Function):
     ROWS = 512
 
     @staticmethod
-    def forward(ctx, x, W, targets, needs_grad):
+    def forward(ctx, x, W, targets, needs_grad, weights=None):
         count = (targets != -100).sum()
         loss = torch.zeros((), device=x.device)
         W_here = W.to(x.dtype)  # (V, D)
@@ -187,9 +188,10 @@ class HeadLoss(torch.autograd.Function):
             picked = logits.gather(1, target.clamp_min(0)[:, None])[:, 0]  # (rows,)
             total = logits.exp_().sum(1)  # (rows,)
             keep = target != -100
-            loss += torch.where(keep, total.log() - picked, 0).sum()
+            factor = 1.0 if weights is None else weights[row : row + HeadLoss.ROWS]
+            loss += torch.where(keep, (total.log() - picked) * factor, 0).sum()
             if needs_grad:  # of the mean: (softmax - one at the target) / count
-                scale = keep / count  # (rows,)
+                scale = keep * factor / count  # (rows,)
                 logits *= (scale / total)[:, None]
                 logits.scatter_add_(1, target.clamp_min(0)[:, None], -scale[:, None])
                 delta = logits.to(x.dtype)  # (rows, V)
@@ -205,7 +207,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale):
         dx, dW = ctx.saved_tensors
-        return dx.mul_(scale), dW if dW is None else dW.mul_(scale), None, None
+        return dx.mul_(scale), dW if dW is None else dW.mul_(scale), None, None, None
 
 
 class Attention(nn.Module):
@@ -331,15 +333,19 @@ class LLaMA(nn.Module):
         c = self.config
         return 6 * self.n_params(embeddings=False) + 12 * c.n_layer * c.n_head * c.head_dim * T
 
-    def forward(self, tokens, targets=None, cache=None):
-        """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> the mean loss over targets that are not -100."""
-        start = cache.length if cache is not None else 0
-        end = start + tokens.shape[1]
+    def embed(self, tokens, start=0):
+        """tokens (B, T), the first at position `start` -> what the blocks take: x (B, T, D), cos and sin (T, d/2)."""
+        end, dtype = start + tokens.shape[1], self.activation_dtype
         if end > self.config.block_size:
             raise ModelError(f'{end} tokens do not fit the window of {self.config.block_size}: raise block_size')
-        W, dtype = self.head, self.activation_dtype
         x = self.embed_tokens(tokens).to(dtype)  # (B, T, D)
-        cos, sin = self.cos[start:end].to(dtype), self.sin[start:end].to(dtype)  # (T, d/2)
+        return x, self.cos[start:end].to(dtype), self.sin[start:end].to(dtype)
+
+    def forward(self, tokens, targets=None, cache=None, weights=None):
+        """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> the mean loss over targets that are not -100, each
+        example's multiplied by its number in weights (B,), if those are given."""
+        start = cache.length if cache is not None else 0
+        x, cos, sin = self.embed(tokens, start)
         for i, layer in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
                 # what is random in a block (LoRA's dropout) has a seed of its own: no generator state to keep
@@ -347,12 +353,14 @@ class LLaMA(nn.Module):
             else:
                 x = layer(x, cos, sin, cache, i)
         if cache is not None:
-            cache.length = end
+            cache.length = start + tokens.shape[1]
         x = self.norm(x)
         if targets is None:
-            return F.linear(x, W.to(dtype))  # (B, T, V)
+            return F.linear(x, self.head.to(x.dtype))  # (B, T, V)
+        if weights is not None:
+            weights = weights.float().repeat_interleave(tokens.shape[1])  # (B T,)
         x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # (B T, D), (B T,)
-        return HeadLoss.apply(x, W, targets, torch.is_grad_enabled())
+        return HeadLoss.apply(x, self.head, targets, torch.is_grad_enabled(), weights)
 
     # ---- Hugging Face layout ----------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -35,6 +36,7 @@ import sample
 import tokenizer as tokenizers
 from batches import DataError, Tokens, read_meta
 from build import ROOT, SHAPE, build_model, data_folder, download, try_compile
+from coreset import Coreset
 from model import SIZES, Linear, ModelError
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -101,6 +103,15 @@ per_layer = False  # update each weight inside backward and drop its gradient; s
 checkpointing = False  # keep only each block's input and compute the block again in backward: a quarter slower here
 compile = False  # torch.compile: 15 s to start, then a sixth faster here; off, with the reason, where it fails
 
+# choice of batches
+coreset = 'none'  # 'none' | 'random' | 'zo' | 'grad': choose each step's windows out of more (CoLM); random: by source
+coreset_from = 4  # how many times more windows a step chooses from; each costs a forward under zo and grad
+coreset_norm = 'unit'  # 'unit' | 'adam': compare gradients at unit length, or, as the paper does, Adam's steps of each
+coreset_weights = 'uniform'  # 'uniform' | 'cluster': cluster weighs each window by how many it stands for
+coreset_clusters = 0  # 0: sources are the data set's; else so many clusters of hidden states, found anew five times
+keep_small = 0.5  # share of the batch within which sources below average size are taken whole; 0: all in proportion
+zo_directions = 16  # random directions of zo; the paper's 1 leaves a single number a window
+
 # reports
 log_interval = 10  # steps between log lines
 eval_interval = 250  # steps between evaluations
@@ -118,6 +129,7 @@ FIXED = ('model', *SHAPE, 'method', 'rank', 'residual', 'state_bits', 'basis_bit
 FIXED_PACKED = ('scale', 'quantize', 'double_quant')  # the same of LoQT's and LoRA's layers
 FIXED_LORA = ('train_rest', 'lora_targets', 'merge_every')
 LINEARS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')  # of a block
+FIXED_CORESET = ('coreset', 'coreset_norm', 'coreset_clusters', 'zo_directions')  # and of the history of the choices
 
 
 class Stop(Exception):
@@ -189,6 +201,24 @@ def problems(config):
             f'gradient_accumulation_steps={c.gradient_accumulation_steps} is counted over all {world} processes: '
             f'use a multiple of {world}'
         )
+    if c.coreset_from < 1 or c.zo_directions < 1 or c.coreset_clusters < 0:
+        wrong = f'coreset_from={c.coreset_from}, zo_directions={c.zo_directions}, coreset_clusters={c.coreset_clusters}'
+        found.append(f'{wrong} are not counts: use 1 or more, and 0 or more clusters')
+    if not 0 <= c.keep_small <= 1:
+        found.append(f'keep_small={c.keep_small} is not a share of the batch: use 0 to 1')
+    if c.coreset == 'zo' and c.coreset_norm == 'unit' and c.zo_directions == 1:
+        found.append(
+            "coreset='zo' in one direction keeps only a sign at unit length: "
+            'use --coreset_norm=adam, or more --zo_directions'
+        )
+    if c.coreset in ('none', 'random') and c.coreset_norm != 'unit':
+        found.append(f"coreset_norm is of what zo and grad compare: leave it out with coreset='{c.coreset}'")
+    if c.coreset == 'none' and (c.coreset_weights != 'uniform' or c.coreset_clusters):
+        found.append(
+            "coreset_weights and coreset_clusters need something chosen: use --coreset=grad, or leave them out"
+        )
+    if c.coreset_weights == 'cluster' and c.compile:
+        found.append('compile=True compiles a loss without weights: use --compile=False or --coreset_weights=uniform')
     if c.tracker != 'none' and not importlib.util.find_spec(c.tracker):
         found.append(f"tracker='{c.tracker}' needs a package: pip install {c.tracker}, or use --tracker=none")
     if c.device == 'cuda' and not torch.cuda.is_available() and not c.dry_run:
@@ -239,15 +269,48 @@ def print_sample(model, tokenizer, config):
 
 
 def training_step(forward, optimizer, micro_batches, learning_rate, device):
-    """One optimizer step on a list of (x, y): these lines drive every method. -> mean loss, a 0-dim tensor."""
+    """One optimizer step on a list of (x, y), or (x, y, weights): these lines drive every method. -> mean loss, a 0-dim
+    tensor."""
     optimizer.lr, total = learning_rate, 0.0
-    for i, (x, y) in enumerate(micro_batches):
+    for i, (x, y, *weights) in enumerate(micro_batches):
         optimizer.last_micro_batch = i == len(micro_batches) - 1
-        loss = forward(x.to(device), y.to(device)) / len(micro_batches)
+        weighted = {'weights': weights[0].to(device)} if weights else {}
+        loss = forward(x.to(device), y.to(device), **weighted) / len(micro_batches)
         loss.backward()
         total = total + loss.detach()
     optimizer.step()
     return total
+
+
+def make_selection(config, data=None):
+    """What chooses each step's windows, or None. data: the training tokens, of which it knows the small sources."""
+    c = config
+    if c.coreset == 'none':
+        return None
+    sizes = np.diff(data.source_ends, prepend=0) if data else np.zeros(1)
+    return Coreset(
+        c.coreset,
+        c.coreset_norm,
+        np.flatnonzero(sizes < sizes.mean()).tolist() if c.keep_small and not c.coreset_clusters else [],
+        c.coreset_weights,
+        c.zo_directions,
+        c.coreset_clusters,
+        (20, *(c.max_iters * i // 5 for i in range(1, 5))),  # after 20 random steps, then four times (CoLM, 5.4)
+        c.keep_small,
+        betas=(c.beta1, c.beta2),
+        seed=c.seed,
+    )
+
+
+def chosen_batches(selection, model, data, config, step, device, rank=0, world=1):
+    """The micro-batches of a step for one process, out of a pool that is a function of the seed and the step alone."""
+    c, k = config, config.batch_size * config.gradient_accumulation_steps
+    x, y, sources = data.batch(c.seed, step, c.coreset_from * k)
+    indices, weights = selection.choose(model, x.to(device), y.to(device), sources, k, step, c.batch_size)
+    parts = [indices.split(c.batch_size)[rank::world]]
+    if weights is not None:
+        parts.append(weights.split(c.batch_size)[rank::world])
+    return [(x[i], y[i], *w) for i, *w in zip(*parts)]
 
 
 def read_back(losses, norms, step, config):
@@ -263,6 +326,17 @@ def read_back(losses, norms, step, config):
                 stop_not_finite(f'gradient norm {norm}', bad, config, f', loss {loss:.4f}')
             stop_not_finite(f'loss {loss}', bad, config, f', grad norm {norm:.4g}')
     return losses, norms
+
+
+def told(selection, kept):
+    """What a log line says of the choice since the last one."""
+    if not selection:
+        return ''
+    text = f' | kept {100 * sum(kept) / len(kept):.0f}%'
+    if selection.errors is not None:  # of the last step, on what was compared
+        chosen, at_random, by_size = selection.errors.tolist()
+        text += f' | gradient error {chosen:.3f}, by cluster size {by_size:.3f}, random {at_random:.3f}'
+    return text
 
 
 def stop_not_finite(what, step, config, more=''):
@@ -321,7 +395,17 @@ def plan_memory(config, shape, dtype, device, compute_dtype=None):
     linear = layers_of(SimpleNamespace(**vars(config) | {'compensation': min(config.compensation, 2)}))
     given = config.init_from not in ('scratch', 'resume')
     setup, compute_dtype = METHODS[config.method].setup, dtype if on_card else compute_dtype
-    return memest.trace_step(shape, dtype, config, setup, training_step, compute_dtype, not on_card, linear, given)
+    selection = make_selection(config)
+    pool_size = config.batch_size * config.gradient_accumulation_steps * config.coreset_from
+
+    def step(model, optimizer, batches, learning_rate, device):
+        if selection and selection.feature != 'random':  # two micro-batches of its pool, and the tensors for all of it
+            pool = torch.zeros(pool_size, config.block_size, dtype=torch.int64)
+            selection.compare(selection.look(model, pool, pool, config.batch_size, plan=True))
+            del pool
+        return training_step(model, optimizer, batches, learning_rate, device)
+
+    return memest.trace_step(shape, dtype, config, setup, step, compute_dtype, not on_card, linear, given)
 
 
 def described(config):
@@ -384,6 +468,8 @@ def main(config):
         if config.train_rest == 'auto' and config.method == 'lora':
             config.train_rest = run['config'].get('train_rest')
         fixed = FIXED + FIXED_PACKED * (config.method in ('loqt', 'lora')) + FIXED_LORA * (config.method == 'lora')
+        if 'none' not in (config.coreset, run['config'].get('coreset', 'none')):
+            fixed += FIXED_CORESET
         if changed := [key for key in fixed if getattr(config, key) != run['config'].get(key)]:
             was = ' '.join(f'--{key}={run["config"].get(key)}' for key in changed)
             now = ' '.join(f'{key}={getattr(config, key)}' for key in changed)
@@ -414,6 +500,9 @@ def main(config):
         lora.load_adapter(model, adapter)
     if saved_at:
         checkpoint.load_optimizer(saved_at, optimizer)
+    selection = make_selection(config, train_data)
+    if saved_at and selection:
+        checkpoint.load_selection(saved_at, selection)
     if rank == 0:
         plan = plan_memory(config, model.config, dtype, device, model.activation_dtype)
         print_plan(config, model, plan, folder, meta, device)
@@ -436,7 +525,7 @@ def main(config):
         metrics = report.Metrics(os.path.join(config.out_dir, 'metrics.csv'), run['step'], tracker)
 
     def save(folder):
-        checkpoint.save(folder, model, optimizer, run | {'config': settings}, files)
+        checkpoint.save(folder, model, optimizer, run | {'config': settings}, files, selection)
 
     signals = []  # Ctrl-C and SIGTERM let the step finish and save; a second one does not wait
 
@@ -458,7 +547,7 @@ def main(config):
     accumulation = config.gradient_accumulation_steps // world
     tokens_per_step = config.batch_size * config.block_size * config.gradient_accumulation_steps
     first = step = run['step']
-    losses, norms, numbers, val_loss = [], [], {}, None
+    losses, norms, kept, numbers, val_loss = [], [], [], {}, None
     before, seconds = run['seconds'], 0.0  # of earlier sessions; of this one's training steps alone
     started = ticked = time.time()
     while True:
@@ -489,10 +578,10 @@ def main(config):
                     f'step {step}/{config.max_iters} | loss {numbers["train_loss"]:.4f} | lr {optimizer.lr:.2e} | '
                     f'grad norm {values[1][-1]:.3f} | {numbers["tokens_per_second"]:,.0f} tok/s | '
                     f'{1000 * busy / n:.0f} ms | {report.memory(device) / 2**30:.2f} GiB | '
-                    f'MFU {report.mfu(flops, device)} | ETA {report.clock(eta)}',
+                    f'MFU {report.mfu(flops, device)} | ETA {report.clock(eta)}' + told(selection, kept),
                     flush=True,
                 )
-                losses, norms = [], []
+                losses, norms, kept = [], [], []
             if eval_now:
                 val_loss = evaluate(forward, val_data, config, device, rank, world)
                 say(
@@ -532,10 +621,14 @@ def main(config):
             break
 
         # ---- one step ----
-        batches = [
-            train_data.batch(config.seed, step * accumulation + micro, config.batch_size, rank, world)[:2]
-            for micro in range(accumulation)
-        ]
+        if selection:
+            batches = chosen_batches(selection, model, train_data, config, step, device, rank, world)
+            kept.append(selection.kept_share)
+        else:
+            batches = [
+                train_data.batch(config.seed, step * accumulation + micro, config.batch_size, rank, world)[:2]
+                for micro in range(accumulation)
+            ]
         losses.append(training_step(forward, optimizer, batches, learning_rate_at(step, config), device))
         norms.append(optimizer.grad_norm)
         step += 1

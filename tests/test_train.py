@@ -146,6 +146,7 @@ def test_every_key_has_a_comment_and_the_design_names_are_there():
         dropout merge_every train_rest lora_targets
         psi compensation lazy moments residual quantize double_quant save_merged device dtype
         state_bits basis_bits weight_bits offload per_layer checkpointing compile
+        coreset coreset_from coreset_norm coreset_weights coreset_clusters keep_small zo_directions
         log_interval eval_interval eval_tokens save_interval sample_tokens tracker"""
     assert keys == set(expected.split())
 

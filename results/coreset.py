@@ -1,0 +1,468 @@
+"""
+Batches of 64 chosen out of 256 against batches of 64, 128 and 256, five seeds each: makes coreset.md and coreset.png.
+
+    python results/coreset.py                            # an hour or less on one CPU core; finished runs are kept
+    python results/coreset.py --math=path/to/folder      # with train.jsonl, lines of {source, instruction, output}
+    python results/coreset.py --report                   # the tables alone, of the runs there are
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT]
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import adam  # noqa: E402
+import coreset  # noqa: E402
+import memest  # noqa: E402
+from batches import Tokens, read_meta  # noqa: E402
+from data import common  # noqa: E402
+from data.pystdlib import prepare as pystdlib  # noqa: E402
+from model import LLaMA, ModelConfig  # noqa: E402
+
+OUT = os.path.join(ROOT, 'out', 'coreset')
+T, VOCABULARY, POOL, BATCH, STEPS, WARM, SEEDS, RATE, CAP = 24, 512, 256, 64, 32, 400, 5, 1e-3, 1.0
+SHAPE = dict(n_layer=3, n_head=4, n_embd=64, n_inner=176, block_size=T)
+KEPT = dict(keep_small=CAP)
+# name: (the batch's size, sources used: 'kept' | 'shares' | 'none', options of Coreset, or the name of another rule)
+METHODS = {
+    'random 64': (64, 'none', dict(feature='random')),
+    'stratified 64': (64, 'shares', dict(feature='random')),
+    'keep small + random': (64, 'kept', dict(feature='random')),
+    'random 128': (128, 'none', dict(feature='random')),
+    'full 256': (256, 'none', dict(feature='random')),
+    'top loss': (64, 'none', 'loss'),
+    'top norm': (64, 'none', 'norm'),
+    'zo m=1 (the paper)': (64, 'kept', dict(feature='zo', norm='adam', directions=1)),
+    'zo m=16': (64, 'kept', dict(feature='zo', norm='adam', directions=16)),
+    'grad, Adam + l1': (64, 'kept', dict(feature='grad', norm='adam')),
+    'grad, unit': (64, 'kept', dict(feature='grad')),
+    'grad, unit, cluster weights': (64, 'none', dict(feature='grad', weights='cluster')),
+    'grad, unit, stratified': (64, 'shares', dict(feature='grad')),
+    'grad, unit, no sources': (64, 'none', dict(feature='grad')),
+    'gradient clusters, one at random each': (64, 'none', 'clusters'),
+    'grad over sqrt(V), stratified': (64, 'shares', 'moment'),
+}
+DATA = {  # what is run on what
+    'redundant': ['random 64', 'full 256', 'grad, unit, no sources', 'grad, Adam + l1', 'zo m=1 (the paper)',
+                  'zo m=16', 'random 128', 'grad, unit, cluster weights'],
+    'unlike': ['random 64', 'keep small + random', 'full 256', 'grad, unit', 'zo m=1 (the paper)', 'stratified 64'],
+    'pystdlib': [name for name in METHODS if name not in ('grad, unit, cluster weights', 'zo m=16')],
+    'math': ['random 64', 'keep small + random', 'full 256', 'grad, unit, stratified', 'grad, unit', 'stratified 64'],
+}  # fmt: skip
+
+
+def texts_unlike():
+    """[(source, text)] of what comes with Python: its modules, and little of five other kinds of text."""
+    root, found = Path(sysconfig.get_paths()['stdlib']), []
+    kinds = {
+        'python': sorted(root.glob('*.py')),
+        'english': [root / 'pydoc_data' / 'topics.py'],
+        'tables': sorted(root.glob('encodings/cp*.py')),
+        'headers': sorted(Path(sysconfig.get_paths()['include']).rglob('*.h')),
+        'news': sorted(root.glob('idlelib/*.txt')) + sorted(root.glob('LICENSE.txt')),
+        'html': sorted(root.rglob('*.html')),
+    }
+    for kind, paths in kinds.items():
+        text = '\n'.join(path.read_text(encoding='utf-8', errors='replace') for path in paths if path.exists())
+        text = text if kind == 'python' else text[:200_000]
+        found += [(kind, text[a : a + 10_000]) for a in range(0, len(text), 10_000)]
+    return found
+
+
+def prepare(name, math):
+    """The folder of a data set with a vocabulary of 512, or None where there is no such data."""
+    folder = os.path.join(OUT, 'data', name)
+    if os.path.exists(os.path.join(folder, 'meta.json')):
+        return folder
+    if name == 'pystdlib':
+        pystdlib.prepare(folder, 'bpe', VOCABULARY)
+        return folder
+    if name == 'unlike':
+        texts = texts_unlike()
+    else:
+        path = os.path.join(math or '', 'train.jsonl')
+        if not os.path.exists(path):
+            print(f'math is left out: {path} does not exist; name a folder that holds it with --math=')
+            return None
+        with open(path, encoding='utf-8') as f:
+            rows = sorted(map(json.loads, f), key=lambda row: row['source'])
+        texts = [(row['source'], f'{row["instruction"]}\n{row["output"]}') for row in rows]
+    tok = common.choose_tokenizer('bpe', (text for _, text in texts), VOCABULARY)
+    with common.Writer(folder, tok, 'python results/coreset.py') as out:
+        for i, (source, text) in enumerate(texts):
+            out.add(source, 'val' if i == 0 else 'train', text)
+    return folder
+
+
+HEADINGS = {
+    'pystdlib': "Python's standard library, its packages as sources",
+    'redundant': 'pools of 64 windows copied to 256 with 3 % noise',
+    'unlike': 'Python and five other kinds of text',
+    'math': 'mathematical questions and answers, 8 sources',
+}
+INTRODUCTION = [
+    'Made by `python results/coreset.py --math=FOLDER` on one CPU core, torch 2.13.0: a LLaMA of 3 blocks, 64 wide,',
+    '512 token ids, windows of 24 tokens. From the same weights, 400 steps on random batches of 64, each method goes',
+    'on for 32 steps of AdamW at 1e-3, on the same pools of 256 windows; another seed is another row of pools. Losses',
+    'are nats a token of held-out windows: the mixture weighs sources by their share of the training data. +- is the',
+    'standard error over seeds. Gradient error: of the chosen mean gradient by the last V projection, against the',
+    'pool of what was compared, beside it that of a random batch. mixture*: of an eighth of the held-out windows, at',
+    'the CPU time that random 64 takes for all its steps. MB made: the most a step makes, choosing included, weights',
+    'and moments not. Times are CPU time on a machine that others used, too.',
+]
+CONCLUSIONS = [
+    '## What the gain comes from',
+    '',
+    '**Repetition.** Where the pool holds near-duplicates, 64 chosen by gradients at unit length end below all 256,',
+    'per step, per second and with a quarter of the bytes: one copy of each text serves better than four noisy ones.',
+    'Weights by cluster size lower the error of the gradient to a third and lose half of the gain, since they bring',
+    "the repetition back. The paper's one direction is hardly better than a random batch; sixteen help, and cost",
+    'several times a step on all 256.',
+    '',
+    '**Re-weighting.** Everything else that looks like a gain in the mean over sources is the rule that keeps small',
+    'sources whole. Where they are unlike the rest it carries 64 windows past the full 256 in the mean over sources,',
+    'and falls behind a random 64 on the mixture. Random windows with the same budgets do the same, within the error;',
+    'no feature adds anything to it. Where sources are alike, the packages of one library or the subjects of one',
+    'exam, re-weighting does not make up for the smaller batch: the full 256 stays ahead in the mean over sources,',
+    'too. (At a ratio of four the small sources of pystdlib and math fill the batch nearly or wholly by themselves,',
+    'so that little or nothing is left to choose.)',
+    '',
+    '**Ordinary data, the mixture.** Tried against a random batch of the same size: budgets in proportion to the',
+    'sources, gradients at unit length within them and across all sources, the same divided by the square root of',
+    "Adam's second moment, and one random member of each gradient cluster with its clipped size as weight. Gradients",
+    "lower the error of the last V projection's by a tenth, and the loss not at all. What may help are the budgets",
+    'alone, which look at nothing: twice their error on sources that are unlike each other, nothing elsewhere. Per',
+    'second every look at gradients is behind plain random batches, since it takes two thirds of a step.',
+    '',
+    'So: `--coreset=random` where small sources matter, `grad` where the log line shows a gradient error by cluster',
+    'size well below the random one, else nothing.',
+]
+
+
+class Windows:
+    """All windows of a data set by source; every tenth is for evaluation. Sources of fewer than 40 windows are left
+    out; small ones are those below the average size."""
+
+    def __init__(self, folder):
+        tokens = Tokens(folder, 'train', T)
+        self.vocabulary = read_meta(folder)['vocab_size']
+        ends = tokens.source_ends
+        self.train, self.held_out, self.names = [], [], []
+        for name, a, b in zip(tokens.sources, [0, *ends[:-1]], ends):
+            starts = np.arange(a, b - T - 1, T)
+            if len(starts) >= 40:
+                rows = np.stack([tokens.tokens[s : s + T + 1] for s in starts]).astype(np.int64)
+                self.names.append(name)
+                self.train.append(np.delete(rows, np.s_[::10], axis=0))
+                self.held_out.append(rows[::10][:: max(len(rows[::10]) // 60, 1)])
+        sizes = np.array([len(rows) for rows in self.train])
+        self.share, self.small = sizes / sizes.sum(), np.flatnonzero(sizes < sizes.mean()).tolist()
+        self.sources = np.repeat(np.arange(len(sizes)), sizes)
+        self.rows = np.concatenate(self.train)
+
+    def pool(self, seed, step, redundant=False):
+        """x, y (256, T) and sources (256,) of a step, the same for all methods; redundant: 64 windows, copied unequally
+        often to 256, 3 % of the copies' tokens replaced at random."""
+        rng = np.random.default_rng((seed, step))
+        chosen = rng.choice(len(self.rows), POOL, replace=False)
+        rows = self.rows[chosen]
+        if redundant:
+            copies = rng.multinomial(POOL - BATCH, rng.dirichlet(np.full(BATCH, 0.7))) + 1
+            chosen = rng.permutation(np.repeat(chosen[:BATCH], copies))
+            rows = self.rows[chosen]
+            noise = rng.random(rows.shape) < 0.03
+            rows = np.where(noise, rng.integers(self.vocabulary, size=rows.shape), rows)
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), self.sources[chosen]
+
+
+@torch.no_grad()
+def losses_of(model, x, y):
+    """(n,): each window's mean loss."""
+    h, cos, sin = model.embed(x)
+    for layer in model.layers:
+        h = layer(h, cos, sin)
+    return coreset.example_losses(model.norm(h), model.head, y)[0]
+
+
+def evaluate(model, windows, every=1):
+    """{mixture, macro, small, large}: held-out losses, by the sources' shares or in the mean over sources."""
+    parts = [rows[::every] for rows in windows.held_out]
+    of = np.repeat(np.arange(len(parts)), [len(rows) for rows in parts])
+    rows = torch.from_numpy(np.concatenate(parts))
+    found = np.concatenate([losses_of(model, part[:, :-1], part[:, 1:]).numpy() for part in rows.split(POOL)])
+    losses = np.bincount(of, found) / np.bincount(of)
+    small = np.isin(np.arange(len(losses)), windows.small)
+    groups = {'macro': small | True, 'small': small, 'large': ~small}
+    return {'mixture': float(losses @ windows.share)} | {name: float(losses[on].mean()) for name, on in groups.items()}
+
+
+def new_model(windows, seed):
+    return LLaMA(ModelConfig(vocab_size=windows.vocabulary, **SHAPE)).materialise(seed=seed)
+
+
+def warm_start(name, windows):
+    """Weights after 400 steps of random 64, from which all methods and seeds go on."""
+    path = os.path.join(OUT, f'warm_{name}.pt')
+    if not os.path.exists(path):
+        model = new_model(windows, 0)
+        optimizer = adam.AdamW(model.parameters(), lr=3e-3)
+        for step in range(WARM):
+            optimizer.lr = 3e-3 * min(1, (step + 1) / 40)
+            x, y, _ = windows.pool(1000, step)
+            model(x[:BATCH], y[:BATCH]).backward()
+            optimizer.step()
+        torch.save(model.state_dict(), path)
+    return torch.load(path, weights_only=True)
+
+
+def other_rule(rule, model, optimizer, x, y, sources, k, rng):
+    """Choices that coreset.py does not make: indices, and weights or None."""
+    if rule == 'loss':
+        return losses_of(model, x, y).topk(k).indices, None
+    found = coreset.features(model, x, y, 'grad', BATCH)
+    if rule == 'moment':  # lengths as the optimizer sees them
+        W = model.layers[-1].self_attn.v_proj.weight
+        V = optimizer.state[W].get('V', torch.ones_like(W))
+        G = torch.einsum('bto,bti->boi', found['D'], found['X']) / (V.sqrt() + 1e-8)  # (n, out, in)
+        return coreset.select(G.flatten(1), sources, k), None
+    K = coreset.gram(found['X'], found['D'])
+    if rule == 'norm':
+        return K.diagonal().topk(k).indices, None
+    # Clusters around the medoids, one at random of each, with the cluster's size as weight, cut at twice the mean:
+    # without the cut an unbiased estimate of the pool's gradient.
+    distance = coreset.unit_distance(K)
+    medoids = coreset.facility_location(distance.max() - distance, k)
+    nearest = distance[:, medoids].argmin(1)  # (n,)
+    nearest[medoids] = torch.arange(k)  # also where a twin of it is as near
+    members = [np.flatnonzero(nearest.numpy() == c) for c in range(k)]
+    weights = torch.tensor([min(len(m), 2 * POOL / k) for m in members]).float()
+    return torch.tensor([rng.choice(m) for m in members]), weights / weights.mean()
+
+
+def path_of(name, method, seed):
+    return os.path.join(OUT, re.sub(r'[^a-z0-9]+', '_', f'{name} {method}'.lower()).strip('_') + f'_{seed}.json')
+
+
+def run(name, method, seed, windows):
+    """One run as a dict of numbers; from its file where it ran before."""
+    path = path_of(name, method, seed)
+    if os.path.exists(path):
+        with open(path) as f:
+            return json.load(f)
+    k, how, options = METHODS[method]
+    model = new_model(windows, seed)
+    model.load_state_dict(warm_start('pystdlib' if name == 'redundant' else name, windows))
+    optimizer = adam.AdamW(model.parameters(), lr=RATE)
+    chooser, small = None, windows.small if how == 'kept' and name != 'redundant' else []
+    if isinstance(options, dict) and k < POOL:
+        chooser = coreset.Coreset(**options, small=small, keep_small=CAP, seed=seed)
+    curve, errors, selecting, spent = [], [], 0.0, 0.0
+
+    def one_step(step):
+        nonlocal selecting, spent
+        x, y, sources = windows.pool(seed, step, name == 'redundant')
+        if how == 'none' or name == 'redundant':
+            sources = np.zeros(POOL, dtype=np.int64)
+        started, weights = time.process_time(), None
+        if k == POOL:
+            chosen = torch.arange(POOL)
+        elif chooser:
+            chosen, weights = chooser.choose(model, x, y, sources, k, step, BATCH)
+            if chooser.errors is not None:
+                errors.append(chooser.errors.tolist())
+        else:
+            rng = np.random.default_rng((seed, step, 1))
+            chosen, weights = other_rule(options, model, optimizer, x, y, sources, k, rng)
+        selected = time.process_time()
+        optimizer.lr = RATE * min(1, (step + 1) / 10)
+        model(x[chosen], y[chosen], weights=weights).backward()
+        optimizer.step()
+        selecting, spent = selecting + selected - started, spent + time.process_time() - started
+
+    for step in range(STEPS):
+        if step % 8 == 0:
+            curve.append([step, spent, evaluate(model, windows, 8)['mixture']])
+        one_step(step)
+    found = evaluate(model, windows)
+    curve.append([STEPS, spent, evaluate(model, windows, 8)['mixture']])
+    found |= {'seconds': spent, 'selecting': selecting, 'curve': curve, 'kept': chooser.kept_share if chooser else 0.0}
+    found['errors'] = np.mean(errors, 0).tolist() if errors else None
+    with memest.LiveBytes() as live:  # of one more step: what it makes, weights and moments not counted
+        one_step(STEPS)
+    found['made'] = live.peak
+    with open(path + '.part', 'w') as f:
+        json.dump(found, f)
+    os.rename(path + '.part', path)
+    return found
+
+
+def mean(values):
+    """'mean +- standard error' of a list of numbers, one a seed."""
+    if len(values) == 1:
+        return f'{values[0]:.4f}'
+    return f'{np.mean(values):.4f} +- {np.std(values, ddof=1) / len(values) ** 0.5:.4f}'
+
+
+def at_seconds(runs, seconds):
+    """The mixture loss of each run's curve after so many seconds."""
+    return [np.interp(seconds, [t for _, t, _ in r['curve']], [loss for *_, loss in r['curve']]) for r in runs]
+
+
+def finished(name):
+    """{method: {seed: its run}} of what is there."""
+    found = {}
+    for method in DATA[name]:
+        for seed in range(100):
+            if os.path.exists(path_of(name, method, seed)):
+                with open(path_of(name, method, seed)) as f:
+                    found.setdefault(method, {})[seed] = json.load(f)
+    return found
+
+
+def table_of(runs):
+    base = runs['random 64']
+    seconds = np.mean([r['seconds'] for r in base.values()])
+    head = [
+        'method',
+        'seeds',
+        'mixture',
+        'mean over sources',
+        'small sources',
+        'large sources',
+        'mixture, over random 64',
+        'gradient error (random)',
+        'ms a step',
+        'of it choosing',
+        "mixture* at random 64's seconds",
+        'MB made',
+    ]
+    lines = [f'| {" | ".join(head)} |', '|' + '---|' * len(head)]
+    for method, by_seed in runs.items():
+        rs = list(by_seed.values())
+        errors = np.mean([r['errors'] for r in rs], 0) if rs[0]['errors'] else None
+        spent, chosen = (np.mean([r[key] for r in rs]) for key in ('seconds', 'selecting'))
+        cells = [method, str(len(rs)), *(mean([r[key] for r in rs]) for key in ('mixture', 'macro', 'small', 'large'))]
+        cells.append(mean([r['mixture'] - base[seed]['mixture'] for seed, r in by_seed.items() if seed in base]))
+        cells.append(f'{errors[0]:.2f} ({errors[1]:.2f})' if errors is not None else '')
+        cells += [f'{1000 * spent / STEPS:.0f}', f'{100 * chosen / spent:.0f}%']
+        cells += [f'{np.mean(at_seconds(rs, seconds)):.4f}', f'{np.mean([r["made"] for r in rs]) / 1e6:.0f}']
+        lines.append(f'| {" | ".join(cells)} |')
+    return lines
+
+
+PAIRS = [  # data, method, against
+    ('redundant', 'grad, unit, no sources', 'full 256'),
+    ('redundant', 'grad, unit, no sources', 'random 64'),
+    ('redundant', 'grad, Adam + l1', 'full 256'),
+    ('redundant', 'zo m=1 (the paper)', 'random 64'),
+    ('unlike', 'keep small + random', 'full 256'),
+    ('unlike', 'grad, unit', 'full 256'),
+    ('unlike', 'grad, unit', 'keep small + random'),
+    ('unlike', 'stratified 64', 'random 64'),
+    ('pystdlib', 'keep small + random', 'full 256'),
+    ('pystdlib', 'zo m=1 (the paper)', 'keep small + random'),
+    ('pystdlib', 'grad, Adam + l1', 'keep small + random'),
+    ('pystdlib', 'grad, unit', 'keep small + random'),
+    ('pystdlib', 'stratified 64', 'random 64'),
+    ('pystdlib', 'grad, unit, stratified', 'stratified 64'),
+    ('pystdlib', 'grad over sqrt(V), stratified', 'stratified 64'),
+    ('pystdlib', 'grad, unit, no sources', 'random 64'),
+    ('pystdlib', 'gradient clusters, one at random each', 'random 64'),
+    ('math', 'keep small + random', 'full 256'),
+    ('math', 'grad, unit, stratified', 'random 64'),
+]
+
+
+def pairs(found):
+    """Differences of runs that share seed, weights and pools."""
+    lines = ['| data | method | minus | seeds | mixture | mean over sources |', '|---|---|---|---|---|---|']
+    for name, a, b in PAIRS:
+        runs = found.get(name, {})
+        seeds = sorted(set(runs.get(a, {})) & set(runs.get(b, {})))
+        if seeds:
+            both = (mean([runs[a][s][key] - runs[b][s][key] for s in seeds]) for key in ('mixture', 'macro'))
+            lines.append(f'| {name} | {a} | {b} | {len(seeds)} | {" | ".join(both)} |')
+    return lines
+
+
+def draw(found, png):
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(found) + 1, figsize=(5 * len(found) + 5, 5), layout='constrained')
+    for axes, (name, runs) in zip(panels, found.items()):
+        for method, rs in ((method, list(by_seed.values())) for method, by_seed in runs.items()):
+            x, y = ([np.mean([r[key] for r in rs]), np.std([r[key] for r in rs]) / max(len(rs) - 1, 1) ** 0.5]
+                    for key in ('mixture', 'macro'))  # fmt: skip
+            axes.errorbar(x[0], y[0], xerr=x[1], yerr=y[1], fmt='o', ms=4)
+            axes.annotate(method, (x[0], y[0]), fontsize=7, xytext=(3, 3), textcoords='offset points')
+        axes.set(title=f'{name}, {STEPS} steps', xlabel='mixture loss', ylabel='mean over sources')
+    name = 'redundant' if 'redundant' in found else next(iter(found))
+    for method, rs in ((method, list(by_seed.values())) for method, by_seed in found[name].items()):
+        seconds, losses = (np.mean([[point[i] for point in r['curve']] for r in rs], 0) for i in (1, 2))
+        panels[-1].plot(seconds, losses, marker='.', label=method)
+    panels[-1].set(title=f'{name}, over time', xlabel='CPU seconds', ylabel='mixture loss')
+    panels[-1].legend(fontsize=7)
+    figure.savefig(png, dpi=110)
+
+
+def report():
+    """coreset.md and coreset.png of the runs there are."""
+    found = {name: runs for name in DATA if (runs := finished(name))}
+    lines = ['# Batches chosen out of larger ones', '', *INTRODUCTION, '']
+    for name, runs in found.items():
+        lines += [f'## {name}: {HEADINGS[name]}', '', *table_of(runs), '']
+    lines += ['## Differences, seed by seed', '', *pairs(found), '', *CONCLUSIONS, '', '![losses](coreset.png)', '']
+    with open(os.path.join(ROOT, 'results', 'coreset.md'), 'w') as f:
+        f.write('\n'.join(lines))
+    draw(found, os.path.join(ROOT, 'results', 'coreset.png'))
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--math', default='')
+    parser.add_argument('--report', action='store_true')
+    parser.add_argument('--seeds', type=int, default=SEEDS)
+    args = parser.parse_args()
+    if args.report:
+        return report()
+    os.makedirs(OUT, exist_ok=True)
+    torch.manual_seed(0)
+    folders = {name: prepare(name, args.math) for name in ('pystdlib', 'unlike', 'math')}
+    windows = {name: Windows(folder) for name, folder in folders.items() if folder}
+    windows = {name: windows.get(name, windows['pystdlib']) for name in DATA if name in windows or name == 'redundant'}
+    for name, w in windows.items():
+        print(name, len(w.names), 'sources', f'small: {[w.names[q] for q in w.small]} {w.share[w.small].sum():.3f}',
+              'held out', sum(map(len, w.held_out)))  # fmt: skip
+    jobs = [(seed, name, method) for seed in range(args.seeds) for name in windows for method in DATA[name]]
+    later = ('top loss', 'top norm', 'grad, unit, no sources', 'gradient clusters, one at random each')
+    later = {
+        'pystdlib': later,
+        'redundant': DATA['redundant'][3:],
+        'unlike': DATA['unlike'][4:],
+        'math': DATA['math'][4:],
+    }
+    # The decisive ones of all seeds first, the slowest last.
+    for seed, name, method in sorted(jobs, key=lambda job: (job[2] == 'zo m=16', job[2] in later[job[1]], job[0])):
+        started = time.time()
+        r = run(name, method, seed, windows[name])
+        print(f'{seed} {name:10} {method:40} mixture {r["mixture"]:.4f} macro {r["macro"]:.4f} '
+              f'{r["seconds"]:.1f} s {time.time() - started:.0f}', flush=True)  # fmt: skip
+    report()
+
+
+if __name__ == '__main__':
+    main()
