@@ -81,7 +81,7 @@ def update_of(numbers, row, bits, w, decays=True):
 
     bf16: the step N, W in fp32 and the random bits for its rounding are alive together: 12 bytes a number. fp32: the
     kernel works in place. 8 bits: M, V and N decoded, the distances of V's codes, noise, and the new codes."""
-    rows = max(PIECE // row // BLOCK, 1) * BLOCK
+    rows = max(PIECE // max(row, 1) // BLOCK, 1) * BLOCK
     n = numbers if numbers <= PIECE else min(rows * row, numbers)
     if bits == 8 and numbers >= SMALLEST_8BIT:
         return (22 if w == 2 else 18) * n
@@ -119,6 +119,8 @@ class Matrix:
             self.weight, self.grad, self.dense_grad = frozen + 4 * sum(trained), 4 * sum(trained), False
             self.r = r
         self.state = sum(moments_of(k, c.state_bits) for k in trained)
+        if c.residual == 'fira' or c.method in ('apollo', 'apollo_mini'):
+            self.state += 4  # the last update's norm
         self.trained = trained
 
 
@@ -169,7 +171,7 @@ def estimate(config, vocab_size=None):
     renews = c.method == 'loqt' or (c.method == 'galore' and not down.dense_grad)
     together = min(-(-len(block) * L // c.update_proj_gap), len(block))
     due = (block[-together:] if c.stagger else L * block) if renews else []
-    gathered = sum((a if c.method == 'loqt' else w) * x.numbers for x in due)
+    gathered = sum(a * x.numbers if c.method == 'loqt' else w * x.numbers - x.grad for x in due)  # G in R's place
 
     def renewed(x):  # temporaries of a merge, or of a new basis: fp32 copies
         if c.method == 'loqt':
@@ -203,6 +205,7 @@ def estimate(config, vocab_size=None):
 
     largest = max(block, key=lambda x: x.numbers)
     waiting = table_grad if piled and not several else 0  # the head's, which comes first
+    used = 0 if piled or not several else table_grad  # the head's earlier gradients: per layer it has moved by then
     residual = a * N * D  # the gradient of the stream
     visiting = moments_of(table, c.state_bits) * c.offload  # moments that come from main memory
     head_moves = rest * (update_of(table, D, c.state_bits, w) + visiting)
@@ -210,7 +213,7 @@ def estimate(config, vocab_size=None):
         'loss': {'activations': acts, 'earlier gradients': before + gathered * several, **loss},
         'backward of the last block': {
             'activations': acts + again,
-            'gradients': before + waiting,
+            'gradients': before - used + waiting,
             'in the block': max(
                 2 * a * N * F + residual,
                 a * N * F + residual + given(down) + decoded(down) + (0 if piled else moved(down)),
@@ -218,12 +221,14 @@ def estimate(config, vocab_size=None):
         },
         'a new basis or a merge': {
             'activations': acts + again,
-            'gradients': before + waiting + gathered * several,
+            'gradients': before - used + waiting + gathered * several,
             'in the block': a * N * F + residual + renewed(down) if renews else 0,
         },
         'backward of the first block': {
             'activations': saved + again,
-            'gradients': before if several else waiting + (L - 1) * block_grads * piled,
+            'gradients': (before if piled else block_grads + table_grad)
+            if several
+            else waiting + (L - 1) * block_grads * piled,
             'in the block': max(
                 2 * a * N * F + residual,
                 a * N * F + residual + given(down) + decoded(down) + (0 if piled else moved(down)),
@@ -245,6 +250,19 @@ def estimate(config, vocab_size=None):
         },
         "a matrix's update": {'gradients': all_grads if piled else 0, 'update': moved(largest)},
     }
+    if getattr(c, 'coreset', 'none') in ('zo', 'grad'):
+        # hidden states of a pool in fp32, for 'grad' X and D of its windows; then one micro-batch through the last block
+        # and its backward, or the Gram matrix, PIECE numbers of all G at a time and in fp32
+        pool = c.batch_size * c.gradient_accumulation_steps * c.coreset_from
+        into = c.rank if c.method == 'lora' else D  # of what the V projection trains
+        seen = a * pool * c.block_size * (into + K) if c.coreset == 'grad' else 4 * pool * c.zo_directions
+        tail = kept + rows * V * (4 + a) + 3 * a * N * D if c.coreset == 'grad' else 4 * N * (6 * D + 3 * F + K)
+        columns = max((1 << 25) // (pool * K), 1) * pool * K
+        product = min(columns, pool * K * into) * (4 + a if a < 4 else 4) + 4 * pool * pool
+        moments['the choice of the batch'] = {
+            'seen of the pool': 16 * pool * c.block_size + 4 * pool * D + seen,
+            'activations': max(tail, product if c.coreset == 'grad' else 0),
+        }
     name = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {**stays, **moments[name]}
     whole = a * N * 4 * D + 8 * N  # of what a block keeps: norms and residual stream, which tensor parallelism repeats
@@ -262,5 +280,6 @@ def estimate(config, vocab_size=None):
         logits=logits,
     )
     total = sum(parts.values())
-    return Plan(weights, states + bases, total, total + WORKSPACE, int(total * (1 + SLACK)) + WORKSPACE, parts, name,
-                pieces=pieces)  # fmt: skip
+    reserved = int(total * (1 + SLACK)) + WORKSPACE
+    states = on_the_card + bases
+    return Plan(weights, states, total, total + WORKSPACE, reserved, parts, name, pieces=pieces)

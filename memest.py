@@ -289,14 +289,14 @@ def trace_step(model_config, dtype, config, setup, step, compute_dtype=None, mai
     return plan
 
 
-def trace(config):
+def trace(config, device=None):
     """The Plan of a configuration (a namespace with train.py's keys): of a run on a card, or, where the weights are
-    fp32 and there is none, on this CPU. Raises what train.py raises."""
+    fp32 and there is none, on this CPU; device: 'cuda' plans for a card all the same. Raises what train.py raises."""
     import train  # which imports this module
 
-    device, dtype = train.device_and_dtype(config)
+    here, dtype = train.device_and_dtype(config)
     model, _, _ = train.described(config)
-    return train.plan_memory(config, model.config, dtype, device)
+    return train.plan_memory(config, model.config, dtype, device or here)
 
 
 # ---- what fits a card ----------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ TURNS = {
         '--quantize=none', '--checkpointing', '--train_rest=no', '--train_rest=no --checkpointing --double_quant=True',
         '--per_layer --state_bits=8', '--lora_targets=q_proj,v_proj',
     ],
-    'apollo': ['', '--checkpointing', '--per_layer --grad_clip=0', '--state_bits=8'],
+    'apollo': ['', '--checkpointing', '--per_layer --grad_clip=0', '--state_bits=8', '--coreset=grad --coreset_from=16'],
 }  # fmt: skip
 BATCHES = [(1, 256, 4), (4, 1024, 1), (16, 256, 2), (32, 256, 1), (4, 256, 4)]  # windows, tokens, micro-batches
 
@@ -73,7 +73,7 @@ def load(flags):
 
 def traced(flags, cache):
     if flags not in cache:
-        plan = memest.trace(load(flags))
+        plan = memest.trace(load(flags), 'cuda')
         cache[flags] = [plan.weights, plan.states, plan.total, plan.allocated, plan.reserved, plan.card, plan.moment]
         os.makedirs(os.path.dirname(CACHE), exist_ok=True)
         with open(CACHE, 'w') as f:
