@@ -154,8 +154,12 @@ def estimate(config, vocab_size=None):
     # ---- activations: what a block keeps for its backward ----
     # x and its norm, q and k turned, v, attention's result; x again and its norm; gate, silu, up and their product
     kept = a * N * (4 * D + 2 * Q + 2 * K + 4 * F) + N * (4 * H + 8)
-    if c.method == 'lora':  # x A^T of each layer, and both factors in the activations' dtype
+    if c.method == 'lora':  # frozen layers keep no input; those with factors x A^T, too, and both in a's dtype
+        has = {name for name, x in each.items() if x.r and not c.dropout}
+        kept -= a * N * (D * (not has & {'q', 'k', 'v'}) + D * (not has & {'gate', 'up'}) + F * ('down' not in has))
         kept += sum(a * N * x.r + (a * sum(x.trained) if a != 4 else 0) for x in block)
+        if c.dropout:  # each has inputs of its own, and a mask
+            kept += sum((a + 1) * N * x.trained[0] // x.r for x in block if x.r)
     saved = a * N * D if c.checkpointing else kept  # a block's
     again = kept - saved  # of the block that is run again
     acts = L * saved + 2 * a * c.block_size * s.head_dim // 2
@@ -251,7 +255,7 @@ def estimate(config, vocab_size=None):
         "a matrix's update": {'gradients': all_grads if piled else 0, 'update': moved(largest)},
     }
     if getattr(c, 'coreset', 'none') in ('zo', 'grad'):
-        # hidden states of a pool in fp32, for 'grad' X and D of its windows; then one micro-batch through the last block
+        # hidden states of a pool in fp32, for grad X and D of its windows; then one micro-batch through the last block
         # and its backward, or the Gram matrix, PIECE numbers of all G at a time and in fp32
         pool = c.batch_size * c.gradient_accumulation_steps * c.coreset_from
         into = c.rank if c.method == 'lora' else D  # of what the V projection trains

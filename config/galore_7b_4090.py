@@ -1,9 +1,9 @@
 """LLaMA-7B on one 24 GB card: 8-bit states in a subspace, one full gradient at a time, blocks recomputed.
 
 16 windows x 256 tokens x 32 micro-batches = 131,072 tokens a step; 150,000 steps = 19.66B tokens.
-Everything as in galore_7b.py but for what makes it fit: a planned peak of 19.92 GB = 18.6 GiB, of it weights 13.5,
+Everything as in galore_7b.py but for what makes it fit: a planned peak of 19.80 GB = 18.4 GiB, of it weights 13.5,
 projected gradients while accumulating 3.2, each block's input 1.1, 4-bit bases 0.5. The 8-bit moments, 3.8 GB in main
-memory, visit the card once a step; with --offload=False they stay on it, and the plan is 23.7 GB. Planned, not
+memory, visit the card once a step; with --offload=False they stay on it, and the plan is 23.6 GB. Planned, not
 measured, since no such card was at hand, and CUDA's context comes on top; two whole steps of it ran on a CPU, see
 results/galore_7b.md.
     python data/c4/prepare.py --tokenizer=t5-base --tokens=20000000000

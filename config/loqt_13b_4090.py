@@ -1,8 +1,8 @@
 """LLaMA-13B on one 24 GB card with LoQT: NF4 weights with double quantisation, 8-bit states, per-layer updates.
 
 8 windows x 256 tokens x 64 micro-batches = 131,072 tokens a step; 150,000 steps = 19.66B tokens.
-As loqt_13b.py, in smaller micro-batches. Planned peak of 20.39 GB, not measured on a card;
-with --offload=False 26.0 GB, and without accumulation that, too, fits, since per_layer then keeps no gradient.
+As loqt_13b.py, in smaller micro-batches. Planned peak of 20.69 GB, not measured on a card;
+with --offload=False 26.5 GB, and without accumulation that, too, fits, since per_layer then keeps no gradient.
 Two whole steps of it ran on a CPU, see results/loqt_13b.md.
     python data/c4/prepare.py --tokenizer=t5-base --tokens=20000000000
     python train.py config/loqt_13b_4090.py

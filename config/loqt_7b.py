@@ -2,7 +2,7 @@
 
 32 windows x 256 tokens x 16 micro-batches = 131,072 tokens a step; 150,000 steps = 19.66B tokens.
 The papers give no hyper-parameters for this size: rank as GaLore's 7B, the rest as LoQT's 13B (the authors' script).
-Planned peak of 19.48 GB.
+Planned peak of 19.25 GB.
     python data/c4/prepare.py --tokenizer=t5-base --tokens=20000000000
     python train.py config/loqt_7b.py
 """
