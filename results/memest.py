@@ -37,7 +37,8 @@ TURNS = {
     ],
     'lora': [
         '--quantize=none', '--checkpointing', '--train_rest=no', '--train_rest=no --checkpointing --double_quant=True',
-        '--per_layer --state_bits=8', '--lora_targets=q_proj,v_proj', '--dropout=0.05 --train_rest=no',
+        '--per_layer --state_bits=8', '--lora_targets=q_proj,v_proj',
+        '--dropout=0.05 --train_rest=no',
     ],
     'apollo': ['', '--checkpointing', '--per_layer --grad_clip=0', '--state_bits=8', '--coreset=grad --coreset_from=16'],
 }  # fmt: skip
