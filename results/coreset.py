@@ -120,10 +120,10 @@ INTRODUCTION = [
     'the CPU time that random 64 takes for all its steps. MB made: the most a step makes, choosing included, weights',
     'and moments not. Times are CPU time on a machine that others used, too.',
     '',
-    'What was decided along the way: which runs come first and which are left out, after pilots and a look at the first',
-    "seed; 'unlike' was added when a pilot on pystdlib had missed what was hoped for; seeds differ in their pools alone,",
-    "not in the weights they start from. Small sources may fill the whole batch here (keep_small 1; train.py's default",
-    'is 0.5), and 32 steps are few: read differences of one or two errors as none.',
+    'What was decided along the way: which runs come first and which are left out, after pilots and a look at the',
+    'first seed; the set unlike was added when a pilot on pystdlib had missed what was hoped for; seeds differ in',
+    'their pools alone, not in the weights they start from. Small sources may fill the whole batch here (keep_small',
+    "1; train.py's default is 0.5), and 32 steps are few: read differences of one or two errors as none.",
 ]
 CONCLUSIONS = [
     '## What the gain comes from',

@@ -40,7 +40,9 @@ TURNS = {
         '--per_layer --state_bits=8', '--lora_targets=q_proj,v_proj',
         '--dropout=0.05 --train_rest=no',
     ],
-    'apollo': ['', '--checkpointing', '--per_layer --grad_clip=0', '--state_bits=8', '--coreset=grad --coreset_from=16'],
+    'apollo': [
+        '', '--checkpointing', '--per_layer --grad_clip=0', '--state_bits=8', '--coreset=grad --coreset_from=16',
+    ],
 }  # fmt: skip
 BATCHES = [(1, 256, 4), (4, 1024, 1), (16, 256, 2), (32, 256, 1), (4, 256, 4)]  # windows, tokens, micro-batches
 
