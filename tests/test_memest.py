@@ -208,8 +208,8 @@ def test_the_command_prints_a_table_json_a_plot_and_several_gpus(tmp_path, capsy
     assert 'zero3' in capsys.readouterr().out
     memest.main([config, '--model=llmem', '--gpus=4'])
     assert 'its choice' in capsys.readouterr().out
-    memest.main([config, '--fit', '--gpu_gb=0.6'])
-    assert 'nothing fits 0.6 GiB' in capsys.readouterr().out
+    memest.main([config, '--fit', '--gpu_gb=0.7'])
+    assert 'nothing fits 0.7 GiB' in capsys.readouterr().out
 
 
 def test_out_of_memory_advice_names_what_each_flag_saves():
