@@ -22,7 +22,7 @@ BLOCK, BLOCK_4BIT, PIECE, SMALLEST_8BIT = 256, 64, 1 << 24, 4096  # adam.py's
 MB = 1 << 20
 WORKSPACE = 2 * 8_519_680  # cuBLAS before Hopper, ':4096:2:16:8', for the main thread and for autograd's
 CONTEXT = 500 * MB  # CUDA's own; 300 MB to 1 GB are reported for one card or another
-SLACK, SLACK_BYTES = 0.06, 200 * MB  # what the allocator reserves beyond it: about the mean of results/memest.md's
+SLACK, SLACK_BYTES = 0.04, 200 * MB  # what the allocator reserves beyond it: about the mean of results/memest.md's
 
 
 @dataclass
