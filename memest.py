@@ -308,6 +308,9 @@ WAYS = {
     'AdamW, 8-bit, per layer': dict(method='adamw', state_bits=8, per_layer=True, grad_clip=0.0),
     'GaLore': dict(method='galore', scale=0.25),
     'GaLore, 8-bit, per layer': dict(method='galore', scale=0.25, state_bits=8, per_layer=True),
+    'GaLore, 8-bit, offloaded': dict(
+        method='galore', scale=0.25, state_bits=8, basis_bits=4, per_layer=True, offload=True
+    ),
     'Q-GaLore': dict(method='galore', scale=0.25, state_bits=8, basis_bits=4, weight_bits=8, per_layer=True),
     'APOLLO-Mini, per layer': dict(method='apollo_mini', rank=1, scale=11.3, per_layer=True, grad_clip=0.0),
     'LoQT': dict(method='loqt', scale=0.5),
@@ -339,8 +342,12 @@ def seconds_per_token(config, shape):
     per_batch = 2 * 2 * product * (c.method == 'loqt')  # s P B into W, forward and backward
     read = 3 * 2 * size * (1.5 if c.method in ('loqt', 'lora') and c.quantize == 'nf4' else 1)
     micro = max((flops * N + per_batch) / TERAFLOPS, read / GB_PER_SECOND)
-    plan = estimate(c, V)
-    update = (2 * plan.states + 4 * size) / GB_PER_SECOND + 2 * product / TERAFLOPS * (c.method == 'galore')
+    states = estimate(SimpleNamespace(**vars(c) | {'offload': False}), V).states
+    update = (
+        (2 * states + 4 * size) / GB_PER_SECOND
+        + 2 * states / PCI_EXPRESS * c.offload
+        + 2 * product / TERAFLOPS * (c.method == 'galore')
+    )
     micro *= 1.03 if c.state_bits == 8 or c.weight_bits == 8 else 1  # coding and decoding
     return (micro + update / c.gradient_accumulation_steps) / N
 

@@ -169,7 +169,7 @@ def test_what_fits_a_card_fits_it_and_one_window_more_does_not():
     config = configurator.load(ROOT / 'train.py', [str(ROOT / 'config/galore_7b_4090.py'), '--dry_run'])
     shape = ModelConfig(**SIZES['7b'], block_size=256)
     rows = memest.fit(config, 24 * 2**30, shape)
-    assert {'GaLore, 8-bit, per layer', 'LoQT, 8-bit, per layer', 'QLoRA'} <= {row[0] for row in rows}
+    assert {'GaLore, 8-bit, offloaded', 'LoQT, 8-bit, per layer', 'QLoRA'} <= {row[0] for row in rows}
     assert 'AdamW' not in {row[0] for row in rows}, 'a 7B with its states takes 80 GB'
     assert [row[4] for row in rows] == sorted(row[4] for row in rows)
     for _, _, batch, plan, _, flags in rows:
