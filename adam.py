@@ -163,8 +163,9 @@ def nf4(A):
 
 
 def nf4_on_cpu(A):
-    """The same to the bit, without the five temporaries of A's size that bitsandbytes makes on a CPU, and in half its
-    time: a number's code is how many of the 15 boundaries between 16 values lie below it, counted in the cache."""
+    """The same, to the bit for finite and normal numbers, without the five temporaries of A's size that bitsandbytes
+    makes on a CPU, and in half its time: a number's code is how many of the 15 boundaries between 16 values lie below
+    it, counted in the cache."""
     packed = torch.empty(A.numel() // 2, 1, dtype=torch.uint8)
     absmax = torch.empty(A.numel() // BLOCK_4BIT)
     for piece, pairs, scales in zip(A.split(1 << 17), packed.split(1 << 16), absmax.split((1 << 17) // BLOCK_4BIT)):

@@ -25,7 +25,7 @@ def data_folder(config, prepare=True):
         near = difflib.get_close_matches(name, have, 1)
         raise DataError(
             f'no data set {name}'
-            + f' (did you mean {near[0]}?)' * len(near)
+            + (f' (did you mean {near[0]}?)' if near else '')
             + f': use one of {", ".join(have)}, or a path to a folder that prepare.py filled'
         )
     if prepare and name == 'pystdlib' and not os.path.exists(os.path.join(folder, 'meta.json')):

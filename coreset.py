@@ -425,4 +425,5 @@ class Coreset:
 
     def load_state_dict(self, state):
         for name, value in state.items():
-            setattr(self, name, value)
+            if name != 'small' or self.clusters:  # else it is the config's and the data's
+                setattr(self, name, value)

@@ -14,9 +14,8 @@ on purpose: norms' gradients, the numbers a row of attention and norms, scalars.
 
 import math
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
-from model import SIZES, HeadLoss
+from model import SIZES, HeadLoss, ModelConfig
 
 BLOCK, BLOCK_4BIT, PIECE, SMALLEST_8BIT = 256, 64, 1 << 24, 4096  # adam.py's
 MB = 1 << 20
@@ -57,12 +56,10 @@ class Plan:
         )
 
 
-def shape_of(config, vocab_size=None):
-    """The model's shape as numbers: what SIZES says, and what the config says instead."""
+def shape_of(config):
+    """The shape of a new model: what SIZES says, and what the config says instead."""
     names = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner', 'vocab_size')
-    shape = {'n_kv_head': 0, **SIZES[config.model]} | ({'vocab_size': vocab_size} if vocab_size else {})
-    shape |= {name: getattr(config, name) for name in names if getattr(config, name, 0)}
-    return SimpleNamespace(**shape, tied=False, head_dim=shape['n_embd'] // shape['n_head'])
+    return ModelConfig(**SIZES[config.model] | {name: getattr(config, name) for name in names if getattr(config, name)})
 
 
 def nf4(numbers, double_quant):
@@ -123,15 +120,14 @@ class Matrix:
         self.trained = trained
 
 
-def estimate(config, vocab_size=None):
-    """The Plan of a configuration; vocab_size: the data's, else the size's own.
-
-    Raises KeyError where the model is not in SIZES."""
-    c, s = config, shape_of(config, vocab_size)
+def estimate(config, shape=None):
+    """The Plan of a configuration on a card; shape: the ModelConfig, where the config's keys do not tell (a folder's
+    model, a data set's vocabulary). Raises KeyError where the model is not in SIZES."""
+    c, s = config, shape or shape_of(config)
     w = {'float32': 4, 'bfloat16': 2}.get(c.dtype, 2)
     a = w
     D, F, V, L = s.n_embd, s.n_inner, s.vocab_size, s.n_layer
-    Q, K, H = s.n_head * s.head_dim, (s.n_kv_head or s.n_head) * s.head_dim, s.n_head
+    Q, K, H = s.n_head * s.head_dim, s.n_kv_head * s.head_dim, s.n_head
     N = c.batch_size * c.block_size
     several = c.gradient_accumulation_steps > 1
     each = {name: Matrix(c, name, out, into, w) for name, (out, into) in {
@@ -139,13 +135,14 @@ def estimate(config, vocab_size=None):
     }.items()}  # fmt: skip
     block, down = list(each.values()), each['down']
     table = V * D  # embedding, head
-    others = {'embedding': table, 'head': table, 'norms': (2 * L + 1) * D}
+    tables = 1 if s.tie_embeddings else 2
+    others = {'embedding': table, 'head': table * (tables - 1), 'norms': (2 * L + 1) * D}
     rest = c.method != 'lora' or c.train_rest == 'yes' or (c.train_rest == 'auto' and c.init_from == 'scratch')
 
     # ---- what stays ----
     weights = L * sum(x.weight for x in block) + w * sum(others.values()) + 4 * c.block_size * s.head_dim
     norm_state = moments_of(D, c.state_bits) * (2 * L + 1)
-    states = L * sum(x.state for x in block) + (2 * moments_of(table, c.state_bits) + norm_state) * rest
+    states = L * sum(x.state for x in block) + (tables * moments_of(table, c.state_bits) + norm_state) * rest
     bases = L * sum(x.basis for x in block)
     on_the_card = 0 if c.offload else states
     stays = {'weights': weights, 'states': on_the_card, 'bases': bases, 'tokens': 8 * N * (1 + several)}
@@ -274,7 +271,7 @@ def estimate(config, vocab_size=None):
         gradients=all_grads if piled else table_grad,
         states=on_the_card + bases,
         layer=sum(x.weight for x in block),
-        root=w * (2 * table + D),
+        root=w * (tables * table + D),
         head=w * table,
         norms=w * others['norms'],
         temporaries=max(head_moves, moved(largest)),

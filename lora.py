@@ -113,6 +113,8 @@ class LoRALinear(Packed):
         return x.masked_fill(drop, 0.0)
 
     def forward(self, x):
+        if not len(self.A):  # no adapter here
+            return FrozenLinear.apply(x, self)
         A, B, x_A = self.A.to(x.dtype), self.B.to(x.dtype), self.dropped(x)
         scale = self.scale if x_A is x else self.scale / (1 - self.dropout)
         return FrozenLinear.apply(x, self) + (scale * (x_A @ A.T)) @ B.T  # (..., out)

@@ -15,6 +15,7 @@ own.
 import contextlib
 import gc
 import json
+import math
 import sys
 import time
 from dataclasses import replace
@@ -31,7 +32,9 @@ import loqt
 import model as models
 from formula import CONTEXT, WORKSPACE, Plan, estimate
 from model import Linear, LLaMA
-from record import MB, Allocator, LiveBytes, NotUniform, Record, deeper, replay  # noqa: F401 (for those who import them)
+from record import MB, Allocator, LiveBytes, NotUniform, Record, deeper, replay
+
+__all__ = ['MB', 'Allocator', 'LiveBytes', 'Plan', 'estimate', 'fit', 'trace', 'trace_step']
 
 # ---- a card's kernels, which a CPU has not ------------------------------------------------------------------------
 
@@ -301,7 +304,7 @@ def trace(config, device=None):
 
 # ---- what fits a card ----------------------------------------------------------------------------------------------
 
-# What a run can be turned into, gentlest on the result first; rank 0: the config's own.
+# What a run can be turned into. Learning rates are not touched: each method wants its own (see its config files).
 WAYS = {
     'AdamW': dict(method='adamw'),
     'AdamW, 8-bit': dict(method='adamw', state_bits=8),
@@ -342,7 +345,7 @@ def seconds_per_token(config, shape):
     per_batch = 2 * 2 * product * (c.method == 'loqt')  # s P B into W, forward and backward
     read = 3 * 2 * size * (1.5 if c.method in ('loqt', 'lora') and c.quantize == 'nf4' else 1)
     micro = max((flops * N + per_batch) / TERAFLOPS, read / GB_PER_SECOND)
-    states = estimate(SimpleNamespace(**vars(c) | {'offload': False}), V).states
+    states = estimate(SimpleNamespace(**vars(c) | {'offload': False}), shape).states
     update = (
         (2 * states + 4 * size) / GB_PER_SECOND
         + 2 * states / PCI_EXPRESS * c.offload
@@ -352,34 +355,32 @@ def seconds_per_token(config, shape):
     return (micro + update / c.gradient_accumulation_steps) / N
 
 
-def fit(config, gpu_bytes, shape):
+# What belongs to one method or another, as train.py has it by default.
+NEUTRAL = dict(
+    state_bits=32, basis_bits=16, weight_bits=16, per_layer=False, residual='none', quantize='nf4', offload=False,
+    double_quant=False, lazy=0.0, compile=False, save_merged=True, dropout=0.0, merge_every=0, train_rest='auto',
+    lora_targets='all',
+)  # fmt: skip
+
+
+def fit(config, gpu_bytes, shape, problems):
     """Rows (name, checkpointing, batch, Plan, seconds a token, flags) of every way to run this model that fits a card
-    of gpu_bytes, with the largest batch that does, fastest first: on one card, what LLMem's algorithm 1 is for."""
+    of gpu_bytes by the formula, with the largest batch that does and divides the windows of a step, fastest first: on
+    one card, what LLMem's algorithm 1 is for. problems: train.problems, which knows what does not go together."""
     total, rows = config.batch_size * config.gradient_accumulation_steps, []
-    own = dict(
-        state_bits=32, basis_bits=16, weight_bits=16, per_layer=False, residual='none', quantize='nf4', offload=False
-    )
+    batches = [batch for batch in range(total, 0, -1) if total % batch == 0]
     for name, way in WAYS.items():
         for checkpointing in (False, True):
-
-            def turned(batch, way=way, checkpointing=checkpointing):
-                turns = own | way | dict(checkpointing=checkpointing, batch_size=batch)
-                turns['gradient_accumulation_steps'] = -(-total // batch)
-                return SimpleNamespace(**vars(config) | turns)
-
-            def fits(batch, turned=turned):
-                return estimate(turned(batch), shape.vocab_size).card * (1 + MARGIN) <= gpu_bytes
-
-            if not fits(1):
-                continue
-            low, high = 1, total + 1  # fits, does not
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (middle, high) if fits(middle) else (low, middle)
-            c = turned(low)
-            changed = {key: value for key, value in vars(c).items() if value != getattr(config, key)}
-            words = ' '.join(f'--{key}={value}' for key, value in changed.items())
-            rows.append((name, checkpointing, low, estimate(c, shape.vocab_size), seconds_per_token(c, shape), words))
+            for batch in batches:
+                turns = NEUTRAL | way | dict(checkpointing=checkpointing, batch_size=batch)
+                turns['gradient_accumulation_steps'] = total // batch
+                c = SimpleNamespace(**vars(config) | turns)
+                plan = estimate(c, shape)
+                if plan.card * (1 + MARGIN) <= gpu_bytes and not problems(c):
+                    changed = {key: value for key, value in vars(c).items() if value != getattr(config, key)}
+                    words = ' '.join(f'--{key}={value}' for key, value in changed.items())
+                    rows.append((name, checkpointing, batch, plan, seconds_per_token(c, shape), words))
+                    break
     return sorted(rows, key=lambda row: row[4])
 
 
@@ -433,26 +434,44 @@ def draw(plan, png):
     plt.close(figure)
 
 
+FLAGS = {
+    'gpu_gb': (float, 24, 'the card, in GiB'),
+    'fit': (bool, '', 'every method, the largest batch that fits, and the flags to type'),
+    'gpus': (int, 4, 'what each of several GPUs holds'),
+    'tp': (int, 2, 'with --gpus: size of the tensor-parallel groups'),
+    'instant': (bool, '', 'by the formula, without a trace'),
+    'json': (bool, '', 'numbers instead of a table'),
+    'plot': (str, 'plan.png', 'memory over three steps, as a picture'),
+    'hf': (str, 'path/to/config.json', "transformers' own model instead: see python memest_hf.py"),
+}
+
+
 def own_flags(argv):
     """Split off the flags that are this script's: -> (those as a dict, the rest). Raises ValueError for a bad one."""
-    kinds = {
-        'json': bool, 'fit': bool, 'instant': bool, 'plot': str, 'gpu_gb': float, 'gpus': int, 'tp': int, 'hf': str,
-    }  # fmt: skip
     flags, rest = {}, []
     for word in argv:
-        name, _, value = word.removeprefix('--').partition('=')
+        name, equals, value = word.removeprefix('--').partition('=')
         name = name.replace('-', '_')
         if word == '--model=llmem':
             flags['llmem'] = True
-        elif word.startswith('--') and name in kinds:
-            try:
-                flags[name] = True if kinds[name] is bool else kinds[name](value)
-            except ValueError:
-                raise ValueError(f'--{name}={value} is not a number: use for example --{name}=24') from None
-            if kinds[name] in (int, float) and flags[name] <= 0:
-                raise ValueError(f'--{name}={value} is not a size: use more than 0, for example --{name}=24')
-        else:
+            continue
+        if not word.startswith('--') or name not in FLAGS:
             rest.append(word)
+            continue
+        kind, example, _ = FLAGS[name]
+        try:
+            flags[name] = True if kind is bool else kind(value)
+        except ValueError:
+            raise ValueError(f'--{name}={value} is not a number: use for example --{name}={example}') from None
+        if kind in (int, float) and not 0 < flags[name] < math.inf:
+            raise ValueError(f'--{name}={value} is not a size: use more than 0, for example --{name}={example}')
+        if bool(equals) == (kind is bool) or (kind is str and not value):
+            raise ValueError(f'{word} is not how it is typed: use --{name}{f"={example}" if example else ""}')
+    shows = [name for name in ('fit', 'gpus', 'llmem') if name in flags]
+    if shows and {'json', 'plot', 'instant'} & set(flags):
+        raise ValueError(f'--{shows[0]} prints a table of its own: leave out --json, --plot and --instant')
+    if 'plot' in flags and 'instant' in flags:
+        raise ValueError('--plot draws a trace, and --instant makes none: leave out one of them')
     return flags, rest
 
 
@@ -461,23 +480,30 @@ def main(argv):
     import configurator
     import train
 
-    flags, rest = own_flags(argv)
-    if 'hf' in flags:
+    if '--help' in argv or '-h' in argv:
+        print('python memest.py CONFIG [--key=value ...], keys as train.py has them, and of its own:\n')
+        for name, (kind, example, meaning) in FLAGS.items():
+            print(f'  {f"--{name}" if kind is bool else f"--{name}={example}":28} {meaning}')
+        return print(f"  {'--model=llmem':28} LLMem's published equations instead")
+    if any(word.startswith('--hf') for word in argv):
         import memest_hf
 
         return memest_hf.main(argv)
+    flags, rest = own_flags(argv)
     config = configurator.load_or_exit(train.__file__, [*rest, '--dry_run'], train.problems)
     shape = train.described(config)[0].config
-    for flag, printer in (('llmem', print_llmem), ('fit', print_fit), ('gpus', print_gpus)):
-        if flag in flags:
-            return printer(config, shape, flags)
+    if 'fit' in flags:
+        return print_fit(config, shape, flags, train.problems)
+    if 'llmem' in flags or 'gpus' in flags:
+        return (print_llmem if 'llmem' in flags else print_gpus)(config, shape, flags)
     started = time.perf_counter()
-    instant = estimate(config, shape.vocab_size)
+    instant = estimate(config, shape)
     plan = instant if 'instant' in flags else trace(config)
     seconds = time.perf_counter() - started
     if 'json' in flags:
         found = {key: getattr(plan, key) for key in ('weights', 'states', 'total', 'allocated', 'reserved', 'context')}
-        found |= {'card': plan.card, 'moment': plan.moment, 'parts': plan.parts, 'formula': instant.total}
+        found |= {'card': plan.card, 'moment': plan.moment, 'parts': plan.parts}
+        found |= {'formula': instant.total} if plan.context else {}  # which is a card's
         print(json.dumps(found))
     else:
         print(
@@ -501,18 +527,26 @@ def main(argv):
 
 def print_gpus(config, shape, flags):
     """What each of several GPUs holds, way by way (llmem.py has the derivations)."""
-    n, gb = flags['gpus'], flags.get('gpu_gb', 24.0)
-    plan = estimate(config, shape.vocab_size)
+    n, gb, tp = flags['gpus'], flags.get('gpu_gb', 24.0), flags.get('tp', 1)
+    plan = estimate(config, shape)
+    if n % tp:
+        raise ValueError(f'--gpus={n} cannot be cut into groups of --tp={tp}: use a tp that divides them')
     print(f'{n} GPUs, planned; each, or with tp each group, has {config.batch_size} x {config.block_size} tokens')
     print(f'{"":10} {"GiB a GPU":>9}  fits {gb:g} GiB   what torch calls it')
     for how, words in llmem.WAYS.items():
-        need = llmem.several_gpus(plan.pieces, n, how, flags.get('tp', 1) if how == 'zero3' else 1)['total'] + CONTEXT
+        need = llmem.several_gpus(plan.pieces, n, how, tp if how == 'zero3' else 1)['total'] + CONTEXT
         print(f'{how:10} {need / 2**30:9.2f}  {"yes" if need * (1 + MARGIN) <= gb * 2**30 else "no":11} {words}')
-    parts = estimate(SimpleNamespace(**vars(config) | {'batch_size': 1}), shape.vocab_size).pieces
+    parts = estimate(SimpleNamespace(**vars(config) | {'batch_size': 1}), shape).pieces
     seconds = seconds_per_token(config, shape) * config.block_size
     exchanged = (6 if config.checkpointing else 4) * shape.n_layer * config.block_size * shape.n_embd * 2
-    ways = llmem.choose(parts, gb * 2**30 / (1 + MARGIN) - CONTEXT, n, seconds, PCI_EXPRESS, exchanged)
-    print('the largest batches that fit, fastest first:' if ways else 'none of these fits: try --fit, or more GPUs')
+    ways = llmem.choose(parts, gb * 2**30 / (1 + MARGIN) - CONTEXT, n, seconds, PCI_EXPRESS, exchanged,
+                        tps=(tp,) if tp > 1 else ())  # fmt: skip
+    print('(train.py itself averages over processes, as ddp does; the others want torch around a loop of your own)')
+    if config.method in ('loqt', 'lora') or config.weight_bits == 8:
+        print('(packed weights are buffers, which fully_shard does not cut: zero2 and zero3 are too low here)')
+    print(
+        'with the largest batches that fit, fastest first:' if ways else 'none of these fits: try --fit, or more GPUs'
+    )
     for row in ways:
         print(f'{row["way"]:10} batch {row["batch"]} a group; {row["reason"]}')
 
@@ -526,21 +560,24 @@ def print_llmem(config, shape, flags):
     print(
         f"LLMem's equations, {config.batch_size} x {config.block_size} tokens, fp16 with checkpointing, on {n} GPU(s):"
     )
+    tp = flags.get('tp') or next(k for k in range(max(n // 2, 1), 0, -1) if n % k == 0)
     for how in llmem.METHODS if n > 1 else ('CDP',):
-        tp = max(n // 2, 1) if how == 'DP+TP' else 1
-        need = llmem.peak(described, how, config.batch_size, config.block_size, n, tp)
+        need = llmem.peak(described, how, config.batch_size, config.block_size, n, tp if how == 'DP+TP' else 1)
         print(f'{how:6} {need / 2**30:9.2f} GiB a GPU')
-    choice, _ = llmem.decide(described, gb * 2**30, n, tp=max(n // 2, 1))
+    choice, _ = llmem.decide(described, gb * 2**30, n, tp=tp, sequence=config.block_size)
     print(f'its choice for cards of {gb:g} GiB: {choice}')
 
 
-def print_fit(config, shape, flags):
+def print_fit(config, shape, flags, problems):
     gb = flags.get('gpu_gb', 24.0)
-    rows = fit(config, gb * 2**30, shape)
+    rows = fit(config, gb * 2**30, shape, problems)
     if not rows:
         print(f'nothing fits {gb:g} GiB: use a smaller --model or --block_size, or more cards (--gpus=N)')
         return
-    print(f'what fits {gb:g} GiB, with the largest batch, fastest first; planned, nothing here was measured on a card')
+    print(
+        f'what fits {gb:g} GiB by the formula, with the largest batch, fastest first; planned, not measured on a card.'
+    )
+    print('It knows the gaps of an allocator on average alone: trace what you choose, with --gpu_gb.')
     print(f'{"":26} {"checkpointing":>13} {"batch":>6} {"GiB":>6} {"speed":>6}   flags')
     best = rows[0][4]
     for name, checkpointing, batch, plan, seconds, words in rows:
@@ -551,7 +588,9 @@ def print_fit(config, shape, flags):
 
 
 if __name__ == '__main__':
+    import train
+
     try:
-        main(sys.argv[1:])
-    except ValueError as error:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError, ImportError, train.Stop, train.DataError, train.ModelError) as error:
         sys.exit(f'error: {error}')

@@ -128,9 +128,9 @@ class Recorder(LiveBytes):
                 card.free(block)
         return out
 
-    def add(self, storage):
+    def add(self, storage, tensor=None, function=None):
         if storage.nbytes() and storage not in self.seen:  # CUDA gives nothing for nothing
-            super().add(storage)
+            super().add(storage, tensor, function)
             self.note()
 
     def note(self):
@@ -267,7 +267,8 @@ class NF4Linear(nn.Module):
         scale = new(blocks, dtype=torch.float32)
         self.parts = [packed, new(16, dtype=torch.float32)]  # with the table of NF4's 16 numbers
         if double_quant:
-            offset, centred = new(1, dtype=torch.float32), torch.empty_like(scale)  # noqa: F841, alive as in the original
+            # alive as in the original
+            offset, centred = new(1, dtype=torch.float32), torch.empty_like(scale)  # noqa: F841
             self.parts += [new(blocks, dtype=torch.uint8), new(-(-blocks // 256), dtype=torch.float32), offset]
             self.parts.append(new(256, dtype=torch.float32))
         else:
@@ -617,9 +618,9 @@ def table(plan, gpu_gb):
     lines = [f'{name:<22}{size / 2**30:9.3f} GiB  {note}'.rstrip() for name, size, note in rows if size]
     if gpu_gb:
         for margin, lengths in ((MARGIN, 'of equal length'), (MARGIN_VARYING, 'padded each to its longest row')):
-            need = plan.total * (1 + margin) / 1e9
+            need = plan.total * (1 + margin) / 2**30
             fits = 'fits' if need <= gpu_gb else 'does not fit'
-            lines.append(f'{fits} on {gpu_gb:g} GB, with {margin:.0%} to spare for batches {lengths}: {need:.2f} GB')
+            lines.append(f'{fits} on {gpu_gb:g} GiB, with {margin:.0%} to spare for batches {lengths}: {need:.2f} GiB')
     return '\n'.join(lines)
 
 
@@ -639,7 +640,7 @@ def main(argv):
             elif name == 'json':
                 as_json = True
             elif name not in known:
-                raise ValueError(f'--{name} is unknown: use --hf, --gpu_gb, --json, --{", --".join(known)}')
+                raise ValueError(f'--{name} does not go with --hf: use --hf, --gpu_gb, --json, --{", --".join(known)}')
             elif isinstance(known[name], bool):
                 if value not in ('', 'True', 'False', '1', '0'):
                     raise ValueError(f'--{name}={value} is neither: use True or False')
@@ -650,7 +651,7 @@ def main(argv):
             raise ValueError('--hf is missing: give a folder with a config.json, or such a file')
         plan = trace_hf(path, **given)
     except ValueError as e:
-        print(e, file=sys.stderr)
+        print(f'error: {e}', file=sys.stderr)
         return 1
     print(json.dumps(vars(plan) | {'total': plan.total}) if as_json else table(plan, gpu_gb))
     return 0

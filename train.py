@@ -211,6 +211,12 @@ def problems(config):
             "coreset='zo' in one direction keeps only a sign at unit length: "
             'use --coreset_norm=adam, or more --zo_directions'
         )
+    targets = c.lora_targets.split(',')
+    if c.method == 'lora' and c.coreset in ('zo', 'grad') and not {'all', 'v_proj'} & set(targets):
+        found.append(
+            f"coreset='{c.coreset}' compares gradients of v_proj, which lora_targets leaves out: "
+            'add v_proj, or use --coreset=random'
+        )
     if c.coreset in ('none', 'random') and c.coreset_norm != 'unit':
         found.append(f"coreset_norm is of what zo and grad compare: leave it out with coreset='{c.coreset}'")
     if c.coreset == 'none' and (c.coreset_weights != 'uniform' or c.coreset_clusters):
@@ -395,6 +401,9 @@ def plan_memory(config, shape, dtype, device, compute_dtype=None):
     linear = layers_of(SimpleNamespace(**vars(config) | {'compensation': min(config.compensation, 2)}))
     given = config.init_from not in ('scratch', 'resume')
     setup, compute_dtype = METHODS[config.method].setup, dtype if on_card else compute_dtype
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    own = max(config.gradient_accumulation_steps // world, 1)  # micro-batches of one process
+    run = SimpleNamespace(**vars(config) | {'gradient_accumulation_steps': own})
     selection = make_selection(config)
     pool_size = config.batch_size * config.gradient_accumulation_steps * config.coreset_from
 
@@ -405,7 +414,7 @@ def plan_memory(config, shape, dtype, device, compute_dtype=None):
             del pool
         return training_step(model, optimizer, batches, learning_rate, device)
 
-    return memest.trace_step(shape, dtype, config, setup, step, compute_dtype, not on_card, linear, given)
+    return memest.trace_step(shape, dtype, run, setup, step, compute_dtype, not on_card, linear, given)
 
 
 def described(config):
@@ -509,7 +518,7 @@ def main(config):
         if not on_cuda:
             print(f'memory: {(at_start + plan.total) / 1e9:.2f} GB with what Python and torch take themselves')
         elif plan.card > (there := torch.cuda.get_device_properties(device).total_memory):
-            advice = report.memory_advice(config, model.config.vocab_size)
+            advice = report.memory_advice(config, model.config, problems, FIXED * bool(saved_at))
             print(f'warning: the plan is more than the {there / 1e9:.2f} GB of this card; try {advice}')
 
     # ---- the run's own files, and its end ----
@@ -674,7 +683,8 @@ def cli(argv):
         sys.exit(f'error: {where if error.strerror else error}')
     except (RuntimeError, MemoryError) as error:  # a GPU's out-of-memory has a type of its own, a CPU's has not
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or 'allocate memory' in str(error):
-            sys.exit(f'error: {report.explain_out_of_memory(config, error)}')
+            kept = FIXED * (config.init_from == 'resume')
+            sys.exit(f'error: {report.explain_out_of_memory(config, error, problems, kept)}')
         raise
     except KeyboardInterrupt:
         sys.exit(130)

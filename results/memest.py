@@ -33,12 +33,12 @@ TURNS = {
     ],
     'loqt': [
         '', '--per_layer --checkpointing', '--double_quant=True', '--quantize=none', '--state_bits=8 --per_layer',
-        '--stagger=False', '--checkpointing --offload', '--grad_clip=1',
+        '--stagger=False', '--checkpointing --offload', '--grad_clip=1', '--stagger=False --per_layer --checkpointing',
     ],
     'lora': [
         '--quantize=none', '--checkpointing', '--train_rest=no', '--train_rest=no --checkpointing --double_quant=True',
         '--per_layer --state_bits=8', '--lora_targets=q_proj,v_proj',
-        '--dropout=0.05 --train_rest=no',
+        '--dropout=0.05 --train_rest=no', '--lora_targets=q_proj --dropout=0.1',
     ],
     'apollo': [
         '', '--checkpointing', '--per_layer --grad_clip=0', '--state_bits=8', '--coreset=grad --coreset_from=16',
@@ -144,7 +144,7 @@ def main():
     for flags in configurations():
         config = load(flags)
         weights, states, total, allocated, reserved, _, moment = traced(flags, cache)
-        instant = memest.estimate(config, 32000)
+        instant = memest.estimate(config)
         rows.append((instant.total / total - 1, flags, instant.total, total, moment))
         slack.append(reserved / allocated - 1)
         if instant.weights != weights or instant.states != states:
@@ -194,7 +194,7 @@ def main():
     memest.trace(config)
     seconds, started = time.perf_counter() - started, time.perf_counter()
     for _ in range(10):
-        memest.estimate(config, 32000)
+        memest.estimate(config)
     instant = (time.perf_counter() - started) / 10
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     lines += [

@@ -16,6 +16,7 @@ import loqt
 import lora
 import memest
 import report
+import train
 from model import SIZES, LLaMA, ModelConfig
 from train import training_step
 
@@ -160,24 +161,25 @@ CONFIGURATIONS = [
 def test_the_formula_says_what_the_trace_says(flags, within):
     argv = [str(ROOT / 'config/galore_130m.py'), *flags.split(), '--dry_run']
     config = configurator.load(ROOT / 'train.py', argv)
-    instant, traced = memest.estimate(config, 32000), memest.trace(config)
+    instant, traced = memest.estimate(config), memest.trace(config)
     assert instant.weights == traced.weights and instant.states == traced.states
     assert abs(instant.total / traced.total - 1) < within, (instant.parts, traced.parts)
 
 
-def test_what_fits_a_card_fits_it_and_one_window_more_does_not():
+def test_what_fits_a_card_fits_it_runs_and_twice_the_windows_do_not_fit():
     config = configurator.load(ROOT / 'train.py', [str(ROOT / 'config/galore_7b_4090.py'), '--dry_run'])
     shape = ModelConfig(**SIZES['7b'], block_size=256)
-    rows = memest.fit(config, 24 * 2**30, shape)
+    rows = memest.fit(config, 24 * 2**30, shape, train.problems)
     assert {'GaLore, 8-bit, offloaded', 'LoQT, 8-bit, per layer', 'QLoRA'} <= {row[0] for row in rows}
     assert 'AdamW' not in {row[0] for row in rows}, 'a 7B with its states takes 80 GB'
     assert [row[4] for row in rows] == sorted(row[4] for row in rows)
     for _, _, batch, plan, _, flags in rows:
         assert plan.card * (1 + memest.MARGIN) <= 24 * 2**30
         typed = configurator.load(ROOT / 'train.py', [str(ROOT / 'config/galore_7b_4090.py'), *flags.split()])
-        assert typed.batch_size == batch and memest.estimate(typed, 32000).total == plan.total, 'the flags say it all'
-        typed.batch_size += 1
-        assert memest.estimate(typed, 32000).card * (1 + memest.MARGIN) > 24 * 2**30 or batch == 512
+        assert typed.batch_size == batch and memest.estimate(typed).total == plan.total, 'the flags say it all'
+        assert not train.problems(typed) and typed.batch_size * typed.gradient_accumulation_steps == 512
+        typed.batch_size, typed.gradient_accumulation_steps = 2 * batch, 256 // batch
+        assert memest.estimate(typed).card * (1 + memest.MARGIN) > 24 * 2**30 or batch == 512
 
 
 @pytest.mark.parametrize(
@@ -187,6 +189,12 @@ def test_what_fits_a_card_fits_it_and_one_window_more_does_not():
         ('--gpus=two', '--gpus=two is not a number'),
         ('--model=60x', "model='60x' is not a size"),
         ('--method=loqt --compile=True', 'compile'),
+        ('--init_from=/nope', 'no folder'),
+        ('--dataset=nope', 'no data set nope'),
+        ('--plot', 'use --plot=plan.png'),
+        ('--gpus=3 --tp=2', 'cannot be cut'),
+        ('--fit --json', 'a table of its own'),
+        ('--hf=/nope', 'nope'),
     ],
 )
 def test_bad_input_is_one_sentence(flags, says):
