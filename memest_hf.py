@@ -87,30 +87,11 @@ class HFPlan:
         return self.reserved + self.paged + self.context
 
 
-class Card(Allocator):
-    """The allocator, with the two counts that torch.cuda keeps: of whole blocks, a remainder not split off included."""
-
-    def __init__(self):
-        super().__init__()
-        self.allocated = self.allocated_peak = self.reserved_peak = 0
-
-    def malloc(self, nbytes):
-        block = super().malloc(nbytes)
-        self.allocated += block.size
-        self.allocated_peak = max(self.allocated_peak, self.allocated)
-        self.reserved_peak = max(self.reserved_peak, self.reserved)
-        return block
-
-    def free(self, block):
-        self.allocated -= block.size
-        super().free(block)
-
-
 class Recorder(LiveBytes):
     """LiveBytes that knows the phase, and what CUDA's kernels take beside their results."""
 
     def __init__(self, cuda, workspace=WORKSPACE):
-        super().__init__(Card())
+        super().__init__(Allocator())
         self.cuda, self.workspace, self.workspaces = cuda, workspace, {}
         self.phase, self.running, self.most, self.where = 'load', '', 0, ('', '')
 
@@ -472,7 +453,7 @@ def trace_hf(config, method='full', batch=1, seq=512, dtype='bf16', optimizer='a
         kept = [t for state in update.state.values() for t in state.values() if isinstance(t, torch.Tensor) and t.ndim]
         plan.states, plan.paged = sum(t.nbytes for t in kept), getattr(update, 'unified', 0)
         card = recorder.allocator
-        plan.live, plan.allocated, plan.reserved = recorder.peak, card.allocated_peak, card.reserved_peak
+        plan.live, plan.allocated, plan.reserved = recorder.peak, card.peak_allocated, card.peak_reserved
         plan.workspaces = recorder.workspace * len(recorder.workspaces)
         plan.phase, plan.operation = recorder.where
         del model, update, params, kept

@@ -194,7 +194,7 @@ def test_what_fits_a_card_fits_it_runs_and_twice_the_windows_do_not_fit():
         ('--plot', 'use --plot=plan.png'),
         ('--gpus=3 --tp=2', 'cannot be cut'),
         ('--fit --json', 'a table of its own'),
-        ('--hf=/nope', 'nope'),
+        ('--hf=/nope', 'does not go with --hf'),
     ],
 )
 def test_bad_input_is_one_sentence(flags, says):

@@ -163,7 +163,7 @@ def test_the_command_prints_a_table_and_json(tmp_path, capsys):
     CONFIGS['llama'].save_pretrained(tmp_path)
     assert memest_hf.main([f'--hf={tmp_path}', '--method=qlora', '--seq=16', '--gpu_gb=24']) == 0
     text = capsys.readouterr().out
-    assert 'reserved' in text and 'fits on 24 GB' in text
+    assert 'reserved' in text and 'fits on 24 GiB' in text
     assert memest_hf.main([f'--hf={tmp_path / "config.json"}', '--seq=16', '--json', '--checkpointing']) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan['total'] == plan['reserved'] + plan['paged'] + plan['context']
