@@ -68,7 +68,8 @@ def measure_merge(config):
             layer.G = G.clone()
             loqt.merge(layer)  # from now on there is an old P to start from
             W = layer.dense_weight(torch.float32)
-            layer.G, lost = G.clone(), {'theirs': official(layer, layer.compensation)}
+            layer.G = G.clone()
+            lost = {'theirs': official(layer, layer.compensation)}
             loqt.merge(layer)
             lost['ours'] = ((W - layer.dense_weight(torch.float32)).norm() / W.norm()).item()
 

@@ -202,10 +202,10 @@ class Made(LiveBytes):
         for tensor in tensors:
             self.seen[tensor.untyped_storage()] = 0  # these were there before
 
-    def add(self, storage):
+    def add(self, storage, *what):
         if storage not in self.seen:
             self.sizes.append(storage.nbytes() / 4)
-        super().add(storage)
+        super().add(storage, *what)
 
 
 FULL = {1024, 512, 1792}  # m n of q and o, of k and v, of gate, up and down
