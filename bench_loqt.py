@@ -67,11 +67,13 @@ def measure_merge(config):
             G = G.bfloat16()
             layer.G = G.clone()
             loqt.merge(layer)  # from now on there is an old P to start from
-            W = layer.dense_weight(torch.float32)
-            layer.G = G.clone()
-            lost = {'theirs': official(layer, layer.compensation)}
-            loqt.merge(layer)
-            lost['ours'] = ((W - layer.dense_weight(torch.float32)).norm() / W.norm()).item()
+            new = loqt.LoQTLinear(n, m, rank=rank, dtype=torch.bfloat16)
+            new.set_weight(torch.randn(m, n))  # not yet on the 16 values, as a weight is that has been trained
+            new.G, W = G.clone(), new.dense_weight(torch.float32)
+            lost = {'theirs': official(new, new.compensation)}
+            loqt.merge(new)
+            lost['ours'] = ((W - new.dense_weight(torch.float32)).norm() / W.norm()).item()
+            del new, W
 
             def ours(layer=layer, G=G):
                 layer.G = G.clone()

@@ -33,12 +33,12 @@ TURNS = {
     ],
     'loqt': [
         '', '--per_layer --checkpointing', '--double_quant=True', '--quantize=none', '--state_bits=8 --per_layer',
-        '--stagger=False', '--checkpointing --offload', '--grad_clip=1', '--stagger=False --per_layer --checkpointing',
+        '--stagger=False', '--checkpointing --offload', '--grad_clip=1',
     ],
     'lora': [
         '--quantize=none', '--checkpointing', '--train_rest=no', '--train_rest=no --checkpointing --double_quant=True',
         '--per_layer --state_bits=8', '--lora_targets=q_proj,v_proj',
-        '--dropout=0.05 --train_rest=no', '--lora_targets=q_proj --dropout=0.1',
+        '--dropout=0.05 --train_rest=no',
     ],
     'apollo': [
         '', '--checkpointing', '--per_layer --grad_clip=0', '--state_bits=8', '--coreset=grad --coreset_from=16',
