@@ -16,6 +16,7 @@ What is not in the papers, and why:
 """
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -121,6 +122,7 @@ def pieces(W, G, state):
         yield a, W[a : a + rows], G[a : a + rows], part
 
 
+@functools.cache  # setLevel drops what all loggers have cached, milliseconds in a process that has many
 def kernels():
     """bitsandbytes, imported only where 8 bits are asked for, without its note that it lacks a kernel we do not use."""
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
