@@ -58,7 +58,7 @@ def real_peak(config, dtype, lora, targets, checkpointing, optimizer):
 @pytest.mark.parametrize('name', CONFIGS)
 def test_live_bytes_equal_a_real_run_of_transformers_and_peft(name, lora, checkpointing):
     for dtype in ('fp32', 'bf16') if name == 'llama' and lora else ('fp32',):
-        optimizer = 'adamw_loop' if name == 'qwen2' else 'adamw'
+        optimizer = {'qwen2': 'adamw_loop', 'gpt2': 'adamw_fused'}.get(name, 'adamw')
         plan = trace_hf(CONFIGS[name], method='lora' if lora else 'full', batch=2, seq=32, dtype=dtype, cuda=False,
                         optimizer=optimizer, checkpointing=checkpointing, lora_rank=4, lora_targets=TARGETS[name],
                         steps=2)  # fmt: skip
