@@ -492,7 +492,6 @@ def main(config):
         )
     if config.train_rest == 'auto' and config.method == 'lora':  # decided now, for those who resume this run
         config.train_rest = 'yes' if config.init_from == 'scratch' else 'no'
-    at_start = 0 if on_cuda else report.memory(device)  # Python and torch itself, on a CPU part of the process
     source, adapter = saved_at, None
     if config.init_from not in ('scratch', 'resume'):
         source = config.init_from if os.path.isdir(config.init_from) else download(config.init_from)
@@ -515,11 +514,14 @@ def main(config):
     if rank == 0:
         plan = plan_memory(config, model.config, dtype, device, model.activation_dtype)
         print_plan(config, model, plan, folder, meta, device)
+        # Python and torch, on a CPU part of the process; what the model takes is there already
+        there = plan.weights + plan.states * bool(saved_at)
+        at_start = 0 if on_cuda else max(report.memory(device) - there, 0)
         if not on_cuda:
             print(f'memory: {(at_start + plan.total) / 1e9:.2f} GB with what Python and torch take themselves')
-        elif plan.card > (there := torch.cuda.get_device_properties(device).total_memory):
+        elif plan.card > (room := torch.cuda.get_device_properties(device).total_memory):
             advice = report.memory_advice(config, model.config, problems, FIXED * bool(saved_at))
-            print(f'warning: the plan is more than the {there / 1e9:.2f} GB of this card; try {advice}')
+            print(f'warning: the plan is more than the {room / 1e9:.2f} GB of this card; try {advice}')
 
     # ---- the run's own files, and its end ----
     if config.overwrite and rank == 0 and not saved_at:
