@@ -455,6 +455,8 @@ def own_flags(argv):
         if word == '--model=llmem':
             flags['llmem'] = True
             continue
+        if word.startswith('--gpu') and name not in FLAGS:
+            raise ValueError(f'--{name} is unknown: use --gpu_gb=24, the card in GiB, or --gpus=4, how many')
         if not word.startswith('--') or name not in FLAGS:
             rest.append(word)
             continue
@@ -523,6 +525,7 @@ def main(argv):
             )
     if 'plot' in flags and plan.peak:
         draw(plan, flags['plot'])
+        print(f'written: {flags["plot"]}', file=sys.stderr if 'json' in flags else sys.stdout)
 
 
 def print_gpus(config, shape, flags):

@@ -187,6 +187,7 @@ def test_what_fits_a_card_fits_it_runs_and_twice_the_windows_do_not_fit():
     [
         ('--gpu_gb=0', '--gpu_gb=0 is not a size'),
         ('--gpus=two', '--gpus=two is not a number'),
+        ('--gpu=24', 'use --gpu_gb=24'),
         ('--model=60x', "model='60x' is not a size"),
         ('--method=loqt --compile=True', 'compile'),
         ('--init_from=/nope', 'no folder'),
