@@ -595,5 +595,7 @@ if __name__ == '__main__':
 
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ValueError, OSError, ImportError, train.Stop, train.DataError, train.ModelError) as error:
+    except ModuleNotFoundError as error:
+        sys.exit(f'error: {error.name} is not installed: pip install -r requirements-extra.txt')
+    except (ValueError, OSError, train.Stop, train.DataError, train.ModelError) as error:
         sys.exit(f'error: {error}')
