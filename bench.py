@@ -26,7 +26,6 @@ import adam
 import bench_loqt
 import configurator
 import galore
-import memest
 import train
 from batches import Tokens
 from build import ROOT, build_model, data_folder
@@ -50,6 +49,7 @@ from measure import (
     timed,
     unhook,
 )
+from memory.trace import trace_step
 from model import SIZES, ModelConfig
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -424,7 +424,7 @@ def planned(size, *flags, dtype='bfloat16'):
     run = run_config(size, SIZES[size]['n_layer'], *flags)
     model_config = ModelConfig(**SIZES[size] | {'block_size': run.block_size})
     dtype, setup = getattr(torch, dtype), train.METHODS[run.method].setup
-    return memest.trace_step(model_config, dtype, run, setup, train.training_step, dtype)
+    return trace_step(model_config, dtype, run, setup, train.training_step, dtype)
 
 
 def measure_states(config):

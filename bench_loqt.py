@@ -10,7 +10,6 @@ import math
 import torch
 
 import loqt
-import memest
 import train
 from adam import kernels
 from build import build_model
@@ -28,6 +27,7 @@ from measure import (
     state_tensors,
     unhook,
 )
+from memory.trace import trace_step
 from model import SIZES
 
 ASKED = {'60m': 0.234, '130m': 0.486, '350m': 0.970, '1b': 3.145}  # GiB of LoQT's table 1, recomputed from the shapes
@@ -112,7 +112,7 @@ def measure_packed(config):
             with torch.device('meta'):
                 model = build_model(run, '', vocabulary, torch.bfloat16, 'meta', linear=loqt.linear(run))
             options = dict(compute_dtype=torch.bfloat16, linear=loqt.linear(run))
-            plan = memest.trace_step(model.config, torch.bfloat16, run, loqt.setup, train.training_step, **options)
+            plan = trace_step(model.config, torch.bfloat16, run, loqt.setup, train.training_step, **options)
             weights, states, how = plan.weights, plan.states, 'fake'
         clear()
         both = (weights + states) / 2**30

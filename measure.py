@@ -11,8 +11,8 @@ import time
 import torch
 
 import configurator
-import memest
 import train
+from memory.record import LiveBytes
 from model import SIZES, LLaMA, ModelConfig
 
 RANKS = {'60m': 128, '130m': 256, '350m': 256, '1b': 512, '7b': 1024}  # the paper's; of others a quarter of the width
@@ -77,7 +77,7 @@ def interleaved(methods, repeats, seconds=math.inf, least=3):
 
 def made_in(step):
     """Bytes of what step() makes, at their most; what was there before does not count, though it changes in place."""
-    with memest.LiveBytes() as live:
+    with LiveBytes() as live:
         for t in gc.get_objects():
             if type(t) in (torch.Tensor, torch.nn.Parameter):  # isinstance would wake lazy objects of all kinds
                 live.seen[t.untyped_storage()] = 0

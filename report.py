@@ -8,11 +8,9 @@ import os
 import re
 import shlex
 import sys
-from types import SimpleNamespace
 
 import torch
 
-import formula
 from configurator import BOOLS
 
 try:
@@ -118,41 +116,3 @@ def resume_command(extra=()):
         elif not name.startswith(('__init_from', '__overwrite')):
             kept.append(word)
     return shlex.join(['python', *launch, 'train.py', *kept, '--init_from=resume', *extra])
-
-
-def memory_advice(config, shape=None, problems=None, kept=()):
-    """The three flags that save most by memest's formula, of those that are not turned yet, with what each saves.
-
-    problems: train.problems, which knows what does not go together; kept: keys that a resumed run cannot change."""
-    c, now = config, formula.estimate(config, shape).total
-    turns = {
-        '--checkpointing=True': ({'checkpointing': True}, 'a quarter slower'),
-        '--per_layer=True': ({'per_layer': True}, 'same result'),
-        '--per_layer=True --grad_clip=0': ({'per_layer': True, 'grad_clip': 0.0}, 'no clipping'),
-        '--state_bits=8': ({'state_bits': 8}, 'nearly the same result'),
-        '--method=galore --scale=0.25': ({'method': 'galore', 'scale': 0.25}, 'another method'),
-        '--method=loqt --scale=0.5': ({'method': 'loqt', 'scale': 0.5}, 'weights in 4 bits'),
-        f'--rank={max(c.rank // 2, 1)}': ({'rank': max(c.rank // 2, 1)}, 'half the subspace'),
-    }
-    if c.batch_size % 2 == 0:
-        half, twice = c.batch_size // 2, 2 * c.gradient_accumulation_steps
-        changes = {'batch_size': half, 'gradient_accumulation_steps': twice}
-        turns[f'--batch_size={half} --gradient_accumulation_steps={twice}'] = changes, 'same total batch'
-    saved = []
-    for words, (changes, why) in turns.items():
-        turned = SimpleNamespace(**vars(c) | changes)
-        useless = all(getattr(c, key) == value for key, value in changes.items() if key != 'scale')
-        if useless or set(changes) & set(kept) or ('grad_clip' in changes and not c.grad_clip):
-            continue
-        if ('method' in changes and c.method != 'adamw') or (problems and problems(turned)):
-            continue
-        less = now - formula.estimate(turned, shape).total
-        if less > 0.01 * now:
-            saved.append((less, f'{words} (saves about {less / 1e9:.2f} GB; {why})'))
-    return '; '.join(words for _, words in sorted(saved, reverse=True)[:3]) or 'a smaller model, or a larger card'
-
-
-def explain_out_of_memory(config, error, problems=None, kept=()):
-    """Three flags to turn, those that save most first."""
-    advice = memory_advice(config, None, problems, kept)
-    return f'out of memory ({(str(error) or "no details").splitlines()[0]}); try {advice}'

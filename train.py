@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -30,13 +29,13 @@ import configurator
 import galore
 import loqt
 import lora
-import memest
 import report
 import sample
 import tokenizer as tokenizers
 from batches import DataError, Tokens, read_meta
 from build import ROOT, SHAPE, build_model, data_folder, download, try_compile
 from coreset import Coreset
+from memory import fit, trace
 from model import SIZES, Linear, ModelError
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -393,30 +392,6 @@ def device_and_dtype(config):
     return device, dtype or (torch.bfloat16 if device == 'cuda' else torch.float32)
 
 
-def plan_memory(config, shape, dtype, device, compute_dtype=None):
-    """The Plan of one process, from a trace of its step; shape: the ModelConfig. On a card where there is one, or
-    where a dry run of bf16 weights says that there will be."""
-    on_card = device.startswith('cuda') or (config.dry_run and dtype == torch.bfloat16)
-    # A third round of compensation holds nothing that the second does not.
-    linear = layers_of(SimpleNamespace(**vars(config) | {'compensation': min(config.compensation, 2)}))
-    given = config.init_from not in ('scratch', 'resume')
-    setup, compute_dtype = METHODS[config.method].setup, dtype if on_card else compute_dtype
-    world = int(os.environ.get('WORLD_SIZE', 1))
-    own = max(config.gradient_accumulation_steps // world, 1)  # micro-batches of one process
-    run = SimpleNamespace(**vars(config) | {'gradient_accumulation_steps': own})
-    selection = make_selection(config)
-    pool_size = config.batch_size * config.gradient_accumulation_steps * config.coreset_from
-
-    def step(model, optimizer, batches, learning_rate, device):
-        if selection and selection.feature != 'random':  # two micro-batches of its pool, and the tensors for all of it
-            pool = torch.zeros(pool_size, config.block_size, dtype=torch.int64)
-            selection.compare(selection.look(model, pool, pool, config.batch_size, plan=True))
-            del pool
-        return training_step(model, optimizer, batches, learning_rate, device)
-
-    return memest.trace_step(shape, dtype, run, setup, step, compute_dtype, not on_card, linear, given)
-
-
 def described(config):
     """The model of a configuration on the meta device, its data's folder and meta (None where it is not prepared)."""
     _, dtype = device_and_dtype(config)
@@ -440,7 +415,10 @@ def plan_only(config):
     device, dtype = device_and_dtype(config)
     model, folder, meta = described(config)
     METHODS[config.method].setup(model, config)
-    print_plan(config, model, plan_memory(config, model.config, dtype, device), folder, meta, device)
+    plan = trace.plan_memory(
+        config, model.config, dtype, device, METHODS[config.method], training_step, make_selection(config)
+    )
+    print_plan(config, model, plan, folder, meta, device)
     print('dry run: nothing was trained')
 
 
@@ -512,7 +490,16 @@ def main(config):
     if saved_at and selection:
         checkpoint.load_selection(saved_at, selection)
     if rank == 0:
-        plan = plan_memory(config, model.config, dtype, device, model.activation_dtype)
+        plan = trace.plan_memory(
+            config,
+            model.config,
+            dtype,
+            device,
+            METHODS[config.method],
+            training_step,
+            make_selection(config),
+            model.activation_dtype,
+        )
         print_plan(config, model, plan, folder, meta, device)
         # Python and torch, on a CPU part of the process; what the model takes is there already
         there = plan.weights + plan.states * bool(saved_at)
@@ -520,7 +507,7 @@ def main(config):
         if not on_cuda:
             print(f'memory: {(at_start + plan.total) / 1e9:.2f} GB with what Python and torch take themselves')
         elif plan.card > (room := torch.cuda.get_device_properties(device).total_memory):
-            advice = report.memory_advice(config, model.config, problems, FIXED * bool(saved_at))
+            advice = fit.memory_advice(config, model.config, problems, FIXED * bool(saved_at))
             print(f'warning: the plan is more than the {room / 1e9:.2f} GB of this card; try {advice}')
 
     # ---- the run's own files, and its end ----
@@ -686,7 +673,7 @@ def cli(argv):
     except (RuntimeError, MemoryError) as error:  # a GPU's out-of-memory has a type of its own, a CPU's has not
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or 'allocate memory' in str(error):
             kept = FIXED * (config.init_from == 'resume')
-            sys.exit(f'error: {report.explain_out_of_memory(config, error, problems, kept)}')
+            sys.exit(f'error: {fit.explain_out_of_memory(config, error, problems, kept)}')
         raise
     except KeyboardInterrupt:
         sys.exit(130)

@@ -23,10 +23,10 @@ import torch  # noqa: E402
 
 import adam  # noqa: E402
 import coreset  # noqa: E402
-import memest  # noqa: E402
 from batches import Tokens, read_meta  # noqa: E402
 from data import common  # noqa: E402
 from data.pystdlib import prepare as pystdlib  # noqa: E402
+from memory.record import LiveBytes  # noqa: E402
 from model import LLaMA, ModelConfig  # noqa: E402
 
 OUT = os.path.join(ROOT, 'out', 'coreset')
@@ -303,7 +303,7 @@ def run(name, method, seed, windows):
     curve.append([STEPS, spent, evaluate(model, windows, 8)['mixture']])
     found |= {'seconds': spent, 'selecting': selecting, 'curve': curve, 'kept': chooser.kept_share if chooser else 0.0}
     found['errors'] = np.mean(errors, 0).tolist() if errors else None
-    with memest.LiveBytes() as live:  # of one more step: what it makes, weights and moments not counted
+    with LiveBytes() as live:  # of one more step: what it makes, weights and moments not counted
         one_step(STEPS)
     found['made'] = live.peak
     with open(path + '.part', 'w') as f:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 import configurator  # noqa: E402
 import memest  # noqa: E402
 import train  # noqa: E402
+from memory.record import LiveBytes  # noqa: E402
 
 CACHE = os.path.join(ROOT, 'out', 'memest.json')  # traces that were made already; delete it after a change
 RANK = {'60m': 128, '130m': 256, '350m': 256, '1b': 512, '7b': 1024, '13b': 1024}
@@ -109,7 +110,7 @@ def tracked(config):
         return plans[-1]
 
     train.plan_memory = unseen
-    with contextlib.redirect_stdout(io.StringIO()), memest.LiveBytes() as live, contextlib.suppress(SystemExit):
+    with contextlib.redirect_stdout(io.StringIO()), LiveBytes() as live, contextlib.suppress(SystemExit):
         train.cli([word for word in argv if 'adamw' not in config or 'proj_gap' not in word])
     print(json.dumps([plans[0].total, live.peak]))
 

@@ -1,9 +1,9 @@
 """
-Published measurements of peak memory beside what memest_hf.py predicts: makes memest_points.md.
+Published measurements of peak memory beside what memory/hf.py predicts: makes memest_points.md.
 
     python results/memest_points.py --points=path/to/points.csv      # 10 minutes; --only=C,X for some ids
 
-Finished traces are kept in out/memest_points.json for as long as memest.py and memest_hf.py stay as they are.
+Finished traces are kept in out/memest_points.json for as long as memest.py and memory/hf.py stay as they are.
 
 Columns of the file: id, source, model, params_B, batch, seq, dtype, optimizer, ckpt, attn, extra, gpu, metric, value,
 unit, quality. The models are built here from their published shapes; nothing is downloaded. Rows that say too little of
@@ -35,7 +35,7 @@ from transformers import (
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from memest_hf import MARGIN, MARGIN_VARYING, HFPlan, trace_hf  # noqa: E402
+from memory.hf import MARGIN, MARGIN_VARYING, HFPlan, trace_hf  # noqa: E402
 
 UNITS = {'GiB': 2**30, 'GB': 10**9, 'MB': 2**20, 'B': 1}
 
@@ -207,7 +207,7 @@ def predict(rows):
         with open(KEPT) as f:
             known = {key: HFPlan(**plan) for key, plan in json.load(f).items()}
     code = 0
-    for name in ('memest.py', 'memest_hf.py'):
+    for name in ('memest.py', 'memory/hf.py'):
         with open(os.path.join(ROOT, name), 'rb') as f:
             code = zlib.crc32(f.read(), code)
     for row in rows:
@@ -256,7 +256,7 @@ def cover(items):
 
 def report(done, without, command):
     counted = [item for item in done if item[3] == 'A']
-    lines = ['# Published peaks of fine-tuning beside memest_hf.py', '', f'Made by `{command}`.', '']
+    lines = ['# Published peaks of fine-tuning beside memory/hf.py', '', f'Made by `{command}`.', '']
     for title, group in (('Rows of quality A', 'A'), ('Other code or rounded figures, for orientation', 'other')):
         part = [item for item in done if item[3] == group]
         if not part:

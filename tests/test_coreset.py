@@ -29,7 +29,7 @@ import lora
 import train as training
 from batches import read_meta
 from coreset import Coreset, budgets, facility_location, features, gram, select
-from memest import LiveBytes
+from memory.record import LiveBytes
 from model import Linear, LLaMA, ModelConfig
 
 TINY = dict(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_inner=56, vocab_size=61, block_size=32)

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 
 import galore
 from galore import ApolloAdamW, GaLoreAdamW, orthonormal_basis, setup
-from memest import LiveBytes
+from memory.record import LiveBytes
 from model import SIZES, LLaMA, ModelConfig
 
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=56, vocab_size=61, block_size=16)

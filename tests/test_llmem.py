@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import llmem
-from llmem import MIB
-from memest import LiveBytes
+from memory import llmem
+from memory.llmem import MIB
+from memory.record import LiveBytes
 from model import LLaMA, ModelConfig
 
 # ---- LLMem as published ---------------------------------------------------------------------------------------------

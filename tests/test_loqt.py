@@ -11,7 +11,7 @@ import loqt
 from adam import decode, encode, split_decay
 from galore import GaLoreAdamW, orthonormal_basis, turned
 from loqt import LoQTAdamW, LoQTLinear, merge, replace_linears, update_steps
-from memest import LiveBytes
+from memory.record import LiveBytes
 from model import LLaMA, ModelConfig
 
 CONFIG = dict(learning_rate=1e-2, beta1=0.9, beta2=0.999, weight_decay=0.0, rank=8, update_proj_gap=3, scale=0.5)

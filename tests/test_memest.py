@@ -15,8 +15,9 @@ import galore
 import loqt
 import lora
 import memest
-import report
 import train
+from memory import fit, record, trace
+from memory.record import Allocator, LiveBytes
 from model import SIZES, LLaMA, ModelConfig
 from train import training_step
 
@@ -65,7 +66,7 @@ def real_steps(config, method, dtype, live):
         n = min(config.gradient_accumulation_steps, 2)
         batches = [(torch.randint(0, 301, (4, 32)),) * 2 for _ in range(n)]
         if i == 2:
-            memest.make_due(model, optimizer, config, TINY['n_layer'])
+            trace.make_due(model, optimizer, config, TINY['n_layer'])
         training_step(model, optimizer, batches, 1e-3, 'cpu')
         del batches
     return model, optimizer
@@ -77,10 +78,10 @@ def test_bytes_planned_equal_bytes_of_real_steps_with_a_refresh_or_merge(mode, c
     method, changes = MODES[mode]
     config = SimpleNamespace(**CONFIG | changes | dict(checkpointing=checkpointing))
     dtype = torch.bfloat16 if checkpointing else torch.float32
-    plan = memest.trace_step(
+    plan = trace.trace_step(
         ModelConfig(**TINY), dtype, config, method.setup, training_step, torch.float32, True, **options(config, method)
     )
-    with memest.LiveBytes() as live:
+    with LiveBytes() as live:
         model, optimizer = real_steps(config, method, dtype, live)
     kept = [(name, t) for state in optimizer.state.values() for name, t in state.items() if torch.is_tensor(t)]
     states = sum(t.nbytes for name, t in kept if name not in ('W', 'W_scale'))
@@ -91,9 +92,9 @@ def test_bytes_planned_equal_bytes_of_real_steps_with_a_refresh_or_merge(mode, c
 
 def test_bytes_planned_equal_the_profilers_allocations_in_a_real_step():
     config, peaks = SimpleNamespace(**CONFIG), []
-    plan = memest.trace_step(ModelConfig(**TINY), torch.float32, config, adam.setup, training_step, None, True)
+    plan = trace.trace_step(ModelConfig(**TINY), torch.float32, config, adam.setup, training_step, None, True)
     with torch.profiler.profile(profile_memory=True) as profile:
-        model, optimizer = real_steps(config, adam, torch.float32, memest.LiveBytes())
+        model, optimizer = real_steps(config, adam, torch.float32, LiveBytes())
     del model, optimizer
 
     def allocations(nodes):
@@ -119,7 +120,7 @@ def test_a_record_of_four_layers_repeated_equals_that_of_all_layers(mode, monkey
     shape = ModelConfig(**TINY | dict(n_layer=7))
 
     def plan():
-        made = memest.trace_step(
+        made = trace.trace_step(
             shape, torch.bfloat16, config, method.setup, training_step, torch.bfloat16, **options(config, method)
         )
         peak = made.peak
@@ -128,14 +129,14 @@ def test_a_record_of_four_layers_repeated_equals_that_of_all_layers(mode, monkey
         return *sizes, peak.kinds, peak.operation, peak.layer, len(peak.timeline)
 
     traced = []
-    steps = memest.record_steps
-    monkeypatch.setattr(memest, 'record_steps', lambda shape, *a: traced.append(shape.n_layer) or steps(shape, *a))
+    steps = trace.record_steps
+    monkeypatch.setattr(trace, 'record_steps', lambda shape, *a: traced.append(shape.n_layer) or steps(shape, *a))
     repeated = plan()
 
     def refuse(*_):
-        raise memest.NotUniform
+        raise trace.NotUniform
 
-    monkeypatch.setattr(memest, 'deeper', refuse)
+    monkeypatch.setattr(trace, 'deeper', refuse)
     assert plan() == repeated
     assert traced == [4, 4, 7]
 
@@ -143,7 +144,7 @@ def test_a_record_of_four_layers_repeated_equals_that_of_all_layers(mode, monkey
 def test_layers_that_differ_are_traced_one_by_one():
     config = SimpleNamespace(**CONFIG | dict(update_proj_gap=3))  # a third of the matrices are due at each step
     shape = ModelConfig(**TINY | dict(n_layer=6))
-    plan = memest.trace_step(shape, torch.float32, config, galore.setup, training_step)
+    plan = trace.trace_step(shape, torch.float32, config, galore.setup, training_step)
     assert plan.total > plan.weights + plan.states > 0
 
 
@@ -223,7 +224,7 @@ def test_the_command_prints_a_table_json_a_plot_and_several_gpus(tmp_path, capsy
 
 def test_out_of_memory_advice_names_what_each_flag_saves():
     config = configurator.load(ROOT / 'train.py', [str(ROOT / 'config/galore_60m.py'), '--method=adamw'])
-    words = report.explain_out_of_memory(config, MemoryError('no'))
+    words = fit.explain_out_of_memory(config, MemoryError('no'))
     assert words.startswith('out of memory (no); try ') and words.count('saves about') == 3
     first = float(words.split('saves about ')[1].split(' GB')[0])
     now = memest.estimate(config).total
@@ -237,7 +238,7 @@ def test_per_layer_and_checkpointing_and_8_bits_each_lower_the_plan():
     def total(**changes):
         config = SimpleNamespace(**CONFIG | changes)
         shape = ModelConfig(**TINY | dict(n_layer=12))
-        return memest.trace_step(shape, torch.float32, config, galore.setup, training_step, None).total
+        return trace.trace_step(shape, torch.float32, config, galore.setup, training_step, None).total
 
     assert total(per_layer=True, checkpointing=True, batch_size=1) < total(checkpointing=True, batch_size=1)
     assert total(checkpointing=True) < total()
@@ -245,8 +246,8 @@ def test_per_layer_and_checkpointing_and_8_bits_each_lower_the_plan():
 
 
 def test_allocator_rounds_splits_and_joins_as_torchs_does_by_hand():
-    MB = memest.MB
-    card = memest.Allocator()
+    MB = record.MB
+    card = Allocator()
     small = card.malloc(100)  # rounded to 512, from a segment of 2 MB
     assert (small.size, card.reserved) == (512, 2 * MB)
     card.malloc(MB)  # the rest of that segment holds it
@@ -276,7 +277,7 @@ def test_allocator_rounds_splits_and_joins_as_torchs_does_by_hand():
 
 def test_reserved_is_never_less_than_what_is_alive_and_fits_the_real_allocators_bound():
     generator = torch.Generator().manual_seed(0)
-    card, alive, most = memest.Allocator(), [], 0
+    card, alive, most = Allocator(), [], 0
     for _ in range(3000):
         if alive and torch.rand((), generator=generator) < 0.5:
             card.free(alive.pop(int(torch.randint(len(alive), (), generator=generator))))
@@ -292,8 +293,8 @@ def test_reserved_is_never_less_than_what_is_alive_and_fits_the_real_allocators_
 
 
 def test_a_full_card_takes_its_free_segments_back_before_it_is_full():
-    MB = memest.MB
-    card = memest.Allocator(limit=50 * MB)
+    MB = record.MB
+    card = Allocator(limit=50 * MB)
     card.free(card.malloc(30 * MB))
     card.malloc(40 * MB)  # 30 free ones are in the way, and go
     assert card.reserved == 40 * MB and not card.full and card.peak_reserved == 40 * MB
@@ -303,7 +304,7 @@ def test_a_full_card_takes_its_free_segments_back_before_it_is_full():
 
 def test_no_byte_is_lost_between_the_blocks():
     generator = torch.Generator().manual_seed(1)
-    card, alive = memest.Allocator(), []
+    card, alive = Allocator(), []
     for _ in range(300):
         alive.append(card.malloc(int(2 ** (27 * torch.rand((), generator=generator)))))
     for block in alive:
@@ -327,7 +328,7 @@ def test_offloaded_moments_take_none_of_the_card_and_change_no_weight(method, st
     (weights, _), (offloaded, optimizer) = run(), run(offload=True)
     assert optimizer.home == torch.device('cpu') and torch.equal(weights, offloaded)
     plans = [
-        memest.trace_step(ModelConfig(**TINY), torch.float32, SimpleNamespace(**CONFIG | {'offload': offload}),
+        trace.trace_step(ModelConfig(**TINY), torch.float32, SimpleNamespace(**CONFIG | {'offload': offload}),
                      method.setup, training_step)
         for offload in (False, True)
     ]  # fmt: skip

@@ -1,5 +1,5 @@
 """
-The peak memory of a run as a formula: instant, where memest.trace takes seconds, and within a per cent of it.
+The peak memory of a run as a formula: instant, where a trace takes seconds, and within a per cent of it.
 
     plan = estimate(config)                      # config: a namespace with train.py's keys -> Plan
     for name, value in plan.parts.items(): ...   # bytes at the peak, part by part
@@ -15,12 +15,11 @@ on purpose: norms' gradients, the numbers a row of attention and norms, scalars.
 import math
 from dataclasses import dataclass, field
 
+from adam import BLOCK, BLOCK_4BIT, PIECE, SMALLEST_8BIT
+from memory.cuda import CONTEXT, WORKSPACE
+from memory.record import MB
 from model import SIZES, HeadLoss, ModelConfig
 
-BLOCK, BLOCK_4BIT, PIECE, SMALLEST_8BIT = 256, 64, 1 << 24, 4096  # adam.py's
-MB = 1 << 20
-WORKSPACE = 2 * 8_519_680  # cuBLAS before Hopper, ':4096:2:16:8', for the main thread and for autograd's
-CONTEXT = 500 * MB  # CUDA's own; 300 MB to 1 GB are reported for one card or another
 SLACK, SLACK_BYTES = 0.04, 200 * MB  # what the allocator reserves beyond it: about the mean of results/memest.md's
 
 
@@ -280,6 +279,6 @@ def estimate(config, shape=None):
         logits=logits,
     )
     total = sum(parts.values())
-    reserved = int(total * (1 + SLACK)) + SLACK_BYTES + WORKSPACE
+    reserved = int(total * (1 + SLACK)) + SLACK_BYTES + 2 * WORKSPACE
     states = on_the_card + bases
-    return Plan(weights, states, total, total + WORKSPACE, reserved, parts, name, pieces=pieces)
+    return Plan(weights, states, total, total + 2 * WORKSPACE, reserved, parts, name, pieces=pieces)

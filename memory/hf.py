@@ -27,16 +27,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
-from memest import MB, Allocator, LiveBytes
+from memory.cuda import (
+    CONTEXT,
+    WORKSPACE,
+    WORKSPACE_HOPPER,
+    CudaAutocast,
+    Recorder,
+    cuda_attention,
+    cuda_dropout,
+)
+from memory.hf_layers import OPTIMIZERS, LoRA, NF4Linear, make_optimizer
 
 aten = torch.ops.aten
-# One for each pair of cuBLAS handle and stream, and backward runs in a thread with a handle of its own: 2 x 4096 KiB +
-# 8 x 16 KiB (ATen/cuda/CUDABlas.cpp, getChosenWorkspaceSize, ':4096:2:16:8'); on Hopper and later 32 MiB.
-WORKSPACE, WORKSPACE_HOPPER = 8_519_680, 32 * MB
-# What a product with a bias gives cuBLASLt while it runs (CUDABlas.cpp, _getWorkspaceSize: 1024 KiB).
-WORKSPACE_LT = MB
-# CUDA's context, code and handles of libraries, which the allocator never sees: 300 to 500 MB on cards since 2018.
-CONTEXT = 500 * MB
 
 # What a plan is raised by before it is held against a card (results/memest_points.md): for a block that fits no gap;
 # and where lengths vary, for blocks cached for shorter batches than the longest.
@@ -44,21 +46,6 @@ MARGIN, MARGIN_VARYING = 0.05, 0.20
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 METHODS, ATTENTION = ('full', 'lora', 'qlora'), ('sdpa', 'noflash', 'flash', 'eager')
-# On CUDA torch's own optimizers take the foreach path where none is chosen (torch/optim/optimizer.py,
-# _default_to_fused_or_foreach), with a copy of all second moments at once.
-TORCH_OPTIMIZERS = {
-    'adamw': (torch.optim.AdamW, dict(foreach=True)),
-    'adamw_foreach': (torch.optim.AdamW, dict(foreach=True)),
-    'adamw_loop': (torch.optim.AdamW, dict(foreach=False)),
-    'adamw_fused': (torch.optim.AdamW, dict(fused=True)),
-    'adam': (torch.optim.Adam, dict(foreach=True)),
-    'sgd': (torch.optim.SGD, dict(foreach=True)),
-    'sgd_momentum': (torch.optim.SGD, dict(foreach=True, momentum=0.9)),
-    'rmsprop': (torch.optim.RMSprop, dict(foreach=True)),
-    'adagrad': (torch.optim.Adagrad, dict(foreach=True)),
-}
-BNB_OPTIMIZERS = ('adamw8bit', 'paged_adamw8bit', 'paged_adamw32bit')
-OPTIMIZERS = (*TORCH_OPTIMIZERS, *BNB_OPTIMIZERS, 'lomo')
 
 
 @dataclass
@@ -85,272 +72,6 @@ class HFPlan:
     @property
     def total(self):
         return self.reserved + self.paged + self.context
-
-
-class Recorder(LiveBytes):
-    """LiveBytes that knows the phase, and what CUDA's kernels take beside their results."""
-
-    def __init__(self, cuda, workspace=WORKSPACE):
-        super().__init__(Allocator())
-        self.cuda, self.workspace, self.workspaces = cuda, workspace, {}
-        self.phase, self.running, self.most, self.where = 'load', '', 0, ('', '')
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        card, self.running = self.allocator, function.overloadpacket.__name__
-        if self.cuda and function in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default):
-            thread = 'backward' if self.phase == 'backward' else 'forward'
-            if thread not in self.workspaces:
-                self.workspaces[thread] = card.malloc(self.workspace)
-        out = super().__torch_dispatch__(function, types, args, kwargs)
-        if self.cuda:
-            blocks = [card.malloc(n) for n in hidden(function, args, out)]
-            self.note()
-            for block in blocks:
-                card.free(block)
-        return out
-
-    def add(self, storage, tensor=None, function=None):
-        if storage.nbytes() and storage not in self.seen:  # CUDA gives nothing for nothing
-            super().add(storage, tensor, function)
-            self.note()
-
-    def note(self):
-        if self.allocator.allocated > self.most:
-            self.most, self.where = self.allocator.allocated, (self.phase, self.running)
-
-
-def hidden(function, args, out):
-    """The bytes that CUDA's kernel of an operation takes while it runs, beside what it returns."""
-    if function is aten.addmm.default and args[0].ndim == 1:
-        return [WORKSPACE_LT]
-    if function is aten.embedding_dense_backward.default and args[1].numel() > 3072:  # sorts (cuda/Embedding.cu)
-        return [args[1].nbytes] * 4
-    return []
-
-
-class FusedAttention(torch.autograd.Function):
-    """The tensors of CUDA's flash and memory-efficient attention, forward and backward; it computes nothing.
-
-    Flash (flash_attn/flash_api.cpp): out, logsumexp; backward with dq in fp32, and dk, dv for every head of q.
-    Memory-efficient (attention.cu): the same without copies for heads, dq in fp32 only where it is not."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, flash):
-        B, H, T, D = q.shape
-        out = q.new_empty(B, T, H, D).transpose(1, 2)  # (B, H, T, D), in memory by token
-        lse = q.new_empty(B, H, T if flash else -(-T // 32) * 32, dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.flash = flash
-        return out
-
-    @staticmethod
-    def backward(ctx, delta):
-        q, k, v, _, _ = ctx.saved_tensors
-        B, H, T, D = q.shape
-        dq, dk, dv = (x.new_empty(B, T, x.shape[1], D).transpose(1, 2) for x in (q, k, v))
-        rounded = -(-T // 128) * 128 if ctx.flash else T
-        row = q.new_empty(B, H, rounded, dtype=torch.float32)  # sum of out * delta in each row
-        inner = [row]
-        if ctx.flash or q.dtype != torch.float32:
-            inner.append(q.new_empty(B, rounded, H, -(-D // 32) * 32, dtype=torch.float32))
-        if ctx.flash and k.shape[1] != H:
-            inner += [q.new_empty(B, T, H, D) for _ in range(2)]
-        return dq, dk, dv, None
-
-
-class SafeSoftmax(torch.autograd.Function):
-    """aten's _safe_softmax in the steps that it takes inside, seen in torch.profiler's memory events: softmax, one byte
-    a score for those of -inf, one a row, and zeros put into rows of -inf alone in place."""
-
-    @staticmethod
-    def forward(ctx, scores):
-        result = scores.softmax(-1)
-        masked = scores == float('-inf')
-        empty = masked.all(-1, keepdim=True)
-        result.masked_fill_(empty, 0.0)
-        ctx.save_for_backward(result)
-        return result
-
-    @staticmethod
-    def backward(ctx, delta):
-        (result,) = ctx.saved_tensors
-        return aten._softmax_backward_data(delta, result, -1, result.dtype)
-
-
-def math_attention(q, k, v, mask=None, dropout=0.0, causal=False, scale=None):
-    """softmax(q k^T) v in separate steps, as ATen/native/transformers/attention.cpp takes them on CUDA.
-
-    q (B, H, T, D); k, v (B, H or fewer, T, D); where they are fewer they are repeated. 16 bits are computed in 32."""
-    dtype, T, S = q.dtype, q.shape[-2], k.shape[-2]
-    q, k, v = (x.float() for x in (q, k, v))
-    root = (scale or q.shape[-1] ** -0.5) ** 0.5
-    scaled = q * root
-    if causal:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.where(mask, torch.zeros((), dtype=q.dtype, device=q.device), float('-inf'))  # (T, S)
-    if k.shape[1] != q.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], -3) for x in (k, v))
-    scores = scaled @ (k.transpose(-2, -1) * root)  # (B, H, T, S)
-    if mask is not None:
-        scores = scores.add_(mask)
-    scores = SafeSoftmax.apply(scores)
-    if dropout:
-        scores = F.dropout(scores, dropout)
-    return (scores @ v).to(dtype)  # (B, H, T, D)
-
-
-def cuda_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
-                   flash=True):  # fmt: skip
-    """F.scaled_dot_product_attention as CUDA chooses (ATen/native/transformers/cuda/sdp_utils.cpp): flash for 16 bits
-    without a mask, where it is built in; else memory-efficient, which cannot repeat heads; else step by step."""
-    if torch.is_autocast_enabled('cpu'):
-        q, k, v = (x.to(torch.get_autocast_dtype('cpu')) for x in (q, k, v))
-    if flash and attn_mask is None and q.dtype != torch.float32 and q.shape[-1] <= 256:
-        return FusedAttention.apply(q, k, v, True)
-    if not (enable_gqa and q.shape[1] != k.shape[1]):
-        return FusedAttention.apply(q, k, v, False)
-    return math_attention(q, k, v, attn_mask, dropout_p, is_causal, scale)
-
-
-def cuda_dropout(x, p=0.5, training=True, inplace=False):
-    """CUDA's dropout keeps a mask of one byte, a CPU's one of x's dtype."""
-    return torch.native_dropout(x, p, True)[0] if training and p else x
-
-
-class NF4Product(torch.autograd.Function):
-    """x @ W.T with the packed W decoded in forward and again in backward (bitsandbytes/autograd/_functions.py,
-    MatMul4Bit); of x nothing is kept."""
-
-    @staticmethod
-    def forward(ctx, x, layer):
-        ctx.layer = layer
-        return F.linear(x, layer.decode(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, delta):
-        return delta @ ctx.layer.decode(delta.dtype), None  # (..., in)
-
-
-class NF4Linear(nn.Module):
-    """The memory of bitsandbytes' Linear4bit: two weights a byte, a scale for 64 of them; the numbers mean nothing.
-
-    linear: the layer it replaces, weight (out, in). dtype: of the products. double_quant: scales in 8 bits, with a
-    scale in fp32 for 256 of those, an offset, and a table of 256 of its own (bitsandbytes' quantize_4bit)."""
-
-    def __init__(self, linear, dtype=torch.bfloat16, double_quant=True):
-        super().__init__()
-        W = linear.weight
-        self.out_features, self.in_features = W.shape if isinstance(linear, nn.Linear) else W.shape[::-1]
-        self.weight_dtype, self.dtype, self.bias, self.double_quant = W.dtype, dtype, linear.bias, double_quant
-        new, blocks = W.new_empty, -(-W.numel() // 64)
-        packed = new(-(-W.numel() // 2), 1, dtype=torch.uint8)
-        scale = new(blocks, dtype=torch.float32)
-        self.parts = [packed, new(16, dtype=torch.float32)]  # with the table of NF4's 16 numbers
-        if double_quant:
-            # alive as in the original
-            offset, centred = new(1, dtype=torch.float32), torch.empty_like(scale)  # noqa: F841
-            self.parts += [new(blocks, dtype=torch.uint8), new(-(-blocks // 256), dtype=torch.float32), offset]
-            self.parts.append(new(256, dtype=torch.float32))
-        else:
-            self.parts.append(scale)
-
-    def decode(self, dtype):
-        """The weight (out, in); with double_quant its scales are decoded first."""
-        scale = self.parts[2]
-        if self.double_quant:
-            scale = torch.empty(scale.shape, dtype=torch.float32, device=scale.device)
-        W = scale.new_empty(self.out_features, self.in_features, dtype=self.weight_dtype)
-        return W.to(dtype)
-
-    def forward(self, x):
-        return NF4Product.apply(x.to(self.dtype), self).to(x.dtype)
-
-
-class LoRA(nn.Module):
-    """base(x) + scale * B A x as peft computes it (tuners/lora/layer.py and bnb.py): x in the factors' dtype, the sum
-    back in the base's. Frozen base: nn.Linear, Conv1D (weight in x out) or NF4Linear."""
-
-    def __init__(self, base, rank, dropout, dtype):
-        super().__init__()
-        self.base, self.dropout, self.dtype = base, dropout, dtype
-        if hasattr(base, 'out_features'):
-            n_in, n_out = base.in_features, base.out_features
-        else:
-            n_in, n_out = base.weight.shape
-        self.A = nn.Linear(n_in, rank, bias=False, dtype=dtype)
-        self.B = nn.Linear(rank, n_out, bias=False, dtype=dtype)
-
-    def forward(self, x):
-        y = self.base(x)
-        if isinstance(self.base, NF4Linear):
-            y = y.clone()
-            if not torch.is_autocast_enabled('cpu'):
-                x = x.to(self.dtype)
-            low = self.B(self.A(F.dropout(x, self.dropout, self.training))) * 2.0
-            return y + (low if torch.is_autocast_enabled('cpu') else low.to(y.dtype))
-        x = x.to(self.dtype)
-        return (y + self.B(self.A(F.dropout(x, self.dropout, self.training))) * 2.0).to(y.dtype)
-
-
-class CudaAutocast(torch.overrides.TorchFunctionMode):
-    """What CUDA's autocast computes in fp32 and a CPU's does not (ATen/autocast_mode.h)."""
-
-    IN_FP32 = ('layer_norm', 'group_norm', 'softmax', 'log_softmax', 'pow', '__pow__', 'rsqrt', 'exp', 'log', 'sum')
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, '__name__', '') in self.IN_FP32 and torch.is_autocast_enabled('cpu'):
-            half = (torch.bfloat16, torch.float16)
-            args = [a.float() if isinstance(a, torch.Tensor) and a.dtype in half else a for a in args]
-        return function(*args, **(kwargs or {}))
-
-
-class BnbStates:
-    """The states of bitsandbytes' AdamW, made in its first step as bitsandbytes/optim/optimizer.py makes them.
-
-    Below 4,096 numbers they are fp32. Paged ones of at least 1e5 numbers lie in unified memory: torch does not count
-    them, the card holds them while they are updated."""
-
-    def __init__(self, params, bits, paged):
-        self.params, self.bits, self.paged, self.state, self.unified = params, bits, paged, {}, 0
-
-    def step(self):
-        for p in self.params:
-            if p.grad is None or p in self.state:
-                continue
-            few = self.bits == 32 or p.numel() < 4096
-            dtype = torch.float32 if few else torch.uint8
-            made = []
-            for _ in range(2):
-                if self.paged and p.numel() >= 1e5:
-                    self.unified += p.numel() * dtype.itemsize
-                else:
-                    made.append(torch.zeros_like(p, dtype=dtype))
-                if not few:
-                    made.append(p.new_zeros(-(-p.numel() // 256), dtype=torch.float32))
-            self.state[p] = {str(i): t for i, t in enumerate(made)}
-
-    def zero_grad(self):
-        for p in self.params:
-            p.grad = None
-
-
-class Lomo(BnbStates):
-    """LOMO (2306.09782): each gradient changes its weight in backward, both copied to fp32, and is dropped."""
-
-    def __init__(self, params):
-        super().__init__(params, 32, False)
-        for p in params:
-            p.register_post_accumulate_grad_hook(self.update)
-
-    @staticmethod
-    @torch.no_grad()
-    def update(p):
-        p.copy_(p.float().add_(p.grad.float(), alpha=-1e-3))
-        p.grad = None
-
-    def step(self):
-        pass
 
 
 def read_config(path):
@@ -571,15 +292,6 @@ def shifted_loss(logits, labels, vocab_size, **_):
     logits = logits.float()
     shifted = logits[..., :-1, :].contiguous()  # (B, T - 1, V)
     return F.cross_entropy(shifted.view(-1, vocab_size), labels[..., 1:].contiguous().view(-1))
-
-
-def make_optimizer(name, params):
-    if name in TORCH_OPTIMIZERS:
-        make, how = TORCH_OPTIMIZERS[name]
-        return make(params, lr=1e-3, **how)
-    if name == 'lomo':
-        return Lomo(params)
-    return BnbStates(params, 32 if '32bit' in name else 8, name.startswith('paged'))
 
 
 def table(plan, gpu_gb):

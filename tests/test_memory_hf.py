@@ -1,4 +1,4 @@
-"""memest_hf.py: steps of Hugging Face models on fake tensors against the same steps on real ones, with peft's LoRA."""
+"""hf.py: steps of Hugging Face models on fake tensors against the same steps on real ones, with peft's LoRA."""
 
 import gc
 import json
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 transformers = pytest.importorskip('transformers')
 
-import memest_hf  # noqa: E402
-from memest import LiveBytes  # noqa: E402
-from memest_hf import trace_hf  # noqa: E402
+from memory import hf, hf_layers  # noqa: E402
+from memory.hf import trace_hf  # noqa: E402
+from memory.record import LiveBytes  # noqa: E402
 
 SHAPE = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, vocab_size=301)
 CONFIGS = {
@@ -42,7 +42,7 @@ def real_peak(config, dtype, lora, targets, checkpointing, optimizer):
         gc.collect()
         live.peak = live.now  # what building took is not the step's
         params = [p for p in model.parameters() if p.requires_grad]
-        update = memest_hf.make_optimizer(optimizer, params)
+        update = hf.make_optimizer(optimizer, params)
         for _ in range(2):
             tokens = torch.randint(0, 301, (2, 32))
             labels, mask = tokens.clone(), torch.ones_like(tokens)  # noqa: F841
@@ -62,7 +62,7 @@ def test_live_bytes_equal_a_real_run_of_transformers_and_peft(name, lora, checkp
         plan = trace_hf(CONFIGS[name], method='lora' if lora else 'full', batch=2, seq=32, dtype=dtype, cuda=False,
                         optimizer=optimizer, checkpointing=checkpointing, lora_rank=4, lora_targets=TARGETS[name],
                         steps=2)  # fmt: skip
-        real = real_peak(CONFIGS[name], memest_hf.DTYPES[dtype], lora, TARGETS[name], checkpointing, optimizer)
+        real = real_peak(CONFIGS[name], hf.DTYPES[dtype], lora, TARGETS[name], checkpointing, optimizer)
         assert abs(plan.live / real - 1) < 0.001, (dtype, plan.live, real)
 
 
@@ -76,7 +76,7 @@ def test_a_packed_layer_takes_the_bytes_of_bitsandbytes_own(double_quant):
     tensors = [theirs.weight.data, state.code, state.absmax]
     if double_quant:
         tensors += [state.offset, state.state2.absmax, state.state2.code]
-    ours = memest_hf.NF4Linear(torch.nn.Linear(192, 336, bias=False), torch.bfloat16, double_quant)
+    ours = hf_layers.NF4Linear(torch.nn.Linear(192, 336, bias=False), torch.bfloat16, double_quant)
     assert sorted(t.nbytes for t in ours.parts) == sorted(t.nbytes for t in tensors)
     assert ours.decode(torch.bfloat16).shape == state.shape
 
@@ -105,10 +105,10 @@ def test_bitsandbytes_states_are_those_of_its_own_optimizer():
     theirs.step()
     names = ('state1', 'state2', 'absmax1', 'absmax2')
     made = sum(state[name].nbytes for state in theirs.state.values() for name in names if name in state)
-    ours = memest_hf.BnbStates(params, 8, False)
+    ours = hf_layers.BnbStates(params, 8, False)
     ours.step()
     assert sum(t.nbytes for state in ours.state.values() for t in state.values()) == made
-    paged = memest_hf.BnbStates([torch.nn.Parameter(torch.zeros(200_000))], 8, True)
+    paged = hf_layers.BnbStates([torch.nn.Parameter(torch.zeros(200_000))], 8, True)
     paged.params[0].grad = torch.zeros(200_000)
     paged.step()
     assert paged.unified == 2 * 200_000
@@ -116,7 +116,7 @@ def test_bitsandbytes_states_are_those_of_its_own_optimizer():
 
 def test_attention_step_by_step_is_torchs_in_value_gradient_and_memory():
     q, k, v = (torch.randn(2, h, 48, 16, requires_grad=True) for h in (4, 2, 2))
-    ours = memest_hf.math_attention(q, k, v, causal=True)
+    ours = hf.math_attention(q, k, v, causal=True)
     theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(torch.autograd.grad(ours.sum(), (q, k, v)), torch.autograd.grad(theirs.sum(), (q, k, v))):
@@ -136,7 +136,7 @@ def test_attention_step_by_step_is_torchs_in_value_gradient_and_memory():
     q, k, v = (torch.randn(2, h, 256, 16) for h in (4, 2, 2))
     native = torch.ops.aten._scaled_dot_product_attention_math
     theirs = most(lambda: native(q, k, v, is_causal=True, enable_gqa=True))
-    ours = most(lambda: memest_hf.math_attention(q, k, v, causal=True))
+    ours = most(lambda: hf.math_attention(q, k, v, causal=True))
     assert theirs > 2 * 2 * 4 * 256 * 256 * 4  # it saw the scores and the probabilities
     assert abs(ours / theirs - 1) < 0.02, (ours, theirs)
 
@@ -161,10 +161,10 @@ def test_what_cuda_does_otherwise_than_a_cpu_is_in_the_plan():
 
 def test_the_command_prints_a_table_and_json(tmp_path, capsys):
     CONFIGS['llama'].save_pretrained(tmp_path)
-    assert memest_hf.main([f'--hf={tmp_path}', '--method=qlora', '--seq=16', '--gpu_gb=24']) == 0
+    assert hf.main([f'--hf={tmp_path}', '--method=qlora', '--seq=16', '--gpu_gb=24']) == 0
     text = capsys.readouterr().out
     assert 'reserved' in text and 'fits on 24 GiB' in text
-    assert memest_hf.main([f'--hf={tmp_path / "config.json"}', '--seq=16', '--json', '--checkpointing']) == 0
+    assert hf.main([f'--hf={tmp_path / "config.json"}', '--seq=16', '--json', '--checkpointing']) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan['total'] == plan['reserved'] + plan['paged'] + plan['context']
 
@@ -195,6 +195,6 @@ def test_bad_input_is_one_sentence(words, names, tmp_path, capsys):
     words = [
         w.replace('--hf=', f'--hf={tmp_path}/') if any(c.isupper() for c in w.partition('=')[2]) else w for w in words
     ]
-    assert memest_hf.main(words) == 1
+    assert hf.main(words) == 1
     said = capsys.readouterr().err.strip()
     assert names in said and '\n' not in said and 'Traceback' not in said

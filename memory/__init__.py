@@ -1,0 +1,1 @@
+"""What memest.py is made of: a trace of real code on fake tensors, and formulas."""

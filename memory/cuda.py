@@ -1,0 +1,205 @@
+"""
+What CUDA's kernels make and keep that a CPU's do not, for traces that run on a CPU.
+
+Each class or function here takes the tensors that the kernel named in its docstring takes, and computes nothing.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from memory.record import MB, Allocator, LiveBytes
+
+aten = torch.ops.aten
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """The tensors of CUDA's fused kernel, without its arithmetic: it keeps x and a number a row, where the CPU's ops
+    keep four matrices."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, delta):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+class FlashAttention(torch.autograd.Function):
+    """The tensors of CUDA's flash attention: its result lies token by token, so that nobody has to copy it; backward
+    sums dq in fp32, keeps a number a row, and gives each query head keys' and values' gradients of its own."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        B, H, T, d = q.shape
+        out = q.new_empty(B, T, H, d).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(B, H, T, dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, delta):
+        q, k, v, _, rows = ctx.saved_tensors
+        _sums = torch.empty_like(q, dtype=torch.float32), torch.empty_like(rows)
+        dq, dk, dv = (A.new_empty(A.shape[0], A.shape[2], q.shape[1], A.shape[3]).transpose(1, 2) for A in (q, k, v))
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1:
+            dk, dv = (A.unflatten(1, (-1, groups)).sum(2) for A in (dk, dv))
+        return dq, dk, dv
+
+
+# One for each pair of cuBLAS handle and stream, and backward runs in a thread with a handle of its own: 2 x 4096 KiB +
+# 8 x 16 KiB (ATen/cuda/CUDABlas.cpp, getChosenWorkspaceSize, ':4096:2:16:8'); on Hopper and later 32 MiB.
+WORKSPACE, WORKSPACE_HOPPER = 8_519_680, 32 * MB
+
+
+# What a product with a bias gives cuBLASLt while it runs (CUDABlas.cpp, _getWorkspaceSize: 1024 KiB).
+WORKSPACE_LT = MB
+
+
+# CUDA's context, code and handles of libraries, which the allocator never sees: 300 to 500 MB on cards since 2018.
+CONTEXT = 500 * MB
+
+
+class Recorder(LiveBytes):
+    """LiveBytes that knows the phase, and what CUDA's kernels take beside their results."""
+
+    def __init__(self, cuda, workspace=WORKSPACE):
+        super().__init__(Allocator())
+        self.cuda, self.workspace, self.workspaces = cuda, workspace, {}
+        self.phase, self.running, self.most, self.where = 'load', '', 0, ('', '')
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        card, self.running = self.allocator, function.overloadpacket.__name__
+        if self.cuda and function in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default):
+            thread = 'backward' if self.phase == 'backward' else 'forward'
+            if thread not in self.workspaces:
+                self.workspaces[thread] = card.malloc(self.workspace)
+        out = super().__torch_dispatch__(function, types, args, kwargs)
+        if self.cuda:
+            blocks = [card.malloc(n) for n in hidden(function, args, out)]
+            self.note()
+            for block in blocks:
+                card.free(block)
+        return out
+
+    def add(self, storage, tensor=None, function=None):
+        if storage.nbytes() and storage not in self.seen:  # CUDA gives nothing for nothing
+            super().add(storage, tensor, function)
+            self.note()
+
+    def note(self):
+        if self.allocator.allocated > self.most:
+            self.most, self.where = self.allocator.allocated, (self.phase, self.running)
+
+
+def hidden(function, args, out):
+    """The bytes that CUDA's kernel of an operation takes while it runs, beside what it returns."""
+    if function is aten.addmm.default and args[0].ndim == 1:
+        return [WORKSPACE_LT]
+    if function is aten.embedding_dense_backward.default and args[1].numel() > 3072:  # sorts (cuda/Embedding.cu)
+        return [args[1].nbytes] * 4
+    return []
+
+
+class FusedAttention(torch.autograd.Function):
+    """The tensors of CUDA's flash and memory-efficient attention, forward and backward; it computes nothing.
+
+    Flash (flash_attn/flash_api.cpp): out, logsumexp; backward with dq in fp32, and dk, dv for every head of q.
+    Memory-efficient (attention.cu): the same without copies for heads, dq in fp32 only where it is not."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, flash):
+        B, H, T, D = q.shape
+        out = q.new_empty(B, T, H, D).transpose(1, 2)  # (B, H, T, D), in memory by token
+        lse = q.new_empty(B, H, T if flash else -(-T // 32) * 32, dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.flash = flash
+        return out
+
+    @staticmethod
+    def backward(ctx, delta):
+        q, k, v, _, _ = ctx.saved_tensors
+        B, H, T, D = q.shape
+        dq, dk, dv = (x.new_empty(B, T, x.shape[1], D).transpose(1, 2) for x in (q, k, v))
+        rounded = -(-T // 128) * 128 if ctx.flash else T
+        row = q.new_empty(B, H, rounded, dtype=torch.float32)  # sum of out * delta in each row
+        inner = [row]
+        if ctx.flash or q.dtype != torch.float32:
+            inner.append(q.new_empty(B, rounded, H, -(-D // 32) * 32, dtype=torch.float32))
+        if ctx.flash and k.shape[1] != H:
+            inner += [q.new_empty(B, T, H, D) for _ in range(2)]
+        return dq, dk, dv, None
+
+
+class SafeSoftmax(torch.autograd.Function):
+    """aten's _safe_softmax in the steps that it takes inside, seen in torch.profiler's memory events: softmax, one byte
+    a score for those of -inf, one a row, and zeros put into rows of -inf alone in place."""
+
+    @staticmethod
+    def forward(ctx, scores):
+        result = scores.softmax(-1)
+        masked = scores == float('-inf')
+        empty = masked.all(-1, keepdim=True)
+        result.masked_fill_(empty, 0.0)
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx, delta):
+        (result,) = ctx.saved_tensors
+        return aten._softmax_backward_data(delta, result, -1, result.dtype)
+
+
+def math_attention(q, k, v, mask=None, dropout=0.0, causal=False, scale=None):
+    """softmax(q k^T) v in separate steps, as ATen/native/transformers/attention.cpp takes them on CUDA.
+
+    q (B, H, T, D); k, v (B, H or fewer, T, D); where they are fewer they are repeated. 16 bits are computed in 32."""
+    dtype, T, S = q.dtype, q.shape[-2], k.shape[-2]
+    q, k, v = (x.float() for x in (q, k, v))
+    root = (scale or q.shape[-1] ** -0.5) ** 0.5
+    scaled = q * root
+    if causal:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.where(mask, torch.zeros((), dtype=q.dtype, device=q.device), float('-inf'))  # (T, S)
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], -3) for x in (k, v))
+    scores = scaled @ (k.transpose(-2, -1) * root)  # (B, H, T, S)
+    if mask is not None:
+        scores = scores.add_(mask)
+    scores = SafeSoftmax.apply(scores)
+    if dropout:
+        scores = F.dropout(scores, dropout)
+    return (scores @ v).to(dtype)  # (B, H, T, D)
+
+
+def cuda_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
+                   flash=True):  # fmt: skip
+    """F.scaled_dot_product_attention as CUDA chooses (ATen/native/transformers/cuda/sdp_utils.cpp): flash for 16 bits
+    without a mask, where it is built in; else memory-efficient, which cannot repeat heads; else step by step."""
+    if torch.is_autocast_enabled('cpu'):
+        q, k, v = (x.to(torch.get_autocast_dtype('cpu')) for x in (q, k, v))
+    if flash and attn_mask is None and q.dtype != torch.float32 and q.shape[-1] <= 256:
+        return FusedAttention.apply(q, k, v, True)
+    if not (enable_gqa and q.shape[1] != k.shape[1]):
+        return FusedAttention.apply(q, k, v, False)
+    return math_attention(q, k, v, attn_mask, dropout_p, is_causal, scale)
+
+
+def cuda_dropout(x, p=0.5, training=True, inplace=False):
+    """CUDA's dropout keeps a mask of one byte, a CPU's one of x's dtype."""
+    return torch.native_dropout(x, p, True)[0] if training and p else x
+
+
+class CudaAutocast(torch.overrides.TorchFunctionMode):
+    """What CUDA's autocast computes in fp32 and a CPU's does not (ATen/autocast_mode.h)."""
+
+    IN_FP32 = ('layer_norm', 'group_norm', 'softmax', 'log_softmax', 'pow', '__pow__', 'rsqrt', 'exp', 'log', 'sum')
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, '__name__', '') in self.IN_FP32 and torch.is_autocast_enabled('cpu'):
+            half = (torch.bfloat16, torch.float16)
+            args = [a.float() if isinstance(a, torch.Tensor) and a.dtype in half else a for a in args]
+        return function(*args, **(kwargs or {}))

@@ -1,0 +1,127 @@
+"""
+What fits a card: every method by the formula, with the largest batch, and the flags that save most.
+"""
+
+from types import SimpleNamespace
+
+from memory.formula import estimate
+
+# What a run can be turned into. Learning rates are not touched: each method wants its own (see its config files).
+WAYS = {
+    'AdamW': dict(method='adamw'),
+    'AdamW, 8-bit': dict(method='adamw', state_bits=8),
+    'AdamW, 8-bit, per layer': dict(method='adamw', state_bits=8, per_layer=True, grad_clip=0.0),
+    'GaLore': dict(method='galore', scale=0.25),
+    'GaLore, 8-bit, per layer': dict(method='galore', scale=0.25, state_bits=8, per_layer=True),
+    'GaLore, 8-bit, offloaded': dict(
+        method='galore', scale=0.25, state_bits=8, basis_bits=4, per_layer=True, offload=True
+    ),
+    'Q-GaLore': dict(method='galore', scale=0.25, state_bits=8, basis_bits=4, weight_bits=8, per_layer=True),
+    'APOLLO-Mini, per layer': dict(method='apollo_mini', rank=1, scale=11.3, per_layer=True, grad_clip=0.0),
+    'LoQT': dict(method='loqt', scale=0.5),
+    'LoQT, 8-bit, per layer': dict(method='loqt', scale=0.5, state_bits=8, per_layer=True),
+    'LoRA': dict(method='lora', rank=16, scale=2.0, quantize='none'),
+    'QLoRA': dict(method='lora', rank=16, scale=2.0, quantize='nf4', double_quant=True),
+}  # fmt: skip
+
+MARGIN = 0.03  # of a plan, kept free: an allocator's gaps differ from run to run
+
+TERAFLOPS, GB_PER_SECOND = 165e12, 1008e9  # an RTX 4090's, from its data sheet: only the ranks are meant
+
+PCI_EXPRESS = 25e9  # bytes a second between two of them, PCIe 4.0 x16 less its overhead: a guess
+
+
+def seconds_per_token(config, shape):
+    """Predicted, at best: of arithmetic and memory the slower, micro-batch by micro-batch, and the update's passes."""
+    c = config
+    D, F, L, V = shape.n_embd, shape.n_inner, shape.n_layer, shape.vocab_size
+    K = (shape.n_kv_head or shape.n_head) * shape.head_dim
+    N = c.batch_size * c.block_size
+    matrices = [(D, D), (K, D), (K, D), (D, D), (F, D), (F, D), (F, D)]
+    size = L * sum(m * n for m, n in matrices)
+    r = [min(c.rank, m, n) for m, n in matrices]
+    both = L * sum(k * (m + n) for k, (m, n) in zip(r, matrices))  # r (m + n)
+    product = L * sum(k * m * n for k, (m, n) in zip(r, matrices))  # r m n
+    forward = 2 * size * (2 if c.checkpointing else 1) + 2 * L * D * c.block_size
+    backward = 2 * size + 4 * L * D * c.block_size
+    low_rank = c.method in ('galore', 'loqt', 'lora') and c.residual == 'none'
+    flops = forward + backward + (2 * both if low_rank else 2 * size) + 8 * V * D  # a token
+    flops += 4 * both * (c.method == 'lora')
+    per_batch = 2 * 2 * product * (c.method == 'loqt')  # s P B into W, forward and backward
+    read = 3 * 2 * size * (1.5 if c.method in ('loqt', 'lora') and c.quantize == 'nf4' else 1)
+    micro = max((flops * N + per_batch) / TERAFLOPS, read / GB_PER_SECOND)
+    states = estimate(SimpleNamespace(**vars(c) | {'offload': False}), shape).states
+    update = (
+        (2 * states + 4 * size) / GB_PER_SECOND
+        + 2 * states / PCI_EXPRESS * c.offload
+        + 2 * product / TERAFLOPS * (c.method == 'galore')
+    )
+    micro *= 1.03 if c.state_bits == 8 or c.weight_bits == 8 else 1  # coding and decoding
+    return (micro + update / c.gradient_accumulation_steps) / N
+
+
+# What belongs to one method or another, as train.py has it by default.
+NEUTRAL = dict(
+    state_bits=32, basis_bits=16, weight_bits=16, per_layer=False, residual='none', quantize='nf4', offload=False,
+    double_quant=False, lazy=0.0, compile=False, save_merged=True, dropout=0.0, merge_every=0, train_rest='auto',
+    lora_targets='all',
+)  # fmt: skip
+
+
+def fit(config, gpu_bytes, shape, problems):
+    """Rows (name, checkpointing, batch, Plan, seconds a token, flags) of every way to run this model that fits a card
+    of gpu_bytes by the formula, with the largest batch that does and divides the windows of a step, fastest first: on
+    one card, what LLMem's algorithm 1 is for. problems: train.problems, which knows what does not go together."""
+    total, rows = config.batch_size * config.gradient_accumulation_steps, []
+    batches = [batch for batch in range(total, 0, -1) if total % batch == 0]
+    for name, way in WAYS.items():
+        for checkpointing in (False, True):
+            for batch in batches:
+                turns = NEUTRAL | way | dict(checkpointing=checkpointing, batch_size=batch)
+                turns['gradient_accumulation_steps'] = total // batch
+                c = SimpleNamespace(**vars(config) | turns)
+                plan = estimate(c, shape)
+                if plan.card * (1 + MARGIN) <= gpu_bytes and not problems(c):
+                    changed = {key: value for key, value in vars(c).items() if value != getattr(config, key)}
+                    words = ' '.join(f'--{key}={value}' for key, value in changed.items())
+                    rows.append((name, checkpointing, batch, plan, seconds_per_token(c, shape), words))
+                    break
+    return sorted(rows, key=lambda row: row[4])
+
+
+def memory_advice(config, shape=None, problems=None, kept=()):
+    """The three flags that save most by memest's formula, of those that are not turned yet, with what each saves.
+
+    problems: train.problems, which knows what does not go together; kept: keys that a resumed run cannot change."""
+    c, now = config, estimate(config, shape).total
+    turns = {
+        '--checkpointing=True': ({'checkpointing': True}, 'a quarter slower'),
+        '--per_layer=True': ({'per_layer': True}, 'same result'),
+        '--per_layer=True --grad_clip=0': ({'per_layer': True, 'grad_clip': 0.0}, 'no clipping'),
+        '--state_bits=8': ({'state_bits': 8}, 'nearly the same result'),
+        '--method=galore --scale=0.25': ({'method': 'galore', 'scale': 0.25}, 'another method'),
+        '--method=loqt --scale=0.5': ({'method': 'loqt', 'scale': 0.5}, 'weights in 4 bits'),
+        f'--rank={max(c.rank // 2, 1)}': ({'rank': max(c.rank // 2, 1)}, 'half the subspace'),
+    }
+    if c.batch_size % 2 == 0:
+        half, twice = c.batch_size // 2, 2 * c.gradient_accumulation_steps
+        changes = {'batch_size': half, 'gradient_accumulation_steps': twice}
+        turns[f'--batch_size={half} --gradient_accumulation_steps={twice}'] = changes, 'same total batch'
+    saved = []
+    for words, (changes, why) in turns.items():
+        turned = SimpleNamespace(**vars(c) | changes)
+        useless = all(getattr(c, key) == value for key, value in changes.items() if key != 'scale')
+        if useless or set(changes) & set(kept) or ('grad_clip' in changes and not c.grad_clip):
+            continue
+        if ('method' in changes and c.method != 'adamw') or (problems and problems(turned)):
+            continue
+        less = now - estimate(turned, shape).total
+        if less > 0.01 * now:
+            saved.append((less, f'{words} (saves about {less / 1e9:.2f} GB; {why})'))
+    return '; '.join(words for _, words in sorted(saved, reverse=True)[:3]) or 'a smaller model, or a larger card'
+
+
+def explain_out_of_memory(config, error, problems=None, kept=()):
+    """Three flags to turn, those that save most first."""
+    advice = memory_advice(config, None, problems, kept)
+    return f'out of memory ({(str(error) or "no details").splitlines()[0]}); try {advice}'
