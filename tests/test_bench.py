@@ -1,4 +1,4 @@
-"""bench.py: every part at tiny size gives its rows, of numbers that can be."""
+"""bench: every part at tiny size gives its rows, of numbers that can be."""
 
 import importlib.util
 
@@ -27,7 +27,7 @@ def number(cell):
 def tables(tmp_path_factory):
     """What a run of all parts writes."""
     folder = tmp_path_factory.mktemp('bench')
-    done = run(['bench.py', *TINY, f'--out={folder / "results" / "bench.md"}'])
+    done = run(['-m', 'bench', *TINY, f'--out={folder / "results" / "bench.md"}'])
     assert done.returncode == 0, done.stderr
     if importlib.util.find_spec('matplotlib'):
         assert (folder / 'results' / 'bench.png').stat().st_size > 10_000
@@ -105,19 +105,19 @@ def test_gradients_alive_at_once_are_fewer_per_layer(tables):
 
 
 def test_groups_hold_the_baseline_and_every_method_once():
-    import bench
+    from bench import steps
 
-    names = list(bench.TRAINERS)
-    assert bench.groups(names, '130m', 12, 100e9) == [names]
-    several = bench.groups(names, '1b', 6, 20e9)
-    assert len(several) > 1 and all(group[0] == bench.BASELINE for group in several)
+    names = list(steps.TRAINERS)
+    assert steps.groups(names, '130m', 12, 100e9) == [names]
+    several = steps.groups(names, '1b', 6, 20e9)
+    assert len(several) > 1 and all(group[0] == steps.BASELINE for group in several)
     assert [name for group in several for name in group[1:]] == names[1:]
 
 
 def test_one_part_alone_writes_nothing_and_unknown_sizes_are_refused(tmp_path):
-    done = run(['bench.py', '--only=memory', '--memory_sizes=9m:1', f'--out={tmp_path / "bench.md"}'])
+    done = run(['-m', 'bench', '--only=memory', '--memory_sizes=9m:1', f'--out={tmp_path / "bench.md"}'])
     assert done.returncode == 0 and '## Gradients alive at once' in done.stdout, done.stderr
     assert not list(tmp_path.iterdir())
-    done = run(['bench.py', '--optimizer_sizes=9mm', '--training_sizes=9m:x', '--real_sizes=9m:1'])
+    done = run(['-m', 'bench', '--optimizer_sizes=9mm', '--training_sizes=9m:x', '--real_sizes=9m:1'])
     assert done.returncode == 2
     assert all(f'{word} is not' in done.stderr for word in ('9mm', '9m:x', '9m:1'))

@@ -1,16 +1,15 @@
 """
 GaLore against AdamW on the laptop configs, each with its own best learning rate: makes laptop.md and laptop.png.
 
-    python results/laptop.py                 # nine runs of about three minutes on two CPU cores; finished ones are kept
+    python -m bench.runs.laptop    # nine runs of about three minutes on two CPU cores; finished ones are kept
 """
 
 import os
 import subprocess
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-import plot  # noqa: E402
+from bench import plot
+from build import ROOT
 
 TRIED = {'adamw': ['1e-3', '2e-3', '4e-3'], 'galore': ['5e-3', '1e-2', '2e-2']}
 # Embedding and head take GaLore's larger rate without its scale. With the full rank, GaLore is AdamW with that split:
@@ -47,7 +46,7 @@ def main():
     lines = [
         '# GaLore and AdamW on the laptop configs',
         '',
-        'Made by `python results/laptop.py` (two CPU cores, torch 2.13.0): 3.3M parameters, 750 steps of 2,048 tokens',
+        'Made by `python -m bench.runs.laptop` (two CPU cores): 3.3M parameters, 750 steps of 2,048 tokens',
         "of Python's standard library, GaLore with rank 48 of 192.",
         '',
         '| method | learning rate | val loss | train loss |',

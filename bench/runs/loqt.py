@@ -1,7 +1,7 @@
 """
 LoQT on the laptop config beside AdamW, GaLore and LoRA, with its parts on and off: makes loqt.md and loqt.png.
 
-    python results/loqt.py               # 22 runs, two at a time, 80 minutes on two CPU cores; finished ones are kept
+    python -m bench.runs.loqt    # 22 runs, two at a time, 80 minutes on two CPU cores; finished ones are kept
 """
 
 import json
@@ -14,9 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 if len(sys.argv) == 1:
     os.environ['OMP_NUM_THREADS'] = '1'  # two runs at a time, each on a core of its own
-import laptop
-
-import plot  # found by laptop, which puts the repository's root on the path
+from bench import plot
+from bench.runs import laptop
 
 RATES = ['5e-3', '1e-2', '2e-2']
 LORA = ['--method=lora', '--scale=0.667']  # alpha 32, as in the papers' baseline
@@ -43,7 +42,8 @@ def share_of_merges():
     path = os.path.join(laptop.ROOT, 'out', 'laptop', 'share.json')
     if not os.path.exists(path):
         environment = {key: value for key, value in os.environ.items() if key != 'OMP_NUM_THREADS'}
-        subprocess.run([sys.executable, __file__, path], check=True, env=environment)
+        words = [sys.executable, '-m', 'bench.runs.loqt', path]
+        subprocess.run(words, cwd=laptop.ROOT, check=True, env=environment)
     with open(path) as f:
         return json.load(f)
 
@@ -83,7 +83,7 @@ def main():
     lines = [
         '# LoQT on the laptop config',
         '',
-        'Made by `python results/loqt.py` (two CPU cores, torch 2.13.0): 3.3M parameters, 750 steps of 2,048 tokens of',
+        'Made by `python -m bench.runs.loqt` (two CPU cores): 3.3M parameters, 750 steps of 2,048 tokens of',
         "Python's standard library, rank 48 of 192, tau 50, psi 1.2, five rounds of compensation.",
         'Each method at the best of three learning rates.',
         '',

@@ -1,7 +1,7 @@
 """
 What choosing a batch costs: facility location alone, its share of a training step, the memory of 64 out of 256.
 
-    python bench_coreset.py                     # about five minutes on one CPU core; writes results/bench_coreset.md
+    python -m bench.choosing                     # about five minutes on one CPU core; writes results/choosing.md
 """
 
 import os
@@ -13,9 +13,9 @@ import torch
 
 import adam
 import train
+from bench.measure import clear, keep_freed_memory, made_in, run_config, table
 from build import ROOT, build_model
 from coreset import Coreset, facility_location, features
-from measure import clear, keep_freed_memory, made_in, run_config, table
 
 POOL, BATCH, T = 256, 64, 32
 
@@ -157,14 +157,14 @@ def main():
     lines = [
         '# What choosing a batch costs',
         '',
-        f'Made by `python bench_coreset.py` with torch {torch.__version__} on {torch.get_num_threads()} CPU threads.',
+        f'Made by `python -m bench.choosing` with torch {torch.__version__} on {torch.get_num_threads()} CPU threads.',
         '',
     ]
     for measure, heading, text, head in PARTS:
         part = [f'## {heading}', '', text, '', *table(head, measure()), '']
         print('\n'.join(part), flush=True)
         lines += part
-    with open(os.path.join(ROOT, 'results', 'bench_coreset.md'), 'w') as f:
+    with open(os.path.join(ROOT, 'results', 'choosing.md'), 'w') as f:
         f.write('\n'.join(lines))
 
 

@@ -1,12 +1,12 @@
 """
 Real steps of LoQT's 24 GB config on a CPU with 24 GB of memory: LLaMA-13B itself; makes loqt_13b.md.
 
-    python results/loqt_13b.py               # 45 minutes on two cores; a finished run is kept in out/real
+    python -m bench.runs.loqt_13b    # 45 minutes on two cores; a finished run is kept in out/real
 """
 
 import os
 
-from galore_7b import ROOT, cells, run
+from bench.runs.galore_7b import ROOT, cells, run
 
 SIZES = {'13b': 1024}  # ranks; others of model.SIZES go, too
 # Two steps in one process. The first gives every layer its P; tau 1 and no turns: in the second each of them merges.
@@ -19,7 +19,7 @@ def main():
     lines = [
         '# Real steps of `config/loqt_13b_4090.py` on a CPU',
         '',
-        'Made by `python results/loqt_13b.py` on two cores with 24 GB of memory, no GPU. All layers, NF4 with double',
+        'Made by `python -m bench.runs.loqt_13b` on two cores and 24 GB of memory, no GPU. All layers, NF4 with double',
         'quantisation, 8-bit states, per_layer, checkpointing, one round of compensation, 256 tokens a step. In the',
         'first step every layer gets its first P, in the second every one merges; then a packed checkpoint is written.',
         'Nothing is offloaded: main memory is the card. The plan has no merges but those of the first step. Steps on',

@@ -1,4 +1,4 @@
-"""What bench.py and its parts measure with: sizes by name, clocks, bytes, tables. Nothing here is timed by itself."""
+"""What the parts of the bench measure with: sizes by name, clocks, bytes, tables. Nothing here is timed by itself."""
 
 import ctypes
 import functools

@@ -1,7 +1,7 @@
-"""The parts of bench.py that measure LoQT: the time of a merge, the bytes of a model, the peak of a step that merges.
+"""The parts of the bench that measure LoQT: the time of a merge, the bytes of a model, the peak of a step that merges.
 
-python bench.py --only=merge
-python bench.py --only=nf4 --real_sizes='60m 130m'
+python -m bench --only=merge
+python -m bench --only=nf4 --real_sizes='60m 130m'
 """
 
 import functools
@@ -12,9 +12,7 @@ import torch
 import loqt
 import train
 from adam import kernels
-from build import build_model
-from galore import wide
-from measure import (
+from bench.measure import (
     block_matrices,
     clear,
     interleaved,
@@ -27,6 +25,8 @@ from measure import (
     state_tensors,
     unhook,
 )
+from build import build_model
+from galore import wide
 from memory.trace import trace_step
 from model import SIZES
 
@@ -159,8 +159,8 @@ PARTS = {
     'merge': (
         measure_merge,
         'A merge of one layer (LoQT)',
-        'Five rounds of compensation, NF4 without double quantisation. Theirs is the procedure of the official code, '
-        'written out in bench_loqt.py: an SVD for P, a pseudo-inverse by another, five quantisations. The last column '
+        'Five rounds of compensation, NF4 without double quantisation. Theirs is what the official code does, '
+        'written out in merges.py: an SVD for P, a pseudo-inverse by another, five quantisations. The last column '
         'is the most that our merge makes, in matrices of the size of W in fp32, a copy of the gradient among '
         'them. Lost: what the merged layer lacks of W, as a share of its norm.',
         ['size', 'layer', 'rank', 'ms', 'ms of theirs', 'time', 'lost', 'lost by theirs', 'made, in matrices'],

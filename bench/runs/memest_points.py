@@ -1,7 +1,7 @@
 """
 Published measurements of peak memory beside what memory/hf.py predicts: makes memest_points.md.
 
-    python results/memest_points.py --points=path/to/points.csv      # 10 minutes; --only=C,X for some ids
+    python -m bench.runs.memest_points --points=path/to/points.csv      # 10 minutes; --only=C,X for some ids
 
 Finished traces are kept in out/memest_points.json for as long as memest.py and memory/hf.py stay as they are.
 
@@ -33,9 +33,8 @@ from transformers import (
     StableLmConfig,
 )
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-from memory.hf import MARGIN, MARGIN_VARYING, HFPlan, trace_hf  # noqa: E402
+from build import ROOT
+from memory.hf import MARGIN, MARGIN_VARYING, HFPlan, trace_hf
 
 UNITS = {'GiB': 2**30, 'GB': 10**9, 'MB': 2**20, 'B': 1}
 
@@ -338,7 +337,7 @@ def main():
     with open(given.points, newline='') as f:
         rows = [row for row in csv.DictReader(f) if row['id'].startswith(tuple(given.only.split(',')))]
     done, without = predict(rows)
-    text = report(done, without, f'python results/memest_points.py --points={os.path.basename(given.points)}')
+    text = report(done, without, f'python -m bench.runs.memest_points --points={os.path.basename(given.points)}')
     with open(given.out, 'w') as f:
         f.write(text)
     print(text)

@@ -1,9 +1,9 @@
-"""plot.py draws what metrics.csv holds, and says what is missing."""
+"""bench/plot.py draws what metrics.csv holds, and says what is missing."""
 
 import pytest
 from conftest import run
 
-import plot
+from bench import plot
 
 
 @pytest.fixture
@@ -21,11 +21,11 @@ def test_points_are_the_rows_where_both_columns_are_there(runs):
 
 def test_it_writes_a_png_of_several_runs(runs):
     pytest.importorskip('matplotlib')
-    done = run(['plot.py', runs / 'a', runs / 'b', f'--png={runs / "x.png"}'])
+    done = run(['-m', 'bench.plot', runs / 'a', runs / 'b', f'--png={runs / "x.png"}'])
     assert done.returncode == 0, done.stderr
     assert (runs / 'x.png').read_bytes().startswith(b'\x89PNG') and 'x.png' in done.stdout
 
 
 def test_a_folder_that_is_no_run_is_one_sentence(runs):
-    done = run(['plot.py', runs / 'nothing', f'--png={runs / "x.png"}'])
+    done = run(['-m', 'bench.plot', runs / 'nothing', f'--png={runs / "x.png"}'])
     assert done.returncode == 1 and done.stderr.startswith('error: ') and 'Traceback' not in done.stderr

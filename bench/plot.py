@@ -1,8 +1,8 @@
 """
 Loss curves of several runs in one picture, from their metrics.csv (pip install -r requirements-extra.txt).
 
-    python plot.py out/galore_laptop out/adamw_laptop                # writes loss.png
-    python plot.py out/* --png=results/laptop.png --x=seconds --y=val_loss
+    python -m bench.plot out/galore_laptop out/adamw_laptop                # writes loss.png
+    python -m bench.plot out/* --png=results/laptop.png --x=seconds --y=val_loss
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """
 memest's formula against its trace, its plans against real runs and against published figures: makes memest.md.
 
-    python results/memest.py             # 100 traces, and 60 steps of each laptop config: 15 minutes on two CPU cores
+    python -m bench.runs.memest    # 100 traces, and 60 steps of each laptop config: 15 minutes on two CPU cores
 """
 
 import contextlib
@@ -13,14 +13,13 @@ import subprocess
 import sys
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
+from torch.utils._python_dispatch import _disable_current_modes
 
-import configurator  # noqa: E402
-import memest  # noqa: E402
-import train  # noqa: E402
-from memory.record import LiveBytes  # noqa: E402
+import configurator
+import memest
+import train
+from build import ROOT
+from memory.record import LiveBytes
 
 CACHE = os.path.join(ROOT, 'out', 'memest.json')  # traces that were made already; delete it after a change
 RANK = {'60m': 128, '130m': 256, '350m': 256, '1b': 512, '7b': 1024, '13b': 1024}
@@ -123,7 +122,7 @@ def main():
     lines = [
         '# memest: formula, trace, real runs, published figures',
         '',
-        'Made by `python results/memest.py` (torch 2.13.0+cpu). GB are 1e9 bytes, GiB 2^30. Nothing here was measured',
+        'Made by `python -m bench.runs.memest` (torch 2.13.0+cpu). GB: 1e9 bytes, GiB: 2^30. Nothing here was measured',
         'on a card: figures of a card are planned.',
         '',
         '## Plans against real runs of train.py',
@@ -136,7 +135,7 @@ def main():
     ]
     laptops = sorted(name[:-3] for name in os.listdir(ROOT + '/config') if name.endswith('laptop.py'))
     for config in laptops:
-        words = [sys.executable, __file__, '--tracked', config]
+        words = [sys.executable, '-m', 'bench.runs.memest', '--tracked', config]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
         plan, real = json.loads(done.stdout.splitlines()[-1])
         lines.append(f'| {config} | {plan / 1e6:.1f} | {real / 1e6:.1f} | {100 * (plan / real - 1):+.2f} % |')

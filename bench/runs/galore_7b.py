@@ -1,7 +1,7 @@
 """
 Real steps of the 24 GB config on a CPU with 24 GB of memory: 350m, 1b and LLaMA-7B itself; makes galore_7b.md.
 
-    python results/galore_7b.py              # about 45 minutes on two cores; finished runs are kept in out/real
+    python -m bench.runs.galore_7b    # about 45 minutes on two cores; finished runs are kept in out/real
 
 Two optimizer steps, with a checkpoint and a new process between them. In the first every basis is made and two
 micro-batches are accumulated; in the second every basis is refreshed (T = 1) from a full gradient that lives alone.
@@ -12,7 +12,8 @@ import re
 import subprocess
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from build import ROOT
+
 SIZES = {'350m': 256, '1b': 512, '7b': 1024}  # ranks
 # glibc keeps freed blocks of up to 32 MB for itself, by then in gaps that nothing fits: 3 GB at 7B. So they go back.
 # They come back zeroed, page by page: as large pages, where the system has them, faster.
@@ -55,7 +56,7 @@ def main():
     lines = [
         '# Real steps of `config/galore_7b_4090.py` on a CPU',
         '',
-        'Made by `python results/galore_7b.py` on two cores with 24 GB of memory, no GPU. All layers, bf16 weights,',
+        'Made by `python -m bench.runs.galore_7b` on two cores with 24 GB of memory, no GPU. All layers, bf16 weights,',
         '8-bit states, 4-bit bases, per_layer, checkpointing. The first step makes every basis and accumulates two',
         'micro-batches of 256 tokens; then a checkpoint; a new process resumes from it, and its step refreshes every',
         'basis (T = 1), each from a full gradient that lives alone. Nothing is offloaded: main memory is the card.',

@@ -1,15 +1,14 @@
 """
 GaLore's options and descendants on the laptop config, at equal steps: makes options.md and options.png.
 
-    python results/options.py            # 15 runs, 40 minutes on two CPU cores; finished ones are kept
+    python -m bench.runs.options    # 15 runs, 40 minutes on two CPU cores; finished ones are kept
 """
 
 import os
 import re
 
-import laptop
-
-import plot  # found by laptop, which puts the repository's root on the path
+from bench import plot
+from bench.runs import laptop
 
 RATES = ['5e-3', '1e-2']
 SHORT = ['--max_iters=300', '--warmup_iters=30', '--eval_interval=100']
@@ -48,7 +47,7 @@ def main():
     lines = [
         "# GaLore's options and descendants on the laptop config",
         '',
-        'Made by `python results/options.py` (two CPU cores, torch 2.13.0): 3.3M parameters, 750 steps of 2,048 tokens',
+        'Made by `python -m bench.runs.options` (two CPU cores): 3.3M parameters, 750 steps of 2,048 tokens',
         "of Python's standard library, rank 48 of 192, T 50.",
         '',
     ]

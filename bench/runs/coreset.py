@@ -1,36 +1,28 @@
 """
 Batches of 64 chosen out of 256 against batches of 64, 128 and 256, five seeds each: makes coreset.md and coreset.png.
 
-    python results/coreset.py                            # an hour or less on one CPU core; finished runs are kept
-    python results/coreset.py --math=path/to/folder      # with train.jsonl, lines of {source, instruction, output}
-    python results/coreset.py --report                   # the tables alone, of the runs there are
+    python -m bench.runs.coreset    # an hour or less on one CPU core; finished runs are kept
+    python -m bench.runs.coreset --math=path/to/folder      # with train.jsonl, lines of {source, instruction, output}
+    python -m bench.runs.coreset --report                   # the tables alone, of the runs there are
 """
 
 import argparse
 import json
 import os
 import re
-import sys
-import sysconfig
 import time
-from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT]
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-import adam  # noqa: E402
-import coreset  # noqa: E402
-from batches import Tokens, read_meta  # noqa: E402
-from data import common  # noqa: E402
-from data.pystdlib import prepare as pystdlib  # noqa: E402
-from memory.record import LiveBytes  # noqa: E402
-from model import LLaMA, ModelConfig  # noqa: E402
+import adam
+import coreset
+from bench.runs.coreset_data import BATCH, OUT, POOL, ROOT, T, Windows, prepare
+from memory.record import LiveBytes
+from model import LLaMA, ModelConfig
 
-OUT = os.path.join(ROOT, 'out', 'coreset')
-T, VOCABULARY, POOL, BATCH, STEPS, WARM, SEEDS, RATE, CAP = 24, 512, 256, 64, 32, 400, 5, 1e-3, 1.0
+STEPS, WARM, SEEDS, RATE, CAP = 32, 400, 5, 1e-3, 1.0
 SHAPE = dict(n_layer=3, n_head=4, n_embd=64, n_inner=176, block_size=T)
 KEPT = dict(keep_small=CAP)
 # name: (the batch's size, sources used: 'kept' | 'shares' | 'none', options of Coreset, or the name of another rule)
@@ -61,49 +53,6 @@ DATA = {  # what is run on what
 }  # fmt: skip
 
 
-def texts_unlike():
-    """[(source, text)] of what comes with Python: its modules, and little of five other kinds of text."""
-    root, found = Path(sysconfig.get_paths()['stdlib']), []
-    kinds = {
-        'python': sorted(root.glob('*.py')),
-        'english': [root / 'pydoc_data' / 'topics.py'],
-        'tables': sorted(root.glob('encodings/cp*.py')),
-        'headers': sorted(Path(sysconfig.get_paths()['include']).rglob('*.h')),
-        'news': sorted(root.glob('idlelib/*.txt')) + sorted(root.glob('LICENSE.txt')),
-        'html': sorted(root.rglob('*.html')),
-    }
-    for kind, paths in kinds.items():
-        text = '\n'.join(path.read_text(encoding='utf-8', errors='replace') for path in paths if path.exists())
-        text = text if kind == 'python' else text[:200_000]
-        found += [(kind, text[a : a + 10_000]) for a in range(0, len(text), 10_000)]
-    return found
-
-
-def prepare(name, math):
-    """The folder of a data set with a vocabulary of 512, or None where there is no such data."""
-    folder = os.path.join(OUT, 'data', name)
-    if os.path.exists(os.path.join(folder, 'meta.json')):
-        return folder
-    if name == 'pystdlib':
-        pystdlib.prepare(folder, 'bpe', VOCABULARY)
-        return folder
-    if name == 'unlike':
-        texts = texts_unlike()
-    else:
-        path = os.path.join(math or '', 'train.jsonl')
-        if not os.path.exists(path):
-            print(f'math is left out: {path} does not exist; name a folder that holds it with --math=')
-            return None
-        with open(path, encoding='utf-8') as f:
-            rows = sorted(map(json.loads, f), key=lambda row: row['source'])
-        texts = [(row['source'], f'{row["instruction"]}\n{row["output"]}') for row in rows]
-    tok = common.choose_tokenizer('bpe', (text for _, text in texts), VOCABULARY)
-    with common.Writer(folder, tok, 'python results/coreset.py') as out:
-        for i, (source, text) in enumerate(texts):
-            out.add(source, 'val' if i == 0 else 'train', text)
-    return folder
-
-
 HEADINGS = {
     'pystdlib': "Python's standard library, its packages as sources",
     'redundant': 'pools of 64 windows copied to 256 with 3 % noise',
@@ -111,7 +60,7 @@ HEADINGS = {
     'math': 'mathematical questions and answers, 8 sources',
 }
 INTRODUCTION = [
-    'Made by `python results/coreset.py --math=FOLDER` on one CPU core, torch 2.13.0: a LLaMA of 3 blocks, 64 wide,',
+    'Made by `python -m bench.runs.coreset --math=FOLDER` on one CPU core, torch 2.13.0: a LLaMA of 3 blocks, 64 wide,',
     '512 token ids, windows of 24 tokens. From the same weights, 400 steps on random batches of 64, each method goes',
     'on for 32 steps of AdamW at 1e-3, on the same pools of 256 windows; another seed is another row of pools. Losses',
     'are nats a token of held-out windows: the mixture weighs sources by their share of the training data. +- is the',
@@ -152,43 +101,6 @@ CONCLUSIONS = [
     'So: `--coreset=random` where small sources matter, `grad` where the log line shows a gradient error by cluster',
     'size well below the random one, else nothing.',
 ]
-
-
-class Windows:
-    """All windows of a data set by source; every tenth is for evaluation. Sources of fewer than 40 windows are left
-    out; small ones are those below the average size."""
-
-    def __init__(self, folder):
-        tokens = Tokens(folder, 'train', T)
-        self.vocabulary = read_meta(folder)['vocab_size']
-        ends = tokens.source_ends
-        self.train, self.held_out, self.names = [], [], []
-        for name, a, b in zip(tokens.sources, [0, *ends[:-1]], ends):
-            starts = np.arange(a, b - T - 1, T)
-            if len(starts) >= 40:
-                rows = np.stack([tokens.tokens[s : s + T + 1] for s in starts]).astype(np.int64)
-                self.names.append(name)
-                self.train.append(np.delete(rows, np.s_[::10], axis=0))
-                self.held_out.append(rows[::10][:: max(len(rows[::10]) // 60, 1)])
-        sizes = np.array([len(rows) for rows in self.train])
-        self.share, self.small = sizes / sizes.sum(), np.flatnonzero(sizes < sizes.mean()).tolist()
-        self.sources = np.repeat(np.arange(len(sizes)), sizes)
-        self.rows = np.concatenate(self.train)
-
-    def pool(self, seed, step, redundant=False):
-        """x, y (256, T) and sources (256,) of a step, the same for all methods; redundant: 64 windows, copied unequally
-        often to 256, 3 % of the copies' tokens replaced at random."""
-        rng = np.random.default_rng((seed, step))
-        chosen = rng.choice(len(self.rows), POOL, replace=False)
-        rows = self.rows[chosen]
-        if redundant:
-            copies = rng.multinomial(POOL - BATCH, rng.dirichlet(np.full(BATCH, 0.7))) + 1
-            chosen = rng.permutation(np.repeat(chosen[:BATCH], copies))
-            rows = self.rows[chosen]
-            noise = rng.random(rows.shape) < 0.03
-            rows = np.where(noise, rng.integers(self.vocabulary, size=rows.shape), rows)
-        rows = torch.from_numpy(rows)
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), self.sources[chosen]
 
 
 @torch.no_grad()

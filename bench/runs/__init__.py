@@ -1,0 +1,1 @@
+"""The experiments behind results/: python -m bench.runs.NAME."""
