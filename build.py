@@ -7,9 +7,8 @@ import sys
 
 import torch
 
-import tokenizer as tokenizers
-from batches import DataError
 from checkpoint import first_line
+from data import DataError, tokenizer
 from model import SIZES, Linear, LLaMA, ModelConfig, ModelError, PackedError, read_json
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -21,7 +20,8 @@ def data_folder(config, prepare=True):
     name = config.dataset
     folder = name if os.path.isdir(name) and '/' in name.replace(os.sep, '/') else os.path.join(ROOT, 'data', name)
     if not os.path.isdir(folder):
-        have = sorted(d for d in os.listdir(os.path.join(ROOT, 'data')) if os.path.isdir(os.path.join(ROOT, 'data', d)))
+        here = os.path.join(ROOT, 'data')
+        have = sorted(d for d in os.listdir(here) if os.path.exists(os.path.join(here, d, 'prepare.py')))
         near = difflib.get_close_matches(name, have, 1)
         raise DataError(
             f'no data set {name}'
@@ -39,10 +39,10 @@ def check_tokenizer(model_folder, data_folder):
 
     def identity(folder):  # kind, and the vocabulary where there is a file of it; None where nothing is known
         meta, vocabulary = (os.path.join(folder, name) for name in ('meta.json', 'tokenizer.json'))
-        kind = tokenizers.read_json(meta).get('tokenizer') if os.path.exists(meta) else None
+        kind = tokenizer.read_json(meta).get('tokenizer') if os.path.exists(meta) else None
         if kind in ('bpe', 'hf') and not os.path.exists(vocabulary):
             raise DataError(f'{vocabulary} is missing, which {meta} needs: put it back, or name another folder')
-        model = tokenizers.read_json(vocabulary).get('model') if os.path.exists(vocabulary) else None
+        model = tokenizer.read_json(vocabulary).get('model') if os.path.exists(vocabulary) else None
         return model or kind
 
     wanted = identity(model_folder)

@@ -23,8 +23,8 @@ import checkpoint as checkpoints
 import configurator
 import loqt
 import lora
-import tokenizer as tokenizers
 from adam import Packed
+from data import tokenizer
 from model import KVCache, LLaMA, ModelError, read_json
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -146,24 +146,24 @@ def main(config):
             base_of(folder)  # says at once where there is none
         model = load_model(folder, device, factors=bool(config.save_adapter))
     model.set_block_size(min(model.config.block_size, 4096), device)  # a cache of 128k positions would be gigabytes
-    tokenizer = tokenizers.load(folder)
+    tok = tokenizer.load(folder)
     if config.save_adapter:
         lora.save_adapter(model, config.save_adapter, base_of(folder))
     if config.save_to:
         model.save_pretrained(config.save_to)
-        for name, content in tokenizers.files_of(folder).items():
+        for name, content in tokenizer.files_of(folder).items():
             with open(os.path.join(config.save_to, name), 'wb') as f:
                 f.write(content)
     prompt = sys.stdin.read() if config.prompt == '-' else config.prompt
-    ids = tokenizer.encode(prompt)
+    ids = tok.encode(prompt)
     generator = torch.Generator().manual_seed(config.seed)
     for i in range(config.samples):
         if config.samples > 1:
             print(f'---- sample {i + 1}')
         how = (config.temperature, config.top_k, config.top_p, generator)
-        made = generate(model, ids, config.tokens, tokenizer.eot, *how)
+        made = generate(model, ids, config.tokens, tok.eot, *how)
         print(prompt, end='', flush=True)
-        for piece in tokenizer.decode_stream(token for token in made if token != tokenizer.eot):
+        for piece in tok.decode_stream(token for token in made if token != tok.eot):
             print(piece, end='', flush=True)
         print()
 
@@ -171,7 +171,7 @@ def main(config):
 if __name__ == '__main__':
     try:
         main(configurator.load_or_exit(__file__, sys.argv[1:], problems, positional='checkpoint'))
-    except (ModelError, checkpoints.CheckpointError, tokenizers.TokenizerError, lora.AdapterError, OSError) as error:
+    except (ModelError, checkpoints.CheckpointError, tokenizer.TokenizerError, lora.AdapterError, OSError) as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
         sys.exit(130)

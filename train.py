@@ -31,10 +31,10 @@ import loqt
 import lora
 import report
 import sample
-import tokenizer as tokenizers
-from batches import DataError, Tokens, read_meta
 from build import ROOT, SHAPE, build_model, data_folder, download, try_compile
 from coreset import Coreset
+from data import DataError, tokenizer
+from data.batches import Tokens, read_meta
 from memory import fit, trace
 from model import SIZES, Linear, ModelError
 
@@ -266,11 +266,11 @@ def evaluate(model, data, config, device, rank=0, world=1):
     return (total[0] / total[1]).item()
 
 
-def print_sample(model, tokenizer, config):
+def print_sample(model, tok, config):
     """A line of what the model would write by now."""
     generator = torch.Generator().manual_seed(config.seed)
-    made = sample.generate(model, tokenizer.encode('\n'), config.sample_tokens, tokenizer.eot, 0.8, 0, 1.0, generator)
-    print('sample:', repr(tokenizer.decode(list(made)))[1:-1], flush=True)
+    made = sample.generate(model, tok.encode('\n'), config.sample_tokens, tok.eot, 0.8, 0, 1.0, generator)
+    print('sample:', repr(tok.decode(list(made)))[1:-1], flush=True)
 
 
 def training_step(forward, optimizer, micro_batches, learning_rate, device):
@@ -446,7 +446,7 @@ def main(config):
         folder = data_folder(config)
     meta = read_meta(folder)
     train_data, val_data = (Tokens(folder, split, config.block_size) for split in ('train', 'val'))
-    tokenizer = tokenizers.load(folder)
+    tok = tokenizer.load(folder)
 
     # ---- model and method ----
     saved_at, run = None, {'step': 0, 'best_val_loss': 1e30, 'seconds': 0.0}
@@ -477,10 +477,10 @@ def main(config):
         if adapter and config.method != 'lora':
             raise Stop(f'{source} is an adapter: use --method=lora, or python sample.py {source} --save_to=DIR first')
         source = sample.weights_folder(source)  # the folder of a run of ours will do, too
-    files = tokenizers.files_of(folder, source)
+    files = tokenizer.files_of(folder, source)
     model = build_model(config, folder, meta['vocab_size'], dtype, device, source, layers_of(config))
     if not source:
-        model.config.eos_token_id = tokenizer.eot
+        model.config.eos_token_id = tok.eot
     optimizer = METHODS[config.method].setup(model, config)
     if adapter:
         lora.load_adapter(model, adapter)
@@ -613,7 +613,7 @@ def main(config):
                 if save_now:
                     checkpoint.copy(best, last) if better else save(last)
                 if eval_now and config.sample_tokens and step > 0:
-                    print_sample(model, tokenizer, config)
+                    print_sample(model, tok, config)
             ticked = time.time()
         if done:
             break
@@ -659,7 +659,7 @@ def cli(argv):
     config = configurator.load_or_exit(__file__, argv, problems)
     try:
         main(config)
-    except (Stop, DataError, ModelError, checkpoint.CheckpointError, tokenizers.TokenizerError) as error:
+    except (Stop, DataError, ModelError, checkpoint.CheckpointError, tokenizer.TokenizerError) as error:
         sys.exit(f'error: {error}')
     except (ImportError, lora.AdapterError) as error:
         sys.exit(f'error: {error}')

@@ -8,9 +8,9 @@ import torch
 
 import galore
 import train
-from batches import Tokens
 from bench.measure import block_matrices, clear, made_in, named, on_meta, rank_of, run_config, sizes, unhook
 from build import build_model, data_folder
+from data.batches import Tokens
 
 
 def real_run(config, size, blocks, *flags):

@@ -1,5 +1,5 @@
 """
-What the prepare.py scripts share: read text, choose a tokenizer, write the files that batches.py reads.
+What the prepare.py scripts share: read text, choose a tokenizer, write the files that data/batches.py reads.
 
     tok = common.choose_tokenizer('bpe', texts, vocab_size=4096)
     with common.Writer('data/mine', tok, made_by='my script') as out:
@@ -29,16 +29,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
-import tokenizer as tokenizers_of_ours  # noqa: E402
+from data import DataError, tokenizer  # noqa: E402
 
 FORMAT = 1
 SPLITS = ('train', 'val')
 BATCH_CHARACTERS = 4_000_000  # encoded at a time: about 1M tokens, as Python lists some 40 MB
 PIECE_CHARACTERS = 500_000  # a longer document is encoded in pieces, so that one huge file also uses all cores
-
-
-class DataError(Exception):
-    """Something the user can put right. The message is one sentence that says how."""
 
 
 def read_text(path):
@@ -66,19 +62,19 @@ def choose_tokenizer(spec, texts, vocab_size):
     """bpe (trained on texts, the train split only) | bytes | tiktoken:NAME | a folder that holds a tokenizer.json."""
     try:
         if spec == 'bytes':
-            return tokenizers_of_ours.Bytes()
+            return tokenizer.Bytes()
         if spec == 'bpe':
             # In pieces, as a single text of 200 MB takes the library a minute and 15 GB.
             pieces = (piece for text in texts for piece, _ in cut(text))
             bar = tqdm(pieces, 'train bpe', unit=' texts', unit_scale=True, delay=2, leave=False)
-            tok = tokenizers_of_ours.train_bpe(bar, vocab_size)
+            tok = tokenizer.train_bpe(bar, vocab_size)
             if tok.vocab_size < vocab_size:
                 print(f'note: the text has repeated pairs for {tok.vocab_size:,} ids only, not for {vocab_size:,}')
             return tok
         if spec.startswith('tiktoken:'):
-            return tokenizers_of_ours.from_tiktoken(spec.removeprefix('tiktoken:'))
+            return tokenizer.from_tiktoken(spec.removeprefix('tiktoken:'))
         if os.path.isdir(spec):
-            return tokenizers_of_ours.load(spec)
+            return tokenizer.load(spec)
     except (ValueError, FileNotFoundError) as e:
         raise DataError(str(e)) from e
     raise DataError(
@@ -200,7 +196,7 @@ class Writer:
             (self.work / 'tokenizer.json').write_text(self.tok.json, encoding='utf-8')
             names.append('tokenizer.json')
         if self.tok.kind == 'bpe':  # what transformers' AutoTokenizer needs to know besides
-            config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': tokenizers_of_ours.EOT}
+            config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': tokenizer.EOT}
             (self.work / 'tokenizer_config.json').write_text(json.dumps(config) + '\n', encoding='utf-8')
             names.append('tokenizer_config.json')
         (self.work / 'meta.json').write_text(json.dumps(self.meta, indent=1) + '\n', encoding='utf-8')

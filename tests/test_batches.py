@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from batches import DataError, Tokens
+from data import DataError
+from data.batches import Tokens
 
 
 @pytest.fixture

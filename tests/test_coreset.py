@@ -27,8 +27,8 @@ import galore
 import loqt
 import lora
 import train as training
-from batches import read_meta
 from coreset import Coreset, budgets, facility_location, features, gram, select
+from data.batches import read_meta
 from memory.record import LiveBytes
 from model import Linear, LLaMA, ModelConfig
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import tokenizer
-from data import common
+from data import common, tokenizer
 from data.c4 import prepare as c4
 from data.pystdlib import prepare as pystdlib
 from data.shakespeare import prepare as shakespeare

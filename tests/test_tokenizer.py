@@ -6,7 +6,7 @@ import random
 import pytest
 import tokenizers
 
-import tokenizer
+from data import tokenizer
 
 CORPUS = [
     'def encode(self, text):\n    return self.encoder.encode(text)\n',

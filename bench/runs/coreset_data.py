@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from batches import Tokens, read_meta
 from build import ROOT
 from data import common
+from data.batches import Tokens, read_meta
 from data.pystdlib import prepare as pystdlib
 
 OUT = os.path.join(ROOT, 'out', 'coreset')

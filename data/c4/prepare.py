@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data import common  # noqa: E402
+from data import DataError, common  # noqa: E402
 
 OFFLINE = 'without a network use --input=FILE.json.gz, or another text: python data/pystdlib/prepare.py'
 
@@ -30,7 +30,7 @@ def count(text):
 def choose_tokenizer(spec):
     """A tokenizer of the hub by name, or what the other scripts take as well."""
     if spec == 'bpe':
-        raise common.DataError('C4 is not for training a bpe tokenizer: use t5-base, tiktoken:NAME, bytes or a folder')
+        raise DataError('C4 is not for training a bpe tokenizer: use t5-base, tiktoken:NAME, bytes or a folder')
     if spec == 'bytes' or spec.startswith('tiktoken:') or os.path.isdir(spec):
         return common.choose_tokenizer(spec, None, None)
     from huggingface_hub import HfApi, hf_hub_download
@@ -46,11 +46,11 @@ def choose_tokenizer(spec):
                 hf_hub_download(spec, name)  # these name the end-of-text token
             path = hf_hub_download(spec, 'tokenizer.json')
         except RepositoryNotFoundError as e:
-            raise common.DataError(
+            raise DataError(
                 f'unknown tokenizer {spec!r}: use a name on the hub (t5-base), tiktoken:NAME, bytes or a folder'
             ) from e
         except Exception as e:  # httpx, requests, OfflineMode, ...: the hub's library has had them all
-            raise common.DataError(
+            raise DataError(
                 f'could not fetch the tokenizer {spec!r} from the hub ({type(e).__name__}): '
                 f'use --tokenizer=bytes or a folder with a tokenizer.json; {OFFLINE}'
             ) from e
@@ -68,31 +68,31 @@ def rows(split, inputs):
             stream = datasets.load_dataset('allenai/c4', 'en', split=split, streaming=True)
         for row in stream:
             if not isinstance(row.get('text'), str):
-                raise common.DataError(
+                raise DataError(
                     f'{" ".join(inputs or ["C4"])} is not in the format of C4: every line needs a "text", '
                     f'this one has only {", ".join(row)}'
                 )
             yield row['text']
-    except common.DataError:
+    except DataError:
         raise
     except Exception as e:  # as above, and pyarrow's
         name = ' '.join(inputs or ['C4'])
         first_line = (str(e).splitlines() or [''])[0][:200]
-        raise common.DataError(f'could not read {name} ({type(e).__name__}: {first_line})') from e
+        raise DataError(f'could not read {name} ({type(e).__name__}: {first_line})') from e
 
 
 def prepare(out_dir, tokenizer='t5-base', tokens=100_000_000, val_tokens=10_000_000, inputs=None, val_share=0.05):
     common.check_val_share(val_share)
     for path in inputs or []:
         if not os.path.isfile(path):
-            raise common.DataError(f'--input={path} is not a file')
+            raise DataError(f'--input={path} is not a file')
     if not inputs:
         from huggingface_hub import HfApi
 
         try:
             HfApi().dataset_info('allenai/c4', timeout=10)
         except Exception as e:
-            raise common.DataError(f'could not reach C4 on the hub ({type(e).__name__}): {OFFLINE}') from e
+            raise DataError(f'could not reach C4 on the hub ({type(e).__name__}): {OFFLINE}') from e
     tok = choose_tokenizer(tokenizer)
     limits = {'train': tokens, 'val': val_tokens}
     with common.Writer(out_dir, tok, common.made_by('c4'), limits=limits) as out:

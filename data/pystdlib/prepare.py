@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data import common  # noqa: E402
+from data import DataError, common  # noqa: E402
 
 VAL_SHARE = 0.1
 # Tests are a third of the library and mostly data. pydoc_data (one file of English) and encodings (120 nearly equal
@@ -52,9 +52,7 @@ def prepare(out_dir, tokenizer='bpe', vocab_size=4096, root=None):
         except UnicodeDecodeError:
             skipped += 1
     if not documents:
-        raise common.DataError(
-            f'{root} holds no .py files: this Python comes without its source, use data/text/prepare.py'
-        )
+        raise DataError(f'{root} holds no .py files: this Python comes without its source, use data/text/prepare.py')
     tok = common.choose_tokenizer(tokenizer, (text for _, split, text in documents if split == 'train'), vocab_size)
     size = sum(len(text) for _, _, text in documents)
     command = f'python data/pystdlib/prepare.py --tokenizer={tokenizer} --vocab_size={vocab_size}'

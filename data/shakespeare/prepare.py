@@ -16,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data import common  # noqa: E402
+from data import DataError, common  # noqa: E402
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -32,12 +32,12 @@ def fetch(cache):
                 data, origin = response.read(), URL
         except OSError as e:
             reason = getattr(e, 'reason', e)
-            raise common.DataError(
+            raise DataError(
                 f'could not download {URL} ({reason}): give a local copy with --input=FILE, '
                 'or use python data/pystdlib/prepare.py, which is offline'
             ) from e
     if hashlib.sha256(data).hexdigest() != SHA256:
-        raise common.DataError(
+        raise DataError(
             f'{origin} is not the well-known file (its sha256 differs): '
             'delete it if it is a copy, or use it all the same with --input='
         )
@@ -68,7 +68,7 @@ def main():
     args = parser.parse_args()
     start = time.time()
     if args.input and not Path(args.input).is_file():
-        raise common.DataError(f'--input={args.input} is not a file')
+        raise DataError(f'--input={args.input} is not a file')
     if args.input and hashlib.sha256(Path(args.input).read_bytes()).hexdigest() != SHA256:
         print(f'note: {args.input} is not the well-known file; losses will not compare to published ones')
     meta = prepare(args.out_dir, args.tokenizer, args.vocab_size, args.input)

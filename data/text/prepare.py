@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data import common  # noqa: E402
+from data import DataError, common  # noqa: E402
 
 # What is taken from a folder; a file that is named itself may have any ending.
 ENDINGS = ('.txt', '.md', '.rst', '.tex', '.py', '.c', '.h', '.cpp', '.cu', '.js', '.ts', '.java', '.go', '.rs', '.sh')
@@ -36,7 +36,7 @@ def find(inputs):
         # A path that exists is meant literally, even with a [ in it.
         matches = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
         if not matches:
-            raise common.DataError(f'--input={given} matches no file and no folder')
+            raise DataError(f'--input={given} matches no file and no folder')
         paths += [Path(match).resolve() for match in matches]
     paths = list(dict.fromkeys(paths))
     if len(paths) == 1 and paths[0].is_dir():
@@ -52,7 +52,7 @@ def find(inputs):
             found += [(source, file.relative_to(common_parent).as_posix(), file) for file in files]
     found = list({path: (source, name, path) for source, name, path in reversed(found)}.values())[::-1]
     if not found:
-        raise common.DataError(f'--input={" ".join(inputs)} holds no text file ({" ".join(ENDINGS)})')
+        raise DataError(f'--input={" ".join(inputs)} holds no text file ({" ".join(ENDINGS)})')
     return found
 
 
@@ -75,7 +75,7 @@ def prepare(out_dir, inputs, tokenizer='bpe', vocab_size=4096, val_share=0.05):
     found = find(inputs)
     size = sum(path.stat().st_size for _, _, path in found)
     if not size:
-        raise common.DataError(f'--input={" ".join(inputs)} is empty: there is nothing to train on')
+        raise DataError(f'--input={" ".join(inputs)} is empty: there is nothing to train on')
     train_texts = (text for _, split, text in documents(found, val_share) if split == 'train')
     tok = common.choose_tokenizer(tokenizer, train_texts, vocab_size)
     with common.Writer(out_dir, tok, common.made_by('text'), total=size) as out:

@@ -15,9 +15,7 @@ import os
 import numpy as np
 import torch
 
-
-class DataError(Exception):
-    """Token files that are missing or broken; the message says what to do."""
+from data import DataError
 
 
 def read_meta(folder):
