@@ -22,6 +22,7 @@ helpers. It is Python all the same: run no config that you would not run as a sc
 
 import ast
 import difflib
+import importlib
 import io
 import math
 import re
@@ -246,6 +247,13 @@ def _did_you_mean(word, options, dashes=''):
     options = {str(option).lower(): option for option in options}
     best = difflib.get_close_matches(word.lower(), options, n=1)
     return f', did you mean {dashes}{options[best[0]]}?' if best else ''
+
+
+def method_of(config):
+    """The module of config.method: the file of that name at the top, or in methods/; 'adamw' is adam.py."""
+    name = {'adamw': 'adam', 'apollo': 'galore', 'apollo_mini': 'galore'}.get(config.method, config.method)
+    at_the_top = (Path(__file__).parent / f'{name}.py').exists()
+    return importlib.import_module(name if at_the_top else f'methods.{name}')
 
 
 # ---- what the user sees --------------------------------------------------

@@ -17,9 +17,7 @@ its 16 values is rounded away. loqt.py makes that good.
     python sample.py out/run --save_to=out/merged           # W + (alpha / r) B @ A, as a plain Hugging Face folder
 """
 
-import json
 import math
-import os
 import zlib
 from functools import partial
 
@@ -29,10 +27,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from adam import AdamW, Packed, add_, several_processes, split_decay
-
-
-class AdapterError(ValueError):
-    """An adapter that cannot be written or read; the message says what to do."""
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -170,69 +164,6 @@ class LoRAAdamW(AdamW):
 
 
 # ---- PEFT's adapter folders --------------------------------------------------------------------------------------
-
-
-def adapters(model, prefix='base_model.model.model.'):
-    """Yield (PEFT's name, parameter) of all A and B. prefix: what PEFT puts before the names of a LlamaForCausalLM, and
-    what that puts before ours."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoRALinear) and len(layer.A):
-            yield f'{prefix}{name}.lora_A.weight', layer.A
-            yield f'{prefix}{name}.lora_B.weight', layer.B
-
-
-def save_adapter(model, folder, base):
-    """Write A and B as the folder `peft.PeftModel.from_pretrained` reads. base: the model they belong to, by path."""
-    from safetensors.torch import save_file
-
-    tensors = {name: p.detach().cpu().contiguous() for name, p in adapters(model)}
-    layer = next(module for module in model.modules() if isinstance(module, LoRALinear) and len(module.A))
-    stored = dict(peft_type='LORA', task_type='CAUSAL_LM', base_model_name_or_path=base, bias='none')
-    stored |= dict(r=len(layer.A), lora_alpha=layer.scale * len(layer.A), lora_dropout=layer.dropout)
-    stored |= dict(target_modules=sorted({name.split('.')[-3] for name in tensors}), inference_mode=True)
-    os.makedirs(folder, exist_ok=True)
-    save_file(tensors, os.path.join(folder, 'adapter_model.safetensors'), metadata={'format': 'pt'})
-    with open(os.path.join(folder, 'adapter_config.json'), 'w') as f:
-        json.dump(stored, f, indent=2)
-
-
-def read_adapter(folder):
-    """-> the dict in the folder's adapter_config.json, or None where there is none. Raises AdapterError for what
-    LoRALinear does not compute."""
-    path = os.path.join(folder, 'adapter_config.json')
-    if not os.path.exists(path):
-        return None
-    try:
-        with open(path) as f:
-            stored = json.load(f)
-        stored['r'], stored['lora_alpha']
-    except (ValueError, KeyError) as error:
-        raise AdapterError(f'{path} is broken ({error!r}): save the adapter again') from None
-    odd = ('use_dora', 'use_rslora', 'fan_in_fan_out', 'modules_to_save', 'rank_pattern', 'alpha_pattern')
-    for key, plain in {'peft_type': 'LORA', 'bias': 'none', **dict.fromkeys(odd)}.items():
-        if stored.get(key) and stored[key] != plain:
-            what = f'{key}={stored[key]!r}'
-            raise AdapterError(f'{path}: {what} is not plain LoRA: merge it with peft, and use the result')
-    return stored
-
-
-@torch.no_grad()
-def load_adapter(model, folder):
-    """Fill A and B of the model's LoRALinears from a PEFT folder; layers it says nothing of keep theirs.
-
-    Raises AdapterError where shapes or scale differ."""
-    from safetensors.torch import load_file
-
-    stored, ours = read_adapter(folder), dict(adapters(model))
-    r, scale = stored['r'], stored['lora_alpha'] / stored['r']
-    layer = next(module for module in model.modules() if isinstance(module, LoRALinear))
-    tensors = load_file(os.path.join(folder, 'adapter_model.safetensors'))
-    targets = ','.join(sorted({name.split('.')[-3] for name in tensors}))
-    for name, tensor in tensors.items():
-        if name not in ours or ours[name].shape != tensor.shape or not math.isclose(scale, layer.scale):
-            options = f'--rank={r} --scale={scale:g} --lora_targets={targets}'
-            raise AdapterError(f'{folder} does not fit this model at {name}: use its base, and {options}')
-        ours[name].copy_(tensor)
 
 
 # ---- what train.py calls -----------------------------------------------------------------------------------------

@@ -21,11 +21,15 @@ from types import SimpleNamespace
 import configurator
 import model as models
 import train
+from configurator import method_of
+from data import DataError
 from memory import llmem
 from memory.cuda import CONTEXT
 from memory.fit import MARGIN, PCI_EXPRESS, fit, seconds_per_token
 from memory.formula import Plan, estimate
 from memory.trace import PHASES, plan_memory
+from model import ModelError
+from plumbing.build import Stop, described, device_and_dtype
 
 __all__ = ['Plan', 'estimate', 'fit', 'trace']
 
@@ -33,9 +37,9 @@ __all__ = ['Plan', 'estimate', 'fit', 'trace']
 def trace(config, device=None):
     """The Plan of a configuration (a namespace with train.py's keys): of a run on a card, or, where the weights are
     fp32 and there is none, on this CPU; device: 'cuda' plans for a card all the same. Raises what train.py raises."""
-    here, dtype = train.device_and_dtype(config)
-    model, _, _ = train.described(config)
-    method, selection = train.METHODS[config.method], train.make_selection(config)
+    here, dtype = device_and_dtype(config)
+    model, _, _ = described(config)
+    method, selection = method_of(config), train.make_selection(config)
     return plan_memory(config, model.config, dtype, device or here, method, train.training_step, selection)
 
 
@@ -145,7 +149,7 @@ def main(argv):
         return hf.main(argv)
     flags, rest = own_flags(argv)
     config = configurator.load_or_exit(train.__file__, [*rest, '--dry_run'], train.problems)
-    shape = train.described(config)[0].config
+    shape = described(config)[0].config
     if 'fit' in flags:
         return print_fit(config, shape, flags, train.problems)
     if 'llmem' in flags or 'gpus' in flags:
@@ -247,5 +251,5 @@ if __name__ == '__main__':
         sys.exit(main(sys.argv[1:]))
     except ModuleNotFoundError as error:
         sys.exit(f'error: {error.name} is not installed: pip install -r requirements-extra.txt')
-    except (ValueError, OSError, train.Stop, train.DataError, train.ModelError) as error:
+    except (ValueError, OSError, Stop, DataError, ModelError) as error:
         sys.exit(f'error: {error}')

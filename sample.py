@@ -15,17 +15,17 @@ Text out of a checkpoint of ours or any Hugging Face LLaMA folder, as it is made
 import os
 import sys
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 
-import checkpoint as checkpoints
 import configurator
-import loqt
 import lora
-from adam import Packed
 from data import tokenizer
-from model import KVCache, LLaMA, ModelError, read_json
+from model import KVCache, LLaMA, ModelError
+from plumbing import hf
+from plumbing.build import base_of, load_model, weights_folder
+from plumbing.checkpoint import CheckpointError
+from plumbing.hf import AdapterError
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 checkpoint = ''  # folder of a run (its best/ or last/ is taken) or of weights; may be typed without --checkpoint=
@@ -89,58 +89,13 @@ def generate(model, ids, n, eot=None, temperature=1.0, top_k=0, top_p=1.0, gener
             return
 
 
-def weights_folder(path):
-    """The folder with weights: `path` itself, or the best/ or last/ of a run."""
-    for folder in (path, os.path.join(path, 'best'), os.path.join(path, 'last'), os.path.join(path, 'last.old')):
-        if os.path.exists(os.path.join(folder, 'config.json')):
-            return folder
-    if adapter := lora.read_adapter(path):
-        base = adapter.get('base_model_name_or_path') or ''
-        if os.path.exists(os.path.join(base, 'config.json')):
-            return base
-        there = f'{path}/adapter_config.json'
-        raise ModelError(f"{path} is an adapter of '{base}', no folder here: fetch that and write its path to {there}")
-    raise ModelError(f'{path} holds no config.json, best/ or last/: name the out_dir of a run or a Hugging Face folder')
-
-
-def load_model(folder, device, factors=False):
-    """The model in a folder. Where its weights are packed, the method of the run that packed them unpacks them.
-
-    factors: leave them packed even where there are whole ones, too."""
-    stored = read_json(os.path.join(folder, 'config.json'))
-    if not (stored.get('packed_weights') or factors):
-        return LLaMA.from_pretrained(folder, device=device)
-    run = SimpleNamespace(**checkpoints.find(folder)[1]['config'])
-    linear = {'loqt': loqt, 'lora': lora}[run.method].linear(run)
-    model = LLaMA.from_pretrained(folder, getattr(torch, stored['torch_dtype']), device, linear=linear)
-    packed = torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True, mmap=True)
-    layers = [module for module in model.modules() if isinstance(module, Packed)]
-    for layer, tensors in zip(layers, packed['layers'], strict=True):
-        layer.restore(tensors)
-    return model
-
-
-def base_of(folder):
-    """The model that LoRA's A and B in a run's folder belong to, by path or name.
-
-    Raises AdapterError where they are not all that the run trained."""
-    run = checkpoints.find(folder)[1] if os.path.exists(os.path.join(folder, 'run.json')) else {'config': {}}
-    c = SimpleNamespace(**run['config'])
-    if getattr(c, 'method', '') != 'lora':
-        raise lora.AdapterError(f'{folder} is no run of --method=lora, there is no adapter in it: use --save_to=DIR')
-    if c.train_rest != 'no' or c.init_from in ('scratch', 'resume') or 0 < c.merge_every <= run['step']:
-        changed = 'merged its adapter into them' if c.train_rest == 'no' else 'trained embeddings, head and norms, too'
-        raise lora.AdapterError(f'{folder} {changed}, so an adapter alone is not the model: use --save_to=DIR')
-    return os.path.abspath(weights_folder(c.init_from)) if os.path.isdir(c.init_from) else c.init_from
-
-
 def main(config):
     device = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
     folder = weights_folder(config.checkpoint)
-    if adapter := lora.read_adapter(config.checkpoint):
+    if adapter := hf.read_adapter(config.checkpoint):
         linear = partial(lora.LoRALinear, rank=adapter['r'], alpha=adapter['lora_alpha'])
         model = LLaMA.from_pretrained(folder, device=device, linear=linear)
-        lora.load_adapter(model, config.checkpoint)
+        hf.load_adapter(model, config.checkpoint)
     else:
         if config.save_adapter:
             base_of(folder)  # says at once where there is none
@@ -148,7 +103,7 @@ def main(config):
     model.set_block_size(min(model.config.block_size, 4096), device)  # a cache of 128k positions would be gigabytes
     tok = tokenizer.load(folder)
     if config.save_adapter:
-        lora.save_adapter(model, config.save_adapter, base_of(folder))
+        hf.save_adapter(model, config.save_adapter, base_of(folder))
     if config.save_to:
         model.save_pretrained(config.save_to)
         for name, content in tokenizer.files_of(folder).items():
@@ -171,7 +126,7 @@ def main(config):
 if __name__ == '__main__':
     try:
         main(configurator.load_or_exit(__file__, sys.argv[1:], problems, positional='checkpoint'))
-    except (ModelError, checkpoints.CheckpointError, tokenizer.TokenizerError, lora.AdapterError, OSError) as error:
+    except (ModelError, CheckpointError, tokenizer.TokenizerError, AdapterError, OSError) as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
         sys.exit(130)

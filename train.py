@@ -24,19 +24,28 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import adam
-import checkpoint
 import configurator
-import galore
-import loqt
-import lora
-import report
 import sample
-from build import ROOT, SHAPE, build_model, data_folder, download, try_compile
+from configurator import method_of
 from coreset import Coreset
 from data import DataError, tokenizer
 from data.batches import Tokens, read_meta
 from memory import fit, trace
-from model import SIZES, Linear, ModelError
+from model import SIZES, ModelError
+from plumbing import checkpoint, report
+from plumbing.build import (
+    SHAPE,
+    Stop,
+    build_model,
+    data_folder,
+    described,
+    device_and_dtype,
+    download,
+    layers_of,
+    try_compile,
+    weights_folder,
+)
+from plumbing.hf import AdapterError, load_adapter, read_adapter
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 # run
@@ -121,18 +130,12 @@ sample_tokens = 48  # tokens of a sample to print at each evaluation; 0: none
 tracker = 'none'  # 'none' | 'wandb' | 'trackio' | 'tensorboard': imported only if asked for
 # ---- end of config ---------------------------------------------------------------------------------------------------
 
-# A module with setup(model, config) -> optimizer, and linear(config) if it needs layers of its own; add yours here.
-METHODS = {'adamw': adam, 'galore': galore, 'loqt': loqt, 'lora': lora, 'apollo': galore, 'apollo_mini': galore}
 # What a checkpoint's tensors decide.
 FIXED = ('model', *SHAPE, 'method', 'rank', 'residual', 'state_bits', 'basis_bits', 'weight_bits', 'dtype')
 FIXED_PACKED = ('scale', 'quantize', 'double_quant')  # the same of LoQT's and LoRA's layers
 FIXED_LORA = ('train_rest', 'lora_targets', 'merge_every')
 LINEARS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')  # of a block
 FIXED_CORESET = ('coreset', 'coreset_norm', 'coreset_clusters', 'zo_directions')  # and of the history of the choices
-
-
-class Stop(Exception):
-    """A run that cannot go on; the message says why and what to do."""
 
 
 def problems(config):
@@ -355,70 +358,15 @@ def stop_not_finite(what, step, config, more=''):
     raise Stop(f'{what} at step {step} (learning rate {rate:.3g}{more}); nothing was saved after that: {advice}')
 
 
-def print_plan(config, model, plan, folder, meta, device):
-    """What is about to happen, with the arithmetic. meta is None where the data is not there yet (a dry run)."""
-    c, total = config, config.batch_size * config.block_size * config.gradient_accumulation_steps
-    print(configurator.as_text(config, __file__))
-    print(f'model: {model.n_params():,} parameters in {str(model.head.dtype).removeprefix("torch.")} on {device}')
-    print(f'memory: planned peak of all tensors {plan}')
-    if plan.moment:
-        shown = f', {plan.card / 1e9:.2f} GB as nvidia-smi shows it' if plan.context else ''
-        print(f'memory: that is in {plan.moment}{shown}; python memest.py has the details')
-    epochs = ''
-    if meta:
-        counts = f'{meta["train_tokens"]:,} train and {meta["val_tokens"]:,} val tokens, {len(meta["sources"])} sources'
-        print(f'data: {folder}, {counts}, {meta["vocab_size"]:,} ids')
-        epochs = f' = {total * c.max_iters / meta["train_tokens"]:.2f} epochs'
-    else:
-        needed = f' --tokens={total * c.max_iters}' if c.dataset == 'c4' else ''
-        print(f'data: {folder} is not prepared yet: python {os.path.join(folder, "prepare.py")}{needed} does that')
-    print(
-        f'step: {c.batch_size} windows x {c.block_size} tokens x {c.gradient_accumulation_steps} micro-batches '
-        f'= {total:,} tokens; {c.max_iters:,} steps = {total * c.max_iters:,} tokens{epochs}',
-        flush=True,
-    )
-
-
-def layers_of(config):
-    """The module that the blocks of a model are made of: the method's own where it has one."""
-    module = METHODS[config.method]
-    return module.linear(config) if hasattr(module, 'linear') else Linear
-
-
-def device_and_dtype(config):
-    """What 'auto' stands for here: -> device, dtype of the weights."""
-    device = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
-    dtype = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'auto': None}[config.dtype]
-    return device, dtype or (torch.bfloat16 if device == 'cuda' else torch.float32)
-
-
-def described(config):
-    """The model of a configuration on the meta device, its data's folder and meta (None where it is not prepared)."""
-    _, dtype = device_and_dtype(config)
-    folder = os.path.join(ROOT, 'data', config.dataset)
-    try:
-        folder = data_folder(config, prepare=False)
-        meta = read_meta(folder)
-    except DataError:
-        if not os.path.isdir(folder):
-            raise
-        meta = None
-    vocab_size = meta['vocab_size'] if meta else SIZES[config.model]['vocab_size']
-    if config.init_from not in ('scratch', 'resume') and not os.path.isdir(config.init_from):
-        raise Stop(f"init_from='{config.init_from}' is no folder here, and a dry run downloads nothing")
-    source = None if config.init_from in ('scratch', 'resume') else sample.weights_folder(config.init_from)
-    return build_model(config, folder, vocab_size, dtype, 'meta', source, layers_of(config)), folder, meta
-
-
 def plan_only(config):
     """Resolve everything, build the model and the method on the meta device, print the plan. Needs no data yet."""
     device, dtype = device_and_dtype(config)
     model, folder, meta = described(config)
-    METHODS[config.method].setup(model, config)
+    method_of(config).setup(model, config)
     plan = trace.plan_memory(
-        config, model.config, dtype, device, METHODS[config.method], training_step, make_selection(config)
+        config, model.config, dtype, device, method_of(config), training_step, make_selection(config)
     )
-    print_plan(config, model, plan, folder, meta, device)
+    report.print_plan(config, model, plan, folder, meta, device, __file__)
     print('dry run: nothing was trained')
 
 
@@ -473,17 +421,17 @@ def main(config):
     source, adapter = saved_at, None
     if config.init_from not in ('scratch', 'resume'):
         source = config.init_from if os.path.isdir(config.init_from) else download(config.init_from)
-        adapter = source if lora.read_adapter(source) else None
+        adapter = source if read_adapter(source) else None
         if adapter and config.method != 'lora':
             raise Stop(f'{source} is an adapter: use --method=lora, or python sample.py {source} --save_to=DIR first')
-        source = sample.weights_folder(source)  # the folder of a run of ours will do, too
+        source = weights_folder(source)  # the folder of a run of ours will do, too
     files = tokenizer.files_of(folder, source)
     model = build_model(config, folder, meta['vocab_size'], dtype, device, source, layers_of(config))
     if not source:
         model.config.eos_token_id = tok.eot
-    optimizer = METHODS[config.method].setup(model, config)
+    optimizer = method_of(config).setup(model, config)
     if adapter:
-        lora.load_adapter(model, adapter)
+        load_adapter(model, adapter)
     if saved_at:
         checkpoint.load_optimizer(saved_at, optimizer)
     selection = make_selection(config, train_data)
@@ -495,12 +443,12 @@ def main(config):
             model.config,
             dtype,
             device,
-            METHODS[config.method],
+            method_of(config),
             training_step,
             make_selection(config),
             model.activation_dtype,
         )
-        print_plan(config, model, plan, folder, meta, device)
+        report.print_plan(config, model, plan, folder, meta, device, __file__)
         # Python and torch, on a CPU part of the process; what the model takes is there already
         there = plan.weights + plan.states * bool(saved_at)
         at_start = 0 if on_cuda else max(report.memory(device) - there, 0)
@@ -661,7 +609,7 @@ def cli(argv):
         main(config)
     except (Stop, DataError, ModelError, checkpoint.CheckpointError, tokenizer.TokenizerError) as error:
         sys.exit(f'error: {error}')
-    except (ImportError, lora.AdapterError) as error:
+    except (ImportError, AdapterError) as error:
         sys.exit(f'error: {error}')
     except subprocess.CalledProcessError:
         sys.exit('error: the data set could not be prepared, for the reason above')

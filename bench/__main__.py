@@ -22,8 +22,8 @@ from bench import gradients, merges, optimizers, states
 from bench import steps as whole_steps  # `steps` is a key
 from bench.measure import keep_freed_memory, matmul_rate, table
 from bench.optimizers import BASELINE
-from build import ROOT
 from model import SIZES
+from plumbing.build import ROOT
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 only = (

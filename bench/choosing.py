@@ -14,8 +14,8 @@ import torch
 import adam
 import train
 from bench.measure import clear, keep_freed_memory, made_in, run_config, table
-from build import ROOT, build_model
 from coreset import Coreset, facility_location, features
+from plumbing.build import ROOT, build_model
 
 POOL, BATCH, T = 256, 64, 32
 

@@ -9,8 +9,9 @@ import torch
 import galore
 import train
 from bench.measure import block_matrices, clear, made_in, named, on_meta, rank_of, run_config, sizes, unhook
-from build import build_model, data_folder
+from configurator import method_of
 from data.batches import Tokens
+from plumbing.build import build_model, data_folder
 
 
 def real_run(config, size, blocks, *flags):
@@ -21,7 +22,7 @@ def real_run(config, size, blocks, *flags):
     folder = data_folder(run)
     tokens = Tokens(folder, 'train', run.block_size)
     model = build_model(run, folder, tokens.vocab_size, torch.float32, 'cpu')
-    optimizer = train.METHODS[run.method].setup(model, run)
+    optimizer = method_of(run).setup(model, run)
 
     def step(t):
         n = run.gradient_accumulation_steps

@@ -25,10 +25,10 @@ from bench.measure import (
     state_tensors,
     unhook,
 )
-from build import build_model
 from galore import wide
 from memory.trace import trace_step
 from model import SIZES
+from plumbing.build import build_model
 
 ASKED = {'60m': 0.234, '130m': 0.486, '350m': 0.970, '1b': 3.145}  # GiB of LoQT's table 1, recomputed from the shapes
 

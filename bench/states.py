@@ -5,9 +5,10 @@ import torch
 import galore
 import train
 from bench.measure import clear, on_meta, run_config, state_tensors, unhook
-from build import build_model
+from configurator import method_of
 from memory.trace import trace_step
 from model import SIZES, ModelConfig
+from plumbing.build import build_model
 
 SMALL = ['--state_bits=8', '--basis_bits=4']
 
@@ -30,7 +31,7 @@ def planned(size, *flags, dtype='bfloat16'):
     flags = [f'--dtype={dtype}', '--checkpointing=True', '--batch_size=1', '--block_size=2048', *flags]
     run = run_config(size, SIZES[size]['n_layer'], *flags)
     model_config = ModelConfig(**SIZES[size] | {'block_size': run.block_size})
-    dtype, setup = getattr(torch, dtype), train.METHODS[run.method].setup
+    dtype, setup = getattr(torch, dtype), method_of(run).setup
     return trace_step(model_config, dtype, run, setup, train.training_step, dtype)
 
 

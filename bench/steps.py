@@ -28,8 +28,9 @@ from bench.measure import (
 )
 from bench.optimizers import AUTHORS, BASELINE, has_bases
 from bench.others import galore_torch, galore_torch_adamw, transformers_llama
-from build import build_model
+from configurator import method_of
 from model import SIZES
+from plumbing.build import build_model
 
 TRAINERS = {  # name -> train.py's flags where the method is ours
     BASELINE: None,
@@ -51,7 +52,7 @@ def trainer(name, size, blocks, *flags):
     else:
         model = forward = build_model(run, '', SIZES[size]['vocab_size'], torch.float32, 'cpu')
     if TRAINERS[name]:
-        optimizer = train.METHODS[run.method].setup(model, run)
+        optimizer = method_of(run).setup(model, run)
     elif name == AUTHORS:
         projected = block_matrices(model)
         chosen = set(projected)

@@ -19,8 +19,6 @@ from test_galore import CONFIG as GALORE
 from test_loqt import CONFIG as LOQT
 
 import adam
-import build
-import checkpoint
 import configurator
 import coreset
 import galore
@@ -29,8 +27,10 @@ import lora
 import train as training
 from coreset import Coreset, budgets, facility_location, features, gram, select
 from data.batches import read_meta
+from memory import trace
 from memory.record import LiveBytes
 from model import Linear, LLaMA, ModelConfig
+from plumbing import build, checkpoint
 
 TINY = dict(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_inner=56, vocab_size=61, block_size=32)
 CONFIG = LOQT | GALORE | dict(learning_rate=1e-3, moments='keep', update_proj_gap=4)
@@ -466,7 +466,16 @@ def test_the_plan_counts_the_choice_as_a_real_step_does(data):
     for more in ([], ['--coreset=none']):
         config = configurator.load(training.__file__, [*words, *more], training.problems)
         model = build.build_model(config, data, 257, torch.float32, 'cpu')
-        planned[bool(more)] = training.plan_memory(config, model.config, torch.float32, 'cpu', torch.float32).total
+        planned[bool(more)] = trace.plan_memory(
+            config,
+            model.config,
+            torch.float32,
+            'cpu',
+            configurator.method_of(config),
+            training.training_step,
+            training.make_selection(config),
+            torch.float32,
+        ).total
     assert planned[False] > planned[True]
     config = configurator.load(training.__file__, words, training.problems)
     with LiveBytes() as live:

@@ -6,13 +6,13 @@ import pytest
 import torch
 from test_galore import TINY, matrix, train
 
-import checkpoint
 import loqt
 from adam import decode, encode, split_decay
 from galore import GaLoreAdamW, orthonormal_basis, turned
 from loqt import LoQTAdamW, LoQTLinear, merge, replace_linears, update_steps
 from memory.record import LiveBytes
 from model import LLaMA, ModelConfig
+from plumbing import checkpoint
 
 CONFIG = dict(learning_rate=1e-2, beta1=0.9, beta2=0.999, weight_decay=0.0, rank=8, update_proj_gap=3, scale=0.5)
 CONFIG |= dict(refresh='subspace', stagger=True, state_bits=32, grad_clip=0.0, per_layer=False, offload=False, seed=0)

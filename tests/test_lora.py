@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from test_galore import TINY, train
 
-import checkpoint
 import configurator
 import lora
 import sample
@@ -19,6 +18,7 @@ import train as training
 from adam import decode, encode
 from lora import LoRALinear
 from model import LLaMA, ModelConfig
+from plumbing import build, checkpoint, hf
 
 CONFIG = dict(learning_rate=1e-2, beta1=0.9, beta2=0.999, weight_decay=0.0, rank=4, scale=2.0, state_bits=32, seed=0)
 CONFIG |= dict(grad_clip=0.0, per_layer=False, offload=False, quantize='none', double_quant=False)
@@ -110,7 +110,7 @@ def ours(base, adapter=None, **changes):
     model = LLaMA.from_pretrained(base, linear=lora.linear(config))
     optimizer = lora.setup(model, config)
     if adapter:
-        lora.load_adapter(model, str(adapter))
+        hf.load_adapter(model, str(adapter))
     return model, optimizer
 
 
@@ -151,7 +151,7 @@ def test_peft_reads_our_folder_and_computes_the_same(targets, base, tmp_path):
     peft = pytest.importorskip('peft')
     model, optimizer = ours(base, lora_targets=targets)
     train(model, optimizer, 5)
-    lora.save_adapter(model, str(tmp_path), str(base))
+    hf.save_adapter(model, str(tmp_path), str(base))
     reference = peft.PeftModel.from_pretrained(theirs(base), tmp_path)
     x = torch.randint(0, 61, (3, 16), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(reference(x).logits, model(x), atol=1e-5, rtol=1e-5)
@@ -408,7 +408,7 @@ def test_a_runs_adapter_goes_to_peft_and_back(tuned, data, capsys):
     began = float(capsys.readouterr().out.split('val loss ')[1].split()[0])
     assert abs(began - json.loads((tuned / 'run/best/run.json').read_text())['best_val_loss']) < 1e-4
     expected = '--rank=8 --scale=0.25 --lora_targets=down_proj,gate_proj,'
-    with pytest.raises(lora.AdapterError, match=expected):
+    with pytest.raises(hf.AdapterError, match=expected):
         here(training, *flags, '--rank=4', '--overwrite')
     with pytest.raises(training.Stop, match='is an adapter: use --method=lora'):
         here(training, *flags[1:2], *flags[4:], '--overwrite')
@@ -423,8 +423,8 @@ def test_an_adapter_that_is_not_all_that_was_trained_is_refused(tuned, tmp_path)
         (('method', 'galore'),): 'is no run of --method=lora, there is no adapter in it: use --save_to=DIR',
     }.items():
         (tmp_path / 'run/run.json').write_text(json.dumps(run | {'config': run['config'] | dict(changes)}))
-        with pytest.raises(lora.AdapterError, match=expected):
-            sample.base_of(str(tmp_path / 'run'))
+        with pytest.raises(hf.AdapterError, match=expected):
+            build.base_of(str(tmp_path / 'run'))
 
 
 @pytest.mark.parametrize(
@@ -432,8 +432,8 @@ def test_an_adapter_that_is_not_all_that_was_trained_is_refused(tuned, tmp_path)
 )
 def test_an_adapter_that_is_not_plain_lora_is_refused(change, base, tmp_path):
     peft_model(base, ['q_proj'], **change).save_pretrained(tmp_path)
-    with pytest.raises(lora.AdapterError, match='is not plain LoRA: merge it with peft'):
-        lora.read_adapter(str(tmp_path))
+    with pytest.raises(hf.AdapterError, match='is not plain LoRA: merge it with peft'):
+        hf.read_adapter(str(tmp_path))
 
 
 def test_impossible_combinations_are_refused_in_a_sentence_each():

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from model import SIZES, KVCache, LLaMA, ModelConfig, ModelError, config_from_hf
+from model import SIZES, KVCache, LLaMA, ModelConfig, ModelError
+from plumbing.hf import config_from_hf
 
 LLAMA3 = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 TINY = dict(n_layer=2, n_head=4, n_embd=32, n_inner=56, vocab_size=97, block_size=24)

@@ -18,11 +18,10 @@ import torch
 from conftest import ROOT, TINY, run, train, values
 from safetensors.torch import load_file
 
-import build
 import configurator
-import report
 import train as training
 from model import LLaMA
+from plumbing import build, report
 
 CONFIGS = sorted(path.name for path in (ROOT / 'config').glob('*.py'))
 SHAPES = {'60m': 58_073_600, '130m': 134_105_856, '350m': 367_969_280, '1b': 1_339_082_752, '7b': 6_738_415_616}

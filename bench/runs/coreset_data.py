@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from build import ROOT
 from data import common
 from data.batches import Tokens, read_meta
 from data.pystdlib import prepare as pystdlib
+from plumbing.build import ROOT
 
 OUT = os.path.join(ROOT, 'out', 'coreset')
 T, VOCABULARY, POOL, BATCH = 24, 512, 256, 64  # tokens of a window, token ids, windows of a pool and of a batch

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 
-from build import ROOT
+from plumbing.build import ROOT
 
 SIZES = {'350m': 256, '1b': 512, '7b': 1024}  # ranks
 # glibc keeps freed blocks of up to 32 MB for itself, by then in gaps that nothing fits: 3 GB at 7B. So they go back.

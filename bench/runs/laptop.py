@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 from bench import plot
-from build import ROOT
+from plumbing.build import ROOT
 
 TRIED = {'adamw': ['1e-3', '2e-3', '4e-3'], 'galore': ['5e-3', '1e-2', '2e-2']}
 # Embedding and head take GaLore's larger rate without its scale. With the full rank, GaLore is AdamW with that split:

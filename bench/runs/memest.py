@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 import configurator
 import memest
 import train
-from build import ROOT
 from memory.record import LiveBytes
+from plumbing.build import ROOT
 
 CACHE = os.path.join(ROOT, 'out', 'memest.json')  # traces that were made already; delete it after a change
 RANK = {'60m': 128, '130m': 256, '350m': 256, '1b': 512, '7b': 1024, '13b': 1024}

@@ -33,8 +33,8 @@ from transformers import (
     StableLmConfig,
 )
 
-from build import ROOT
 from memory.hf import MARGIN, MARGIN_VARYING, HFPlan, trace_hf
+from plumbing.build import ROOT
 
 UNITS = {'GiB': 2**30, 'GB': 10**9, 'MB': 2**20, 'B': 1}
 

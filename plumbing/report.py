@@ -11,6 +11,7 @@ import sys
 
 import torch
 
+import configurator
 from configurator import BOOLS
 
 try:
@@ -116,3 +117,27 @@ def resume_command(extra=()):
         elif not name.startswith(('__init_from', '__overwrite')):
             kept.append(word)
     return shlex.join(['python', *launch, 'train.py', *kept, '--init_from=resume', *extra])
+
+
+def print_plan(config, model, plan, folder, meta, device, script):
+    """What is about to happen, with the arithmetic. meta is None where the data is not there yet (a dry run)."""
+    c, total = config, config.batch_size * config.block_size * config.gradient_accumulation_steps
+    print(configurator.as_text(config, script))
+    print(f'model: {model.n_params():,} parameters in {str(model.head.dtype).removeprefix("torch.")} on {device}')
+    print(f'memory: planned peak of all tensors {plan}')
+    if plan.moment:
+        shown = f', {plan.card / 1e9:.2f} GB as nvidia-smi shows it' if plan.context else ''
+        print(f'memory: that is in {plan.moment}{shown}; python memest.py has the details')
+    epochs = ''
+    if meta:
+        counts = f'{meta["train_tokens"]:,} train and {meta["val_tokens"]:,} val tokens, {len(meta["sources"])} sources'
+        print(f'data: {folder}, {counts}, {meta["vocab_size"]:,} ids')
+        epochs = f' = {total * c.max_iters / meta["train_tokens"]:.2f} epochs'
+    else:
+        needed = f' --tokens={total * c.max_iters}' if c.dataset == 'c4' else ''
+        print(f'data: {folder} is not prepared yet: python {os.path.join(folder, "prepare.py")}{needed} does that')
+    print(
+        f'step: {c.batch_size} windows x {c.block_size} tokens x {c.gradient_accumulation_steps} micro-batches '
+        f'= {total:,} tokens; {c.max_iters:,} steps = {total * c.max_iters:,} tokens{epochs}',
+        flush=True,
+    )

@@ -4,14 +4,18 @@ import difflib
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import torch
 
-from checkpoint import first_line
+from configurator import method_of
 from data import DataError, tokenizer
-from model import SIZES, Linear, LLaMA, ModelConfig, ModelError, PackedError, read_json
+from data.batches import read_meta
+from model import SIZES, Linear, LLaMA, ModelConfig, ModelError
+from plumbing.checkpoint import find, first_line
+from plumbing.hf import AdapterError, PackedError, read_adapter, read_json
 
-ROOT = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHAPE = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner', 'vocab_size')  # keys that override what `model` has
 
 
@@ -101,3 +105,83 @@ def try_compile(model, x, y):
         print(f'compile off: {type(error).__name__}: {first_line(error)}')
         torch._dynamo.reset()
         return model
+
+
+class Stop(Exception):
+    """A run that cannot go on; the message says why and what to do."""
+
+
+def device_and_dtype(config):
+    """What 'auto' stands for here: -> device, dtype of the weights."""
+    device = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    dtype = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'auto': None}[config.dtype]
+    return device, dtype or (torch.bfloat16 if device == 'cuda' else torch.float32)
+
+
+def layers_of(config):
+    """The module that the blocks of a model are made of: the method's own where it has one."""
+    module = method_of(config)
+    return module.linear(config) if hasattr(module, 'linear') else Linear
+
+
+def described(config):
+    """The model of a configuration on the meta device, its data's folder and meta (None where it is not prepared)."""
+    _, dtype = device_and_dtype(config)
+    folder = os.path.join(ROOT, 'data', config.dataset)
+    try:
+        folder = data_folder(config, prepare=False)
+        meta = read_meta(folder)
+    except DataError:
+        if not os.path.isdir(folder):
+            raise
+        meta = None
+    vocab_size = meta['vocab_size'] if meta else SIZES[config.model]['vocab_size']
+    if config.init_from not in ('scratch', 'resume') and not os.path.isdir(config.init_from):
+        raise Stop(f"init_from='{config.init_from}' is no folder here, and a dry run downloads nothing")
+    source = None if config.init_from in ('scratch', 'resume') else weights_folder(config.init_from)
+    return build_model(config, folder, vocab_size, dtype, 'meta', source, layers_of(config)), folder, meta
+
+
+def weights_folder(path):
+    """The folder with weights: `path` itself, or the best/ or last/ of a run."""
+    for folder in (path, os.path.join(path, 'best'), os.path.join(path, 'last'), os.path.join(path, 'last.old')):
+        if os.path.exists(os.path.join(folder, 'config.json')):
+            return folder
+    if adapter := read_adapter(path):
+        base = adapter.get('base_model_name_or_path') or ''
+        if os.path.exists(os.path.join(base, 'config.json')):
+            return base
+        there = f'{path}/adapter_config.json'
+        raise ModelError(f"{path} is an adapter of '{base}', no folder here: fetch that and write its path to {there}")
+    raise ModelError(f'{path} holds no config.json, best/ or last/: name the out_dir of a run or a Hugging Face folder')
+
+
+def load_model(folder, device, factors=False):
+    """The model in a folder. Where its weights are packed, the method of the run that packed them unpacks them.
+
+    factors: leave them packed even where there are whole ones, too."""
+    stored = read_json(os.path.join(folder, 'config.json'))
+    if not (stored.get('packed_weights') or factors):
+        return LLaMA.from_pretrained(folder, device=device)
+    run = SimpleNamespace(**find(folder)[1]['config'])
+    linear = method_of(run).linear(run)
+    model = LLaMA.from_pretrained(folder, getattr(torch, stored['torch_dtype']), device, linear=linear)
+    packed = torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True, mmap=True)
+    layers = [module for module in model.modules() if hasattr(module, 'restore')]
+    for layer, tensors in zip(layers, packed['layers'], strict=True):
+        layer.restore(tensors)
+    return model
+
+
+def base_of(folder):
+    """The model that LoRA's A and B in a run's folder belong to, by path or name.
+
+    Raises AdapterError where they are not all that the run trained."""
+    run = find(folder)[1] if os.path.exists(os.path.join(folder, 'run.json')) else {'config': {}}
+    c = SimpleNamespace(**run['config'])
+    if getattr(c, 'method', '') != 'lora':
+        raise AdapterError(f'{folder} is no run of --method=lora, there is no adapter in it: use --save_to=DIR')
+    if c.train_rest != 'no' or c.init_from in ('scratch', 'resume') or 0 < c.merge_every <= run['step']:
+        changed = 'merged its adapter into them' if c.train_rest == 'no' else 'trained embeddings, head and norms, too'
+        raise AdapterError(f'{folder} {changed}, so an adapter alone is not the model: use --save_to=DIR')
+    return os.path.abspath(weights_folder(c.init_from)) if os.path.isdir(c.init_from) else c.init_from
