@@ -17,9 +17,9 @@ GaLore is the same identity with B merged at every step. Memory: half a byte a w
 Speed: W is decoded in forward and in backward, and s P_q @ B is added to it there, which for more than m n / (m + n)
 tokens is cheaper than x going through the factors.
 Not for: what depends on the last digits of the weights. Every merge rounds them to 16 values, to within 9 %, and
-B makes good only the part of it that lies in the span of P.
+B makes good only the part of that error that lies in the span of P.
 
-    python train.py config/loqt_laptop.py                                                         # ours
+    python train.py config/loqt_laptop.py                                                         # in train.py
     layers = replace_linears(model, rank=128)                                                     # in any other loop
     optimizer = LoQTAdamW(split_decay(trainable), layers, total_steps=1000)
 """
@@ -30,8 +30,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from adam import AdamW, Packed, average_, decode, encode, fast_bf16, load, several_processes, split_decay, store
-from galore import orthonormal_basis, projected_gradient, turned, wide
+import adam
+from adam import AdamW, average_, fast_bf16, several_processes, split_decay
+from galore import orthonormal_basis, project_factors, reset_or_rotate, short_side_first
+from quant import Packed, decode, encode
 
 # ---- pure functions ----------------------------------------------------------------------------------------------
 
@@ -39,7 +41,7 @@ from galore import orthonormal_basis, projected_gradient, turned, wide
 def update_steps(total, tau=100, psi=1.2):
     """The steps below `total` at which W_q, P and B are made anew: 0, tau, then tau + int(psi^k) further, k = 1, 2, ...
 
-    LoQT, section 3.4: late in training W moves little, and each merge costs it some of its digits. psi 0: always tau.
+    LoQT, section 3.4: late in training W moves little, and each merge costs it some precision. psi 0: always tau.
     Raises ValueError where tau is not a number of steps."""
     if tau < 1 or psi < 0:
         raise ValueError(f'tau={tau}, psi={psi} are no intervals: use 1 or more steps, and a psi of 0 or more')
@@ -54,8 +56,8 @@ def update_steps(total, tau=100, psi=1.2):
 
 
 class LowRank(torch.autograd.Function):
-    """y = x @ W.T. W itself exists in forward and again in backward, decoded from the same bytes; in between it does
-    not. Where a layer collects, its G is formed here, too."""
+    """y = x @ W.T. The whole W exists in forward, and again in backward, decoded from the same bytes, and not in
+    between. Where a layer collects, its G is formed here, too."""
 
     @staticmethod
     def forward(ctx, x, B, layer):
@@ -74,7 +76,7 @@ class LowRank(torch.autograd.Function):
             layer.add_gradient(delta.T @ x)  # (out, in)
             if not layer.started:  # the very first P comes from the first gradient there is
                 merge(layer)
-        R = projected_gradient(delta, x, layer.read('P', delta.dtype), layer.tall)  # (r, n)
+        R = project_factors(layer.read('P', delta.dtype), delta, x, layer.tall)  # (r, n)
         return dx, R.mul_(layer.scale).to(layer.B.dtype), None
 
 
@@ -186,8 +188,8 @@ class LoQTLinear(Packed):
 @torch.no_grad()
 def merge(layer):
     """W <- W_q + s P_q @ B, a new P from the gradient that the layer collected, and W_q and B that make up W again
-    (LoQT, algorithms 1 and 2). -> P_new.T @ P_old (r, r), which turns what was known in the old basis; None if there
-    was none. It makes four to five fp32 matrices of W's size at the most (results/bench_loqt.md).
+    (LoQT, algorithms 1 and 2). -> P_new.T @ P_old (r, r), which takes coordinates of the old basis to the new one; None
+    if there was none. It makes four to five fp32 matrices of W's size at the most (results/merges.md).
 
     Raises ValueError where no gradient was collected."""
     if layer.G is None:
@@ -195,47 +197,57 @@ def merge(layer):
     old = layer.read('P', torch.float32) if layer.started else None  # (m, r)
     # The first one comes from the first process's first micro-batch, so that more processes change nothing.
     G, layer.G = average_(layer.G) if layer.started else layer.G, None
-    P = orthonormal_basis(wide(G), len(layer.B), layer.refresh, old)  # (m, r)
+    P = orthonormal_basis(short_side_first(G), len(layer.B), layer.refresh, old)  # (m, r)
     del G
     if several_processes():  # rounding must not set the processes apart
         dist.broadcast(P, 0)
-    W = wide(layer.frozen(torch.float32, with_factors=layer.started))  # (m, n)
+    W = short_side_first(layer.frozen(torch.float32, with_factors=layer.started))  # (m, n)
     layer.forget('rest')
     layer.keep('P', P.to(layer.B.dtype))
     Q = P.T @ old if layer.started else None  # (r, r)
-    P = layer.read('P', torch.float32)  # (m, r), as forward will see it
+    del P
+    B, parts = compensate(W, layer.read('P', torch.float32), layer)  # P as forward will see it
+    layer.B.copy_(B)
+    for part, tensor in parts.items():
+        layer.register_buffer('W' + part, tensor)
+    layer.started, layer.collect = True, False
+    return Q
+
+
+def compensate(W, P, layer):
+    """-> B (r, n) and the parts of W_q (quant.encode's) that make up W (m, n) best, W_q + s P @ B (LoQT, algorithm 2):
+    in each round W_q rounds what B cannot say, and B takes from what W_q lacks all that lies in the span of P (m, r).
+
+    Of `layer` only options are read: scale, compensation (rounds), how (encode's arguments), B's dtype, tall."""
+    scale, dtype = layer.scale, layer.B.dtype
     # The pseudo-inverse (r, m), since in 4 bits P is not quite orthonormal; `_ex` does not wait for the device.
     P_plus = torch.linalg.solve_ex(P.T @ P, P.T)[0]
-    # What is compensated is a tenth of W: bf16's three digits of it do. fp32 layers stay fp32.
-    low = layer.B.dtype if fast_bf16(W.device) else torch.float32
+    # The error to compensate is about a tenth of W, so bf16 (three digits) is precise enough. fp32 layers stay fp32.
+    low = dtype if fast_bf16(W.device) else torch.float32
     P, P_plus = P.to(low), P_plus.to(low)
     B, best = torch.zeros_like(layer.B), {}  # (r, n)
     rounds = layer.compensation if layer.quantize == 'nf4' else 1  # rounding to bf16 leaves little to compensate
     for c in range(max(rounds, 1)):
-        target = torch.sub(W, P @ B.to(low), alpha=layer.scale) if c else W  # (m, n): what W_q is to hold
-        parts = encode((target.T if layer.tall else target).to(layer.B.dtype).contiguous(), *layer.how)
+        target = torch.sub(W, P @ B.to(low), alpha=scale) if c else W  # (m, n): what W_q is to hold
+        parts = encode((target.T if layer.tall else target).to(dtype).contiguous(), *layer.how)
         del target
-        E = W - wide(decode(parts, layer.shapes['W'], low))  # (m, n): what it lacks
+        E = W - short_side_first(decode(parts, layer.shapes['W'], low))  # (m, n): what it lacks
         if layer.compensation:
-            B = (P_plus @ E.to(low) / layer.scale).to(layer.B.dtype)  # (r, n)
+            B = (P_plus @ E.to(low) / scale).to(dtype)  # (r, n)
         found = {'B': B, **parts}
         if rounds > 1:  # the best is kept, without asking the device which one that is
-            found['error'] = E.sub_(P @ B.to(low), alpha=layer.scale).norm()  # of what is lost all the same
+            found['error'] = E.sub_(P @ B.to(low), alpha=scale).norm()  # of what is lost all the same
         del E
         better = best and found['error'] < best['error']
         best = {name: torch.where(better, new, best[name]) for name, new in found.items()} if best else found
-    layer.B.copy_(best['B'])
-    for part in parts:
-        layer.register_buffer('W' + part, best[part])
-    layer.started, layer.collect = True, False
-    return Q
+    return best['B'], {part: best[part] for part in parts}
 
 
 # ---- the optimizer -----------------------------------------------------------------------------------------------
 
 
 class LoQTAdamW(AdamW):
-    """AdamW on the parameters, B among them, and a merge of each layer at its update steps. Arguments as in adam.AdamW
+    """AdamW on the parameters, B among them, and a merge of each layer at its update steps. Arguments as in adam.AdamW,
 
     and layers: the LoQTLinears. total_steps, tau, psi: of `update_steps`, counted from a layer's first gradient, which
     gives the first P. stagger: layer i of L merges i tau / L steps later, so that no step waits for all the layers and,
@@ -248,23 +260,32 @@ class LoQTAdamW(AdamW):
     decay: it would draw W to what it was at its last merge."""
 
     small_gradients = True
+    uses_gradients_in_backward = True
 
     def __init__(self, params, layers, total_steps, lr=1e-2, tau=100, psi=1.2, stagger=True, moments='keep', **adam):
         if moments not in ('reset', 'keep', 'rotate'):
             raise ValueError(f"moments={moments!r} is not known: use 'reset', 'keep' or 'rotate'")
         self.layers = {layer.B: layer for layer in layers}
         self.updates, self.moments = set(update_steps(total_steps, tau, psi)[1:]), moments
-        self.turn = {B: i * tau // len(self.layers) if stagger else 0 for i, B in enumerate(self.layers)}
+        self.offset = {B: i * tau // len(self.layers) if stagger else 0 for i, B in enumerate(self.layers)}
         super().__init__(params, lr, **adam)
+
+    def update(self, p, R):
+        """p takes its step of Adam. Then, if p is the B of a layer that is due, the layer merges."""
+        super().update(p, R)
+        if p not in self.layers:
+            return
+        layer, state = self.layers[p], self.state[p]
+        if layer.G is not None:
+            Q = merge(layer)  # (r, r)
+            if Q is not None:
+                reset_or_rotate(state, Q, self.group_of[p]['betas'], self.moments)
+        layer.collect = state['step'] + 1 - self.offset[p] in self.updates
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
         for layer in self.layers.values():
             layer.G = None
-
-    def random_seed(self, p, step, row=0):
-        """Another one at every step, also where 'step' started anew."""
-        return super().random_seed(p, self.state[p].get('age', step), row)
 
     @torch.no_grad()
     def gradient_ready(self, p):
@@ -273,30 +294,9 @@ class LoQTAdamW(AdamW):
         if self.last_micro_batch and (self.per_layer or merges):
             self.finish(p)
 
-    def update(self, p, R):
-        """p takes its step of Adam. Then, if p is the B of a layer that is due, the layer merges."""
-        super().update(p, R)
-        if p not in self.layers:
-            return
-        layer, state = self.layers[p], self.state[p]
-        state['age'] = state.get('age', 0) + 1  # steps; 'step' starts anew with the moments
-        if layer.G is not None:
-            self.turn_moments(p, merge(layer))
-        layer.collect = state['age'] - self.turn[p] in self.updates
-
-    def turn_moments(self, p, Q):
-        """Q (r, r) = P_new.T @ P_old."""
-        state = self.state[p]
-        if self.moments == 'keep':
-            return
-        M, V = load(state, 'M'), load(state, 'V')  # (r, n)
-        new_M, new_V = 0 * M, 0 * V
-        if self.moments == 'rotate':
-            new_M, new_V = turned(M, V, Q, self.group_of[p]['betas'], state['step'])
-        else:
-            state['step'] = 0
-        store(state, 'M', M.copy_(new_M))
-        store(state, 'V', V.copy_(new_V))
+    def make_due(self, modules):
+        for module in modules:
+            module.collect = True
 
     # ---- checkpoints: the layers' packed tensors travel with the states
 
@@ -323,29 +323,56 @@ def replace_linears(model, **options):
     return layers
 
 
-def options_of(config):
-    """What a configuration says of a LoQTLinear."""
-    return dict(
-        rank=config.rank,
-        scale=config.scale,
-        quantize=config.quantize,
-        double_quant=config.double_quant,
-        compensation=config.compensation,
-        refresh=config.refresh,
-    )
+# ---- for train.py ------------------------------------------------------------------------------------------------
+
+
+class Options:
+    """What --method=loqt adds to train.py's keys."""
+
+    rank = 128  # r: dimensions of the subspace that B moves in between two merges
+    scale = 0.5  # s: factor on P B; the paper's runs have 0.25 to 0.5
+    update_proj_gap = 100  # tau: steps to the first merge, and the least between two
+    psi = 1.2  # the k-th distance between two merges is tau + psi^k; 0: always tau
+    compensation = 5  # rounds in a merge in which B makes good what 4 bits lose; 0: none
+    refresh = 'subspace'  # 'subspace' | 'svd': one step of subspace iteration from the old basis, or the slow SVD
+    stagger = True  # layers merge in turns, so that no step stalls; False: all in the same step, as in the paper
+    moments = 'keep'  # 'keep' | 'rotate' | 'reset': what becomes of Adam's moments when the subspace turns
+    quantize = 'nf4'  # 'nf4' | 'none': the blocks' weights and bases in 4 bits, or as dtype says
+    double_quant = False  # the scales of nf4 in 8 bits, too: 0.37 bits a weight less
+
+
+FIXED = ('rank', 'scale', 'quantize', 'double_quant')
+
+
+def problems(config):
+    """What does not go together, a sentence each."""
+    from configurator import at_least
+
+    found = at_least(config, 1, 'rank', 'update_proj_gap') + at_least(config, 0, 'psi', 'compensation')
+    if config.scale <= 0:
+        found.append(f'scale={config.scale} would undo or hold every update: use more than 0')
+    if config.compile:
+        found.append("compile=True cannot follow method='loqt', which merges inside backward: set --compile=False")
+    return found
+
+
+def layer_options(config):
+    """The options of a LoQTLinear."""
+    names = ('rank', 'scale', 'quantize', 'double_quant', 'compensation', 'refresh')
+    return {name: getattr(config, name) for name in names}
 
 
 def linear(config):
     """What train.py makes the blocks' layers with for method='loqt': born packed, so that a model whose full weights
     do not fit can be built."""
-    return partial(LoQTLinear, **options_of(config))
+    return partial(LoQTLinear, **layer_options(config))
 
 
 def setup(model, config):
     """What train.py calls for method='loqt': the blocks' layers become LoQTLinears, where they are not yet."""
     if config.compile:
         raise ValueError("method='loqt' merges inside backward, which compile=True cannot follow: use compile=False")
-    replace_linears(model.layers, **options_of(config))
+    replace_linears(model.layers, **layer_options(config))
     layers = [module for module in model.layers.modules() if isinstance(module, LoQTLinear)]
     factors = {id(layer.B): layer.B for layer in layers}
     others = split_decay(p for p in model.parameters() if id(p) not in factors)
@@ -353,16 +380,9 @@ def setup(model, config):
         [{'params': list(factors.values()), 'weight_decay': 0.0}, *others],
         layers,
         total_steps=config.max_iters,
-        lr=config.learning_rate,
         tau=config.update_proj_gap,
         psi=config.psi,
         stagger=config.stagger,
         moments=config.moments,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        state_bits=config.state_bits,
-        grad_clip=config.grad_clip,
-        per_layer=config.per_layer,
-        offload=config.offload,
-        seed=config.seed,
+        **adam.common(config),
     )

@@ -7,12 +7,12 @@ A starts random, B at zero: the layer begins as W alone. Both are fp32, W is as 
 stays within r dimensions of W: enough to fine-tune, not to learn from scratch (GaLore's table 2: at 1b its perplexity
 is 19.2, full training's 15.6). ReLoRA (2307.05695) leaves those dimensions: every `merge_every` steps
 
-    W <- W + (alpha / r) B @ A,   A and B start anew, and so do their moments
+    W <- W + (alpha / r) B @ A,   A and B start anew, and so do their moments and a short warm-up
 
-Not for NF4 weights with few steps between merges: what moves a weight by less than half the distance between two of
-its 16 values is rounded away. loqt.py makes that good.
+Not for: NF4 weights with few steps between merges. What moves a weight by less than half the distance between two of
+its 16 values is rounded away; loqt.py makes that good.
 
-    python train.py --method=lora --init_from=path/to/folder --rank=16 --scale=2 --learning_rate=2e-4     # QLoRA
+    python train.py --method=lora --init_from=path/to/folder --learning_rate=2e-4     # QLoRA, rank 16, alpha 32
     python sample.py out/run --save_adapter=out/adapter     # A and B alone, in a folder that `peft` reads
     python sample.py out/run --save_to=out/merged           # W + (alpha / r) B @ A, as a plain Hugging Face folder
 """
@@ -26,7 +26,9 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from adam import AdamW, Packed, add_, several_processes, split_decay
+import adam
+from adam import AdamW, add_, several_processes, split_decay
+from quant import Packed
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -119,54 +121,91 @@ class LoRAAdamW(AdamW):
 
     layers: the LoRALinears. merge_every: steps between two merges (ReLoRA), 0 for none. A merge comes at the end of
     `step()`, one layer after another, whatever the mode. Moments are then reset: the paper prunes 99 % of them, but a V
-    pruned to zero with a bias correction long over makes steps three times too large, (1 - b1) / sqrt(1 - b2)."""
+    pruned to zero with a bias correction long over makes steps three times too large, (1 - b1) / sqrt(1 - b2). After a
+    merge the learning rate rises again for a tenth of merge_every, at most 100 steps."""
 
     small_gradients = True
 
     def __init__(self, params, layers, merge_every=0, **adam):
         self.layers, self.layer_of = layers, {layer.B: layer for layer in layers}
-        self.merge_every, self.steps = merge_every, 0
+        self.merge_every = merge_every
         super().__init__(params, **adam)
         for i, layer in enumerate(layers):
             layer.seed = f'{self.seed} {i}'
+
+    def rate(self, p):
+        return super().rate(p) * self.rise(self.state[p].get('step', 0))
+
+    def rise(self, step):
+        """The share of the learning rate that the warm-up after a merge leaves."""
+        if not self.merge_every or step < self.merge_every:
+            return 1.0
+        return min((step % self.merge_every + 1) / (min(self.merge_every // 10, 100) + 1), 1.0)
 
     def gradient_ready(self, p):
         if p in self.layer_of:
             self.layer_of[p].drawn += 1
         super().gradient_ready(p)
 
+    @torch.no_grad()
     def step(self, closure=None):
         loss = super().step(closure)
-        self.steps += 1
-        if self.merge_every and self.steps % self.merge_every == 0:
-            for i, layer in enumerate(self.layers):
-                if len(layer.A):
-                    layer.merge(zlib.crc32(f'{self.seed} {self.steps} {i}'.encode()))
-                    for state in (self.state[layer.A], self.state[layer.B]):
-                        state.update({name: 0 * value for name, value in state.items()})
+        for i, layer in enumerate(self.layers if self.merge_every else ()):
+            step = self.state[layer.A].get('step', 0)
+            if len(layer.A) and step and step % self.merge_every == 0:
+                layer.merge(zlib.crc32(f'{self.seed} {step} {i}'.encode()))
+                for state in (self.state[layer.A], self.state[layer.B]):
+                    state.update({name: 0 * value for name, value in state.items() if name != 'step'})
         return loss
-
-    def random_seed(self, p, step, row=0):
-        """Another one at every step, also where 'step' started anew."""
-        since = self.steps % self.merge_every if self.merge_every else self.steps
-        return super().random_seed(p, step + self.steps - since, row)
 
     def state_dict(self):
         layers, drawn = [dict(layer.state_dict()) for layer in self.layers], [layer.drawn for layer in self.layers]
-        return super().state_dict() | {'layers': layers, 'drawn': drawn, 'steps': self.steps}
+        return super().state_dict() | {'layers': layers, 'drawn': drawn}
 
     def load_state_dict(self, state_dict):
+        if 'steps' in state_dict:  # written before there was one clock: 'step' was counted since the last merge
+            for state in state_dict['state'].values():
+                state['fill'], state['step'] = state['step'], state_dict['steps']
         super().load_state_dict({name: state_dict[name] for name in ('state', 'param_groups')})
-        self.steps = state_dict['steps']
         for layer, saved, drawn in zip(self.layers, state_dict['layers'], state_dict['drawn']):
             layer.restore(saved)
             layer.drawn = drawn
 
 
-# ---- PEFT's adapter folders --------------------------------------------------------------------------------------
+# ---- for train.py ------------------------------------------------------------------------------------------------
 
 
-# ---- what train.py calls -----------------------------------------------------------------------------------------
+class Options:
+    """What --method=lora adds to train.py's keys."""
+
+    rank = 16  # r: dimensions of the change
+    scale = 2.0  # alpha / r: factor on B A
+    quantize = 'nf4'  # 'nf4' | 'none': the frozen weights in 4 bits (QLoRA), or as dtype says
+    double_quant = False  # the scales of nf4 in 8 bits, too: 0.37 bits a weight less
+    dropout = 0.0  # share of the adapters' inputs that is zero in training; 0.05 is usual for small data
+    merge_every = 0  # steps between two merges of B A into the weights (ReLoRA); 0: never
+    train_rest = 'auto'  # 'auto' | 'yes' | 'no': train embeddings, head and norms, too; auto: in runs from scratch
+    lora_targets = 'all'  # layers of a block that get an adapter, such as q_proj,v_proj; the others stay as they are
+
+
+FIXED = ('rank', 'scale', 'quantize', 'double_quant', 'train_rest', 'lora_targets', 'merge_every')
+LINEARS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')  # of a block
+
+
+def problems(config):
+    """What does not go together, a sentence each."""
+    from configurator import at_least
+
+    c, found = config, at_least(config, 1, 'rank') + at_least(config, 0, 'merge_every')
+    if c.scale <= 0:
+        found.append(f'scale={c.scale} would undo or hold every update: use more than 0')
+    if not 0 <= c.dropout < 1:
+        found.append(f'dropout={c.dropout} is not a share of the inputs: use at least 0 and less than 1')
+    if c.dropout and c.compile:
+        found.append('dropout draws its masks where compile=True cannot follow: set --compile=False or --dropout=0')
+    if c.lora_targets != 'all' and not set(c.lora_targets.split(',')) <= set(LINEARS):
+        found.append(f"lora_targets='{c.lora_targets}' names no such layers: use all, or some of {','.join(LINEARS)}")
+    return found
 
 
 def linear(config):
@@ -182,7 +221,9 @@ def setup(model, config):
         how = 'build the model with LLaMA(config, linear=lora.linear(...))'
         raise ValueError(f"method='lora' trains LoRALinears: {how}")
     scratch = config.init_from == 'scratch'
-    if config.train_rest == 'no' or (config.train_rest == 'auto' and not scratch):
+    if config.train_rest == 'auto':  # decided here, for those who resume this run
+        config.train_rest = 'yes' if scratch else 'no'
+    if config.train_rest == 'no':
         model.requires_grad_(False)
     for i, (name, layer) in enumerate(layers.items()):
         if config.lora_targets != 'all' and name.rpartition('.')[2] not in config.lora_targets.split(','):
@@ -190,8 +231,5 @@ def setup(model, config):
         elif not scratch and not layer.A.is_meta:  # a weight that was given made each A from its shape alone
             layer.new_factors(torch.Generator(layer.A.device).manual_seed(zlib.crc32(f'{config.seed} 0 {i}'.encode())))
         layer.requires_grad_(len(layer.A) > 0)
-    adam = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
-    adam |= dict(state_bits=config.state_bits, grad_clip=config.grad_clip, per_layer=config.per_layer)
     groups = split_decay(p for p in model.parameters() if p.requires_grad)
-    options = dict(merge_every=config.merge_every, offload=config.offload, seed=config.seed)
-    return LoRAAdamW(groups, list(layers.values()), **options, **adam)
+    return LoRAAdamW(groups, list(layers.values()), merge_every=config.merge_every, **adam.common(config))

@@ -154,13 +154,31 @@ class KVCache:
         return self.k[i, :, :, :end], self.v[i, :, :, :end]
 
 
+def cross_entropy_rows(x, W, targets, scale=None):
+    """Cross-entropy of x W^T in nats, one number a row, with nothing kept for autograd: -> losses (n,), delta (n, V).
+
+    delta is the gradient of sum(scale * losses) by the logits, in x's dtype; None without a scale. x (n, D), W (V, D),
+    targets and scale (n,). A row whose target is -100 wants scale 0, and its loss means nothing. All but the products
+    is fp32."""
+    logits = (x @ W.T).float()  # (n, V)
+    logits -= logits.amax(1, keepdim=True)
+    losses = -logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]  # (n,)
+    total = logits.exp_().sum(1)  # (n,)
+    losses += total.log()
+    if scale is None:
+        return losses, None
+    logits *= (scale / total)[:, None]  # scale (softmax - one at the target)
+    logits.scatter_add_(1, targets.clamp_min(0)[:, None], -scale[:, None])
+    return losses, logits.to(x.dtype)
+
+
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of x W^T in nats, over targets that are not -100, without the (N, V) logits. weights (N,): a
     factor on each row's.
 
     Forward and backward together, ROWS rows of logits at a time. torch's F.linear_cross_entropy does this too, but in
     bf16 either adds losses up in bf16, 0.2 nats off at 16,384 rows, or, on a CPU, makes two fp32 tensors of the
-    head's size: 1 GB at 7B. Here all but the products is fp32."""
+    head's size: 1 GB at 7B."""
 
     ROWS = 512
 
@@ -172,25 +190,18 @@ class HeadLoss(torch.autograd.Function):
         if needs_grad:
             dx = torch.empty_like(x)  # (N, D)
             dW = torch.zeros_like(W_here) if ctx.needs_input_grad[1] else None  # (V, D); none of a frozen head
-        for row in range(0, len(x), HeadLoss.ROWS):
-            part, target = x[row : row + HeadLoss.ROWS], targets[row : row + HeadLoss.ROWS]
-            logits = (part @ W_here.T).float()  # (rows, V)
-            logits -= logits.amax(1, keepdim=True)
-            picked = logits.gather(1, target.clamp_min(0)[:, None])[:, 0]  # (rows,)
-            total = logits.exp_().sum(1)  # (rows,)
-            keep = target != -100
-            factor = 1.0 if weights is None else weights[row : row + HeadLoss.ROWS]
-            loss += torch.where(keep, (total.log() - picked) * factor, 0).sum()
-            if needs_grad:  # of the mean: (softmax - one at the target) / count
-                scale = keep * factor / count  # (rows,)
-                logits *= (scale / total)[:, None]
-                logits.scatter_add_(1, target.clamp_min(0)[:, None], -scale[:, None])
-                delta = logits.to(x.dtype)  # (rows, V)
-                del logits
-                torch.mm(delta, W_here, out=dx[row : row + HeadLoss.ROWS])
+        for a in range(0, len(x), HeadLoss.ROWS):
+            rows = slice(a, a + HeadLoss.ROWS)
+            keep = targets[rows] != -100
+            factor = 1.0 if weights is None else weights[rows]
+            scale = keep * factor / count if needs_grad else None  # (rows,)
+            losses, delta = cross_entropy_rows(x[rows], W_here, targets[rows], scale)  # (rows,), (rows, V)
+            loss += torch.where(keep, losses * factor, 0).sum()
+            if needs_grad:
+                torch.mm(delta, W_here, out=dx[rows])
                 if dW is not None:
-                    dW.addmm_(delta.T, part)
-                del delta  # not beside the next rows' logits
+                    dW.addmm_(delta.T, x[rows])
+            del losses, delta  # not beside the next rows' logits
         if needs_grad:
             ctx.save_for_backward(dx, dW if dW is None else dW.to(W.dtype))
         return loss / count

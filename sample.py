@@ -12,20 +12,25 @@ Text out of a checkpoint of ours or any Hugging Face LLaMA folder, as it is made
 570 tokens a second for the laptop model on two CPU cores: with a key-value cache a token costs one forward.
 """
 
-import os
 import sys
+
+import configurator
+
+if __name__ == '__main__':  # before the imports that take seconds
+    config = configurator.load_or_exit(__file__, sys.argv[1:], positional='checkpoint')
+
+import os
 from functools import partial
 
 import torch
 
-import configurator
 import lora
 from data import tokenizer
 from model import KVCache, LLaMA, ModelError
 from plumbing import hf
-from plumbing.build import base_of, load_model, weights_folder
+from plumbing.build import base_of, load_model
 from plumbing.checkpoint import CheckpointError
-from plumbing.hf import AdapterError
+from plumbing.hf import AdapterError, weights_folder
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 checkpoint = ''  # folder of a run (its best/ or last/ is taken) or of weights; may be typed without --checkpoint=
@@ -124,8 +129,9 @@ def main(config):
 
 
 if __name__ == '__main__':
+    configurator.check_or_exit(config, __file__, problems)
     try:
-        main(configurator.load_or_exit(__file__, sys.argv[1:], problems, positional='checkpoint'))
+        main(config)
     except (ModelError, CheckpointError, tokenizer.TokenizerError, AdapterError, OSError) as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:

@@ -37,7 +37,7 @@ def measure_refresh(config):
     rows = []
     for size, blocks in sizes(config.refresh_sizes):
         # (m, n) -> list of (energy kept by the new P, by the old one, by the SVD's, seconds, seconds of the SVD)
-        seen = {tuple(galore.wide(p).shape): [] for p in block_matrices(on_meta(size, 1))}
+        seen = {tuple(galore.short_side_first(p).shape): [] for p in block_matrices(on_meta(size, 1))}
         ours = galore.orthonormal_basis
 
         def measured(G, rank, refresh, previous=None, seen=seen, ours=ours):
@@ -84,7 +84,7 @@ def measure_refresh(config):
 def watch(model, optimizer):
     """-> [most bytes of full gradients, of projected ones], kept up whenever a gradient is complete, before and after
     the optimizer has had it."""
-    kinds, most = (list(model.parameters()), list(getattr(optimizer, 'R', {}).values())), [0, 0]
+    kinds, most = (list(model.parameters()), list(getattr(optimizer, 'placeholder', {}).values())), [0, 0]
 
     def count():
         for i, tensors in enumerate(kinds):
@@ -95,11 +95,10 @@ def watch(model, optimizer):
         ready(p)
         count()
 
-    for p in kinds[0]:
-        p._post_accumulate_grad_hooks.clear()
-        p.register_post_accumulate_grad_hook(functools.partial(counted, optimizer.gradient_ready))
-    if kinds[1]:
-        optimizer.R_ready = functools.partial(counted, optimizer.R_ready)
+    for p in (*kinds[0], *kinds[1]):
+        if p._post_accumulate_grad_hooks:
+            p._post_accumulate_grad_hooks.clear()
+            p.register_post_accumulate_grad_hook(functools.partial(counted, optimizer.gradient_ready))
     return most
 
 

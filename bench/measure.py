@@ -54,7 +54,7 @@ def clear():
 def unhook(optimizer):
     """A parameter holds our optimizer in its hook, where gc does not see it, and is held by it: neither would go."""
     parameters = [p for group in optimizer.param_groups for p in group['params']]
-    for p in (*parameters, *getattr(optimizer, 'R', {}).values()):
+    for p in (*parameters, *getattr(optimizer, 'placeholder', {}).values()):
         if p._post_accumulate_grad_hooks:
             p._post_accumulate_grad_hooks.clear()
 
@@ -108,7 +108,11 @@ def state_bytes(optimizer):
 
 
 def run_config(size, blocks, *flags):
+    """train.py's configuration of a model of some blocks. Flags that the method among them does not know are left out,
+    so that one list serves all methods."""
     flags = [f'--model={size}', f'--n_layer={blocks}', f'--rank={rank_of(size)}', f'--block_size={WINDOW}', *flags]
+    known = vars(configurator.load(train.__file__, [flag for flag in flags if flag.startswith('--method=')]))
+    flags = [flag for flag in flags if flag.removeprefix('--').partition('=')[0] in known]
     return configurator.load(train.__file__, flags, train.problems)
 
 

@@ -25,7 +25,7 @@ from bench.measure import (
     state_tensors,
     unhook,
 )
-from galore import wide
+from galore import short_side_first
 from memory.trace import trace_step
 from model import SIZES
 from plumbing.build import build_model
@@ -41,8 +41,8 @@ def official(layer, rounds):
         packed, how = kernels().quantize_4bit(A.reshape(-1), blocksize=64, quant_type='nf4')
         return kernels().dequantize_4bit(packed, how).view(A.shape)
 
-    W, P = wide(layer.dense_weight(torch.float32)), layer.read('P', torch.float32)  # (m, n), (m, r)
-    U, _, _ = torch.linalg.svd(wide(layer.G).float(), full_matrices=False)
+    W, P = short_side_first(layer.dense_weight(torch.float32)), layer.read('P', torch.float32)  # (m, n), (m, r)
+    U, _, _ = torch.linalg.svd(short_side_first(layer.G).float(), full_matrices=False)
     P = rounded(U[:, : P.shape[1]].contiguous())
     inverse = torch.linalg.pinv(P)  # (r, m)
     What, best = W, math.inf

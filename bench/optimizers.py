@@ -2,20 +2,23 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
 import torch
 
 import adam
-import galore
 from bench.measure import NEVER, clear, interleaved, made_in, rank_of, sizes, state_bytes, unhook
 from bench.others import bitsandbytes_adamw, galore_torch, galore_torch_adamw
+from galore import GaLoreAdamW
+from methods.apollo import ApolloAdamW
+from methods.fira import FiraAdamW
 from model import SIZES
 
 BASELINE, AUTHORS = 'torch AdamW, fused', 'galore-torch 1.0'  # what the others are divided by
 
 
-def galore_adamw(parameters, rank, **options):
-    return galore.GaLoreAdamW(parameters, lr=1e-3, rank=rank, update_proj_gap=NEVER, stagger=False, **options)
+def galore_adamw(parameters, rank, kind=GaLoreAdamW, **options):
+    return kind(parameters, lr=1e-3, rank=rank, update_proj_gap=NEVER, stagger=False, **options)
 
 
 OPTIMIZERS = {  # name -> (list of matrices, rank) -> optimizer
@@ -28,8 +31,8 @@ OPTIMIZERS = {  # name -> (list of matrices, rank) -> optimizer
     'GaLore': galore_adamw,
     'GaLore, 8-bit states': functools.partial(galore_adamw, state_bits=8),
     'GaLore, 8-bit states, 4-bit basis': functools.partial(galore_adamw, state_bits=8, basis_bits=4),
-    'GaLore, Fira': functools.partial(galore_adamw, residual='fira'),
-    'APOLLO': lambda matrices, rank: galore.ApolloAdamW(matrices, lr=1e-3, rank=rank),
+    'GaLore, Fira': functools.partial(galore_adamw, kind=FiraAdamW),
+    'APOLLO': lambda matrices, rank: ApolloAdamW(matrices, lr=1e-3, rank=rank),
 }
 
 
@@ -40,11 +43,10 @@ def has_bases(name):
 def set_due(optimizer, parameters):
     """The next step gives these parameters new bases."""
     for p in parameters:
-        state = optimizer.state[p]
-        if 'projector' in state:
-            state['projector'].ortho_matrix = None
+        if 'projector' in optimizer.state[p]:  # galore-torch's
+            optimizer.state[p]['projector'].ortho_matrix = None
         else:
-            state['next'] = state['step']
+            optimizer.make_due([SimpleNamespace(weight=p)])
 
 
 def given_steps(name, gradients, rank):

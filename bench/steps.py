@@ -99,7 +99,7 @@ def refresh_seconds(size, x, y):
     model(x, y).backward()
     matrices = block_matrices(model)
     for p in matrices:
-        G = galore.wide(p.grad)
+        G = galore.short_side_first(p.grad)
         again = functools.partial(galore.orthonormal_basis, G, rank, previous=galore.orthonormal_basis(G, rank))
         ours += interleaved({'': again}, 3)['']
         if galore_torch() and p.shape not in svd:  # one of each shape, since it takes long

@@ -1,4 +1,4 @@
-"""From a configuration to a data folder and a model: what happens once, before train.py's loop."""
+"""From a configuration to a data folder and a model: what happens once, before the loop of train.py."""
 
 import difflib
 import os
@@ -12,8 +12,10 @@ from configurator import method_of
 from data import DataError, tokenizer
 from data.batches import read_meta
 from model import SIZES, Linear, LLaMA, ModelConfig, ModelError
-from plumbing.checkpoint import find, first_line
-from plumbing.hf import AdapterError, PackedError, read_adapter, read_json
+from plumbing import Stop
+from plumbing.checkpoint import find
+from plumbing.hf import AdapterError, PackedError, first_line, read_json, weights_folder
+from plumbing.parallel import device_and_dtype
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHAPE = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner', 'vocab_size')  # keys that override what `model` has
@@ -81,41 +83,17 @@ def build_model(config, data, vocab_size, dtype, device, source=None, linear=Lin
     return built
 
 
-def download(name):
-    """A model of the Hugging Face hub, as a local folder."""
-    from huggingface_hub import snapshot_download
-
+def try_compile(model, data, config, device):
+    """torch.compile where it works, tried on a batch; where it does not, say why and go on without."""
     try:
-        return snapshot_download(name, allow_patterns=['*.json', '*.safetensors'])
-    except Exception as error:
-        reason = first_line(error)
-        raise ModelError(
-            f"init_from='{name}' is no folder here and the hub did not give it ({reason}): "
-            'name a folder with config.json and model.safetensors'
-        ) from None
-
-
-def try_compile(model, x, y):
-    """torch.compile where it works; where it does not, say why and go on without."""
-    try:
+        x, y, _ = data.batch(config.seed, 0, config.batch_size)
         compiled = torch.compile(model)
-        compiled(x, y)
+        compiled(x.to(device), y.to(device))
         return compiled
     except Exception as error:
         print(f'compile off: {type(error).__name__}: {first_line(error)}')
         torch._dynamo.reset()
         return model
-
-
-class Stop(Exception):
-    """A run that cannot go on; the message says why and what to do."""
-
-
-def device_and_dtype(config):
-    """What 'auto' stands for here: -> device, dtype of the weights."""
-    device = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
-    dtype = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'auto': None}[config.dtype]
-    return device, dtype or (torch.bfloat16 if device == 'cuda' else torch.float32)
 
 
 def layers_of(config):
@@ -124,7 +102,7 @@ def layers_of(config):
     return module.linear(config) if hasattr(module, 'linear') else Linear
 
 
-def described(config):
+def build_on_meta(config):
     """The model of a configuration on the meta device, its data's folder and meta (None where it is not prepared)."""
     _, dtype = device_and_dtype(config)
     folder = os.path.join(ROOT, 'data', config.dataset)
@@ -140,20 +118,6 @@ def described(config):
         raise Stop(f"init_from='{config.init_from}' is no folder here, and a dry run downloads nothing")
     source = None if config.init_from in ('scratch', 'resume') else weights_folder(config.init_from)
     return build_model(config, folder, vocab_size, dtype, 'meta', source, layers_of(config)), folder, meta
-
-
-def weights_folder(path):
-    """The folder with weights: `path` itself, or the best/ or last/ of a run."""
-    for folder in (path, os.path.join(path, 'best'), os.path.join(path, 'last'), os.path.join(path, 'last.old')):
-        if os.path.exists(os.path.join(folder, 'config.json')):
-            return folder
-    if adapter := read_adapter(path):
-        base = adapter.get('base_model_name_or_path') or ''
-        if os.path.exists(os.path.join(base, 'config.json')):
-            return base
-        there = f'{path}/adapter_config.json'
-        raise ModelError(f"{path} is an adapter of '{base}', no folder here: fetch that and write its path to {there}")
-    raise ModelError(f'{path} holds no config.json, best/ or last/: name the out_dir of a run or a Hugging Face folder')
 
 
 def load_model(folder, device, factors=False):

@@ -9,16 +9,16 @@ optimizer's and the run's state beside the weights.
 import json
 import os
 import shutil
+from dataclasses import dataclass, field
 
 import torch
 
+from plumbing import Stop
+from plumbing.hf import download, first_line, load_adapter, read_adapter, weights_folder
 
-class CheckpointError(Exception):
+
+class CheckpointError(Stop):
     """A checkpoint that cannot be written or read; the message says what to do."""
-
-
-def first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def save(folder, model, optimizer, run, extra_files, selection=None):
@@ -85,7 +85,7 @@ def remove(folder):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def elsewhere(path):
+def advice_for_broken(path):
     return f'move {path} away to resume from best/ beside it, if there is one, or start anew with another --out_dir'
 
 
@@ -95,10 +95,24 @@ def find(folder):
         if os.path.isdir(path):
             try:
                 with open(os.path.join(path, 'run.json')) as f:
-                    return path, json.load(f)
+                    run = json.load(f)
+                in_todays_keys(run.get('config', {}))
+                return path, run
             except (OSError, ValueError) as error:
-                raise CheckpointError(f'{path}/run.json cannot be read ({error}): {elsewhere(path)}') from None
+                raise CheckpointError(f'{path}/run.json cannot be read ({error}): {advice_for_broken(path)}') from None
     raise CheckpointError(f'{folder} does not exist, nothing to resume: drop --init_from=resume to start anew')
+
+
+def in_todays_keys(c):
+    """A run's configuration, changed in place where it was written before methods had options of their own."""
+    if 'residual' not in c:
+        return
+    if c['method'].startswith('apollo'):
+        c['method'], c['tensorwise'] = 'apollo', c['method'] == 'apollo_mini'
+    elif c['method'] == 'galore' and c['residual'] == 'fira':
+        c['method'] = 'fira'
+    elif c['method'] == 'galore' and (c['weight_bits'] == 8 or c['lazy']):
+        c['method'] = 'qgalore'
 
 
 def load_optimizer(path, optimizer):
@@ -110,7 +124,7 @@ def load_optimizer(path, optimizer):
         optimizer.load_state_dict(state)
     except Exception as error:
         reason = first_line(error)
-        raise CheckpointError(f'{file} is missing or broken ({reason}): {elsewhere(path)}') from error
+        raise CheckpointError(f'{file} is missing or broken ({reason}): {advice_for_broken(path)}') from error
 
 
 def load_selection(path, selection):
@@ -121,4 +135,91 @@ def load_selection(path, selection):
             selection.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
     except Exception as error:
         reason = first_line(error)
-        raise CheckpointError(f'{file} is missing or broken ({reason}): {elsewhere(path)}') from error
+        raise CheckpointError(f'{file} is missing or broken ({reason}): {advice_for_broken(path)}') from error
+
+
+# ---- how a run begins ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Begin:
+    """Where a run starts from. weights: the folder they come from, None for new ones; adapter: a PEFT folder to fill
+    LoRA's A and B from; saved_at: the checkpoint that a resumed run goes on from; run: its run.json."""
+
+    weights: str | None = None
+    adapter: str | None = None
+    saved_at: str | None = None
+    run: dict = field(default_factory=lambda: {'step': 0, 'best_val_loss': 1e30, 'seconds': 0.0})
+
+    @property
+    def step(self):
+        return self.run['step']
+
+    def restore(self, model, optimizer, selection):
+        """What does not come with the weights."""
+        if self.adapter:
+            load_adapter(model, self.adapter)
+        if self.saved_at:
+            load_optimizer(self.saved_at, optimizer)
+        if self.saved_at and selection:
+            load_selection(self.saved_at, selection)
+
+
+def begin(config, fixed, fixed_coreset=()):
+    """-> Begin. fixed: keys that a resumed run must not change, since they fix the shape or the meaning of the saved
+    tensors; fixed_coreset: those of them that count only where both runs choose their batches.
+
+    Raises Stop, with what to type, where the run cannot begin so."""
+    last, best = os.path.join(config.out_dir, 'last'), os.path.join(config.out_dir, 'best')
+    if config.init_from == 'resume':
+        saved_at, run = find(last if exists(last) or not exists(best) else best)
+        check_fixed(config, run['config'], saved_at, fixed, fixed_coreset)
+        if run['step'] >= config.max_iters:
+            raise Stop(f'{saved_at} is at step {run["step"]}, max_iters is {config.max_iters}: raise it to go on')
+        return Begin(saved_at, None, saved_at, run)
+    if (exists(last) or exists(best)) and not config.overwrite:
+        raise Stop(
+            f'{config.out_dir} holds a run already: --init_from=resume goes on with it, --overwrite replaces it, '
+            'or choose another --out_dir'
+        )
+    if config.init_from == 'scratch':
+        return Begin()
+    source = config.init_from if os.path.isdir(config.init_from) else download(config.init_from)
+    adapter = source if read_adapter(source) else None
+    if adapter and config.method != 'lora':
+        raise Stop(f'{source} is an adapter: use --method=lora, or python sample.py {source} --save_to=DIR first')
+    return Begin(weights_folder(source), adapter)  # the folder of a run of ours will do, too
+
+
+def clear(config, begin):
+    """Remove what --overwrite lets a new run replace."""
+    if config.overwrite and not begin.saved_at:
+        for name in ('last', 'best'):
+            remove(os.path.join(config.out_dir, name))
+
+
+def check_fixed(config, was, saved_at, fixed, fixed_coreset):
+    """Raise Stop where the configuration differs from the saved run's in a fixed key; 'auto' takes the saved value."""
+    if 'none' not in (config.coreset, was.get('coreset', 'none')):
+        fixed = (*fixed, *fixed_coreset)
+    for key in fixed:
+        if getattr(config, key, None) == 'auto' and key in was:
+            setattr(config, key, was[key])
+    if changed := [key for key in fixed if getattr(config, key, None) != was.get(key)]:
+        old = ' '.join(f'--{key}={was.get(key)}' for key in changed)
+        new = ' '.join(f'{key}={getattr(config, key, None)}' for key in changed)
+        raise Stop(f'{saved_at} cannot go on with {new}: type {old}, or the config file it was started with')
+
+
+def save_all(config, model, optimizer, selection, files, run, begin, better):
+    """out_dir/last, and out_dir/best where the model is `better` than all before. files: the tokenizer's, by name."""
+    last, best = os.path.join(config.out_dir, 'last'), os.path.join(config.out_dir, 'best')
+    settings = {key: value for key, value in vars(config).items() if not key.startswith('_')}
+    if begin.saved_at:
+        settings['init_from'] = begin.run['config']['init_from']  # what the run began from: its adapter belongs to that
+    run = run | {'config': settings}
+    if better:  # best first: a crash between the two is repaired by the next evaluation
+        save(best, model, optimizer, run, files, selection)
+        copy(best, last)
+    else:
+        save(last, model, optimizer, run, files, selection)

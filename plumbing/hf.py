@@ -99,6 +99,10 @@ def save(model, folder, shard_bytes=4 * 2**30, merged=True):
             json.dump({'metadata': {'total_size': total}, 'weight_map': files}, f, indent=2)
 
 
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def read_json(path):
     try:
         with open(path, encoding='utf-8') as f:
@@ -271,3 +275,31 @@ def load_adapter(model, folder):
             options = f'--rank={r} --scale={scale:g} --lora_targets={targets}'
             raise AdapterError(f'{folder} does not fit this model at {name}: use its base, and {options}')
         ours[name].copy_(tensor)
+
+
+def weights_folder(path):
+    """The folder with weights: `path` itself, or the best/ or last/ of a run."""
+    for folder in (path, os.path.join(path, 'best'), os.path.join(path, 'last'), os.path.join(path, 'last.old')):
+        if os.path.exists(os.path.join(folder, 'config.json')):
+            return folder
+    if adapter := read_adapter(path):
+        base = adapter.get('base_model_name_or_path') or ''
+        if os.path.exists(os.path.join(base, 'config.json')):
+            return base
+        there = f'{path}/adapter_config.json'
+        raise ModelError(f"{path} is an adapter of '{base}', no folder here: fetch that and write its path to {there}")
+    raise ModelError(f'{path} holds no config.json, best/ or last/: name the out_dir of a run or a Hugging Face folder')
+
+
+def download(name):
+    """A model of the Hugging Face hub, as a local folder."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, allow_patterns=['*.json', '*.safetensors'])
+    except Exception as error:
+        reason = first_line(error)
+        raise ModelError(
+            f"init_from='{name}' is no folder here and the hub did not give it ({reason}): "
+            'name a folder with config.json and model.safetensors'
+        ) from None

@@ -7,20 +7,21 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
+import time
 
 import torch
 
 import configurator
+from adam import average_
 from configurator import BOOLS
+from plumbing import Stop
 
 try:
     import resource
 except ImportError:  # Windows: no peak to report there
     resource = None
-
-COLUMNS = ['step', 'tokens', 'train_loss', 'val_loss', 'learning_rate', 'grad_norm', 'tokens_per_second', 'seconds']
-COLUMNS += ['memory']
 
 # Dense bf16 (V100, T4: fp16) peaks from the vendors' data sheets, FLOP/s. An unknown card's MFU is N/A, not a guess.
 PEAK_FLOPS = {
@@ -55,24 +56,35 @@ def clock(seconds):
 
 
 class Metrics:
-    """metrics.csv, a row for each log line or evaluation, and the tracker. A resumed run drops rows it will redo."""
+    """metrics.csv, a row for each log line or evaluation, and the tracker. The head is the first row's, and grows where
+    a later row has more columns. A resumed run drops the rows that it will write again."""
 
     def __init__(self, path, first_step=0, tracker=None):
-        self.path, self.tracker, rows = path, tracker, []
+        self.path, self.tracker, self.rows, self.head = path, tracker, [], []
         if first_step and os.path.exists(path):
             with open(path, newline='') as f:
-                rows = [row for row in csv.DictReader(f) if int(row['step']) <= first_step]
-        with open(path + '.new', 'w', newline='') as f:
-            writer = csv.DictWriter(f, COLUMNS, extrasaction='ignore')
+                reader = csv.DictReader(f)
+                self.rows = [row for row in reader if int(row['step']) <= first_step]
+                self.head = list(reader.fieldnames)
+        self.rewrite()
+
+    def rewrite(self):
+        with open(self.path + '.new', 'w', newline='') as f:
+            writer = csv.DictWriter(f, self.head)
             writer.writeheader()
-            writer.writerows(rows)
-        os.replace(path + '.new', path)
+            writer.writerows(self.rows)
+        os.replace(self.path + '.new', self.path)
 
     def log(self, **row):
-        with open(self.path, 'a', newline='') as f:
-            csv.DictWriter(f, COLUMNS).writerow(row)
+        self.rows.append(row)
+        if more := [name for name in row if name not in self.head]:
+            self.head += more
+            self.rewrite()
+        else:
+            with open(self.path, 'a', newline='') as f:
+                csv.DictWriter(f, self.head).writerow(row)
         if self.tracker:
-            self.tracker({key: value for key, value in row.items() if key != 'step'}, row['step'])
+            self.tracker({name: x for name, x in row.items() if x is not None and name != 'step'}, row['step'])
 
 
 def make_tracker(kind, out_dir, config):
@@ -119,9 +131,12 @@ def resume_command(extra=()):
     return shlex.join(['python', *launch, 'train.py', *kept, '--init_from=resume', *extra])
 
 
+# ---- before, during and after the loop ----------------------------------------------------------------------------
+
+
 def print_plan(config, model, plan, folder, meta, device, script):
     """What is about to happen, with the arithmetic. meta is None where the data is not there yet (a dry run)."""
-    c, total = config, config.batch_size * config.block_size * config.gradient_accumulation_steps
+    c, total = config, tokens_per_step(config)
     print(configurator.as_text(config, script))
     print(f'model: {model.n_params():,} parameters in {str(model.head.dtype).removeprefix("torch.")} on {device}')
     print(f'memory: planned peak of all tensors {plan}')
@@ -141,3 +156,168 @@ def print_plan(config, model, plan, folder, meta, device, script):
         f'= {total:,} tokens; {c.max_iters:,} steps = {total * c.max_iters:,} tokens{epochs}',
         flush=True,
     )
+
+
+def tokens_per_step(config):
+    return config.batch_size * config.block_size * config.gradient_accumulation_steps
+
+
+class Log:
+    """What a run says while it goes on: log lines, metrics.csv, a tracker, and the `name: value` lines at its end.
+
+    `note` keeps each step's loss and metrics on the device; `training` reads them back and prints. All processes call
+    all methods, the first one prints and writes."""
+
+    def __init__(self, config, model, plan, begin, here):
+        self.config, self.here, self.plan, self.before, self.first_step = config, here, plan, begin.run, begin.step
+        self.flops_per_token = model.flops_per_token(config.block_size)
+        self.losses, self.metrics, self.rates, self.parts = [], {}, [], []
+        self.numbers, self.row, self.val_loss, self.busy = {}, None, None, 0.0
+        # Python and torch are part of the process on a CPU; what the model takes is there already.
+        there = plan.weights + plan.states * bool(begin.saved_at)
+        self.at_start = 0 if here.on_cuda else max(memory(here.device) - there, 0)
+        if not here.on_cuda:
+            here.say(f'memory: {(self.at_start + plan.total) / 1e9:.2f} GB with what Python and torch take themselves')
+        if here.rank == 0:
+            os.makedirs(config.out_dir, exist_ok=True)
+            settings = {key: value for key, value in vars(config).items() if not key.startswith('_')}
+            tracker = make_tracker(config.tracker, config.out_dir, settings)
+            self.csv = Metrics(os.path.join(config.out_dir, 'metrics.csv'), begin.step, tracker)
+        self.started = self.ticked = time.time()
+
+    def note(self, loss, optimizer, *parts):
+        """Keep a step's loss and what the optimizer measured; nothing is read back here. parts: of the choice."""
+        self.losses.append(loss)
+        self.rates.append(optimizer.lr)
+        self.parts += parts
+        for name, value in optimizer.metrics.items():
+            self.metrics.setdefault(name, []).append(value)
+
+    def training(self, step, more=''):
+        """A log line of the steps since the last one, `more` at its end; here a process waits for its device. Raises
+        Stop where a loss is not finite."""
+        self.row = {'step': step, 'tokens': step * tokens_per_step(self.config)}
+        if self.losses:
+            values = self.read_back(step)
+            seconds, n, c = time.time() - self.ticked, len(self.losses), self.config
+            self.busy += seconds
+            speed = tokens_per_step(c) * n / seconds
+            eta = (c.max_iters - step) * (time.time() - self.started) / (step - self.first_step)
+            last = {name: value[-1] for name, value in values.items()}
+            self.numbers = {'train_loss': sum(values['loss']) / n, 'learning_rate': self.rates[-1], **last}
+            del self.numbers['loss']
+            self.numbers['tokens_per_second'] = speed
+            shown = ''.join(
+                f'{name.replace("_", " ")} {value:.3f} | ' for name, value in last.items() if name != 'loss'
+            )
+            self.here.say(
+                f'step {step}/{c.max_iters} | loss {self.numbers["train_loss"]:.4f} | lr {self.rates[-1]:.2e} | {shown}'
+                f'{speed:,.0f} tok/s | {1000 * seconds / n:.0f} ms | {memory(self.here.device) / 2**30:.2f} GiB | '
+                f'MFU {mfu(speed / self.here.world * self.flops_per_token, self.here.device)} | ETA {clock(eta)}{more}'
+            )
+            self.losses, self.metrics, self.rates, self.parts = [], {}, [], []
+        self.row |= {'train_loss': None, 'val_loss': None, **self.numbers}
+        self.row |= {'seconds': self.seconds(), 'memory': memory(self.here.device)}
+
+    def read_back(self, step):
+        """{name: a float for each step since the last line}, of loss and metrics, in one transfer."""
+        names = ['loss', *self.metrics]
+        columns = [torch.stack(values).to(self.losses[0]) for values in (self.losses, *self.metrics.values())]
+        average_(columns[0])
+        flat = iter(torch.cat(columns).tolist())
+        values = {name: [next(flat) for _ in column] for name, column in zip(names, columns)}
+        for i, (loss, norm) in enumerate(zip(values['loss'], values.get('grad_norm', values['loss']))):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                what, more = f'loss {loss}', f', grad norm {norm:.4g}'
+                if math.isfinite(loss):
+                    what, more = f'gradient norm {norm}', f', loss {loss:.4f}'
+                stop_not_finite(what, step - len(self.losses) + i, self.rates[i], self.config, more)
+        return values
+
+    def evaluation(self, step, val_loss):
+        c, self.val_loss, self.row['val_loss'] = self.config, val_loss, val_loss
+        perplexity = math.exp(min(val_loss, 99))
+        self.here.say(f'step {step}/{c.max_iters} | val loss {val_loss:.4f} | perplexity {perplexity:.2f}')
+        if not math.isfinite(val_loss):
+            stop_not_finite(f'val loss {val_loss}', step, (self.rates or [c.learning_rate])[-1], c)
+
+    def write_row(self):
+        """The row that `training` began and `evaluation` went on with; then the clock of the steps runs again."""
+        if self.here.rank == 0:
+            self.csv.log(**self.row)
+        self.ticked = time.time()
+
+    def seconds(self):
+        """Of all sessions of the run."""
+        return self.before['seconds'] + time.time() - self.started
+
+    def end(self, step, stop):
+        """One `name: value` a line, for grep."""
+        c, here = self.config, self.here
+        if step < c.max_iters:
+            last = os.path.join(c.out_dir, 'last')
+            where = (
+                f'saved in {last}; go on with\n{resume_command()}' if step > self.first_step else 'before any new step'
+            )
+            here.say(f'{stop.name} at step {step}, {where}')
+        new_tokens = tokens_per_step(c) * (step - self.first_step)
+        for name, value in {
+            'steps': step,
+            'tokens': step * tokens_per_step(c),
+            'train_loss': f'{self.numbers["train_loss"]:.4f}' if self.numbers else 'N/A',
+            'val_loss': f'{self.val_loss:.4f}' if self.val_loss is not None else 'N/A',
+            'tokens_per_second': f'{new_tokens / self.busy:.0f}' if self.busy else 'N/A',
+            'seconds': f'{self.seconds():.1f}',
+            'peak_bytes_planned': self.at_start + self.plan.total,
+            'peak_bytes_measured': memory(here.device, peak=True),
+            'method': c.method,
+            'device': here.device,
+        }.items():
+            here.say(f'{name}: {value}')
+
+
+class CtrlC:
+    """Ctrl-C and SIGTERM let the step finish and save; a second one does not wait."""
+
+    def __init__(self, here):
+        self.here, self.signals = here, []
+        signal.signal(signal.SIGINT, self.ask)
+        signal.signal(signal.SIGTERM, self.ask)
+
+    def ask(self, number, _):
+        if self.signals:
+            raise KeyboardInterrupt
+        self.signals.append(number)
+        self.here.say(f'{self.name}: finishing this step, then saving; once more stops at once')
+
+    @property
+    def asked(self):
+        return bool(self.signals)
+
+    @property
+    def name(self):
+        return signal.Signals(self.signals[0]).name if self.signals else 'stopped'
+
+    def exit(self):
+        if self.signals:
+            sys.exit(128 + self.signals[0])
+
+
+def check_finite(model, optimizer, step, config):
+    """Raise Stop where a weight or a scale of packed ones is not finite: saving it would spoil the checkpoint."""
+    scales = [t for s in optimizer.state.values() for name, t in s.items() if name.endswith(('scale', 'absmax'))]
+    scales += [t for t in model.buffers() if t.is_floating_point()]
+    finite = [t.isfinite().all().to(model.head.device) for t in (*model.parameters(), *scales)]
+    if not torch.stack(finite).all():
+        stop_not_finite('weights that are not finite', step, optimizer.lr, config)
+
+
+def stop_not_finite(what, step, rate, config, more=''):
+    """Going on would only spoil the weights, and saving them the checkpoint: say how to go on from the good one."""
+    lower = f'--learning_rate={config.learning_rate / 2:g}'
+    last = os.path.join(config.out_dir, 'last')
+    if os.path.isdir(last) or os.path.isdir(last + '.old'):
+        advice = f'go on from the last good checkpoint with {resume_command([lower])}'
+    else:
+        advice = f'start again with {lower}'
+    raise Stop(f'{what} at step {step} (learning rate {rate:.3g}{more}); nothing was saved after that: {advice}')

@@ -1,16 +1,31 @@
 """The configurator on scripts made here: what it reads, what it refuses, and that it says all of it at once."""
 
 import ast
+import itertools
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import configurator
-from configurator import ConfigError, as_text, help_text, keys, load, load_or_exit, undocumented
+from configurator import (
+    ConfigError,
+    as_text,
+    at_least,
+    between,
+    check_or_exit,
+    help_text,
+    keys,
+    load,
+    load_or_exit,
+    options,
+    switch,
+    undocumented,
+)
 
 SCRIPT = '''"""Train a model.
 
@@ -65,9 +80,13 @@ def ok(*argv, **kwargs):
     return load('toy.py', argv, **kwargs)
 
 
-def refused(*argv, **kwargs):
+def public(config):
+    return {name: value for name, value in vars(config).items() if not name.startswith('_')}
+
+
+def refused(*argv, script='toy.py', **kwargs):
     with pytest.raises(ConfigError) as e:
-        load('toy.py', argv, **kwargs)
+        load(script, argv, **kwargs)
     assert all(isinstance(error, str) for error in e.value.errors)
     return e.value.errors
 
@@ -170,7 +189,7 @@ def test_undocumented_names_the_keys_without_a_comment():
 
 def test_without_arguments_every_key_has_its_default():
     config = ok()
-    assert {k: v for k, v in vars(config).items() if k != '_given'} == {n: k.default for n, k in keys('toy.py').items()}
+    assert public(config) == {n: k.default for n, k in keys('toy.py').items()}
     assert config._given == {}
 
 
@@ -566,7 +585,7 @@ def test_as_text_says_what_differs_and_who_set_it():
 def test_as_text_is_itself_a_config_file():
     config = ok('--floor=-2e-7', '--prompt=# é\n🙂', '--compile=no', '--method=loqt')
     again = ok(config_file(as_text(config, 'toy.py'), 'again.py'))
-    assert {**vars(again), '_given': 0} == {**vars(config), '_given': 0}
+    assert public(again) == public(config)
 
 
 def test_as_text_of_a_value_the_script_changed_or_a_config_of_an_older_version():
@@ -588,6 +607,484 @@ def test_from_a_shell_a_script_needs_one_line(folder):
     bad = run('--method=x')
     assert (bad.returncode, bad.stdout) == (2, '') and bad.stderr.endswith('\nreal.py --help lists every key\n')
     assert run('--help').returncode == 0
+
+
+# ---- options: what a method's file adds ----------------------------------
+
+FILES = {
+    'run.py': '''
+        # ---- config ----
+        # run
+        out_dir = 'out'  # folder for checkpoints
+        steps = 10  # optimizer steps
+        # method
+        method = 'galore'  # 'adamw' | 'galore' | 'loqt' | 'lora' | 'qgalore' | 'fira': one file each
+        coreset = 'none'  # 'none' | 'random' | 'zo' | 'grad': choose each step's windows out of more
+        # ---- end of config ----
+    ''',
+    'adam.py': 'beta = 0.9',
+    'galore.py': '''
+        import torch
+
+
+        class Options:
+            """What --method=galore adds.
+
+            rank = 3  # not a key
+            """
+
+            # subspace
+            rank = 128  # dimensions of the subspace
+            gap = 200  # steps between two
+            #            refreshes
+            refresh = 'qr'  # 'qr' | 'svd': how,
+                #             and at what cost
+            stagger = True  # layers refresh in turns
+
+            # states
+            bits = 16  # 16 | 8 | 4: of the bases
+
+
+        # ---- not an option ----
+        FIXED = ('rank', 'bits')
+    ''',
+    'loqt.py': '''
+        class Options:
+            rank = 64  # dimensions of B
+            psi = 1.2  # growth of tau
+            nf4 = True  # 4 bits
+    ''',
+    'lora.py': '''
+        class Options:
+            rank = 16  # dimensions of the change
+            nf4 = True  # 4 bits, too
+    ''',
+    'methods/qgalore.py': '''
+        import galore
+
+
+        class Options(galore.Options):
+            """Q-GaLore."""
+
+            bits = 4
+            lazy = 0.4  # overlap that doubles T
+    ''',
+    'methods/fira.py': '''
+        class Options(galore.Options):
+            pass
+    ''',
+    'coreset.py': '''
+        class Options:
+            ratio = 4  # windows to choose from, times those kept
+            small = True  # sources below average size are taken whole
+    ''',
+}
+
+
+@pytest.fixture
+def run(folder):
+    """A script with a folder of methods beside it. None of its files could be run."""
+    Path('methods').mkdir()
+    for name, text in FILES.items():
+        Path(name).write_text(textwrap.dedent(text).lstrip() + "\nraise RuntimeError('this file was run')\n")
+    return lambda *argv, **kwargs: load('run.py', argv, **kwargs)
+
+
+def wrong(*argv, **kwargs):
+    (error,) = refused(*argv, script='run.py', **kwargs)
+    return error
+
+
+def test_options_are_read_from_the_class_as_keys_are_from_a_block(run):
+    found = options('galore.py')
+    assert list(found) == ['rank', 'gap', 'refresh', 'stagger', 'bits']
+    assert found['rank'] == configurator.Key('rank', 128, 'dimensions of the subspace', (), 'subspace', 'galore')
+    assert found['gap'].help == 'steps between two refreshes'
+    assert (found['refresh'].help, found['refresh'].choices) == ("'qr' | 'svd': how, and at what cost", ('qr', 'svd'))
+    assert (found['bits'].section, found['bits'].choices) == ('states', (16, 8, 4))
+    assert all(key.owner == '' for key in keys('run.py').values())
+
+
+def test_a_relative_inherits_options_and_their_owner(run):
+    found, base = options('methods/qgalore.py'), options('galore.py')
+    assert list(found) == [*base, 'lazy']
+    assert found['rank'] == base['rank'] and options('methods/fira.py') == base
+    assert (found['bits'].default, found['bits'].owner, found['lazy'].owner) == (4, 'galore', 'qgalore')
+    assert (found['bits'].help, found['bits'].choices) == ('16 | 8 | 4: of the bases', (16, 8, 4))  # not said again
+
+
+def test_a_relative_of_a_relative_keeps_the_first_owner(run):
+    Path('methods/lazier.py').write_text(
+        'class Options(qgalore.Options):\n    bits = 8  # 8 | 4: fewer\n    rank = 8\n'
+    )
+    found = options('methods/lazier.py')
+    assert [found[name].owner for name in ('bits', 'rank', 'lazy')] == ['galore', 'galore', 'qgalore']
+    assert (found['bits'].choices, found['rank'].help) == ((8, 4), 'dimensions of the subspace')
+
+
+def test_a_file_without_options_has_none(run):
+    assert options('adam.py') == options('nowhere.py') == {}
+    Path('adam.py').write_text('"""\nclass Options:\n    rank = 1\n"""\n# class Options:\n')
+    assert options('adam.py') == {}
+
+
+def test_a_form_feed_or_a_decorator_does_not_shift_comments(run):
+    Path('odd.py').write_text(
+        'x = "\x0c \u2028"\nclass Options:\n    a = 1  # one\n@wraps(\n    f\n)\ndef g(): pass  # no\n'
+    )
+    assert options('odd.py')['a'].help == 'one'
+
+
+@pytest.mark.parametrize(
+    'text, where',
+    [
+        ('class Options:\n    rank = 2 * 3', 'line 2'),
+        ('class Options:\n    rank: int = 3', 'line 2'),
+        ('class Options:\n    def f(self): pass', 'line 2'),
+        ("class Options:\n    k = 'c'  # 'a' | 'b'", 'line 2'),
+        ('class Options(Base):\n    a = 1', 'line 1'),
+        ('class Options(nowhere.Options):\n    a = 1', 'line 1'),
+        ('class Options(galore.Options, lora.Options):\n    a = 1', 'line 1'),
+        ('class Options(galore.Options):\n    gap = 2.0', 'gap = 2.0'),  # a whole number in galore.py
+        ('class Options(galore.Options):\n    bits = 2', 'bits = 2'),  # 16 | 8 | 4 there
+    ],
+)
+def test_options_written_wrongly_are_a_bug_of_the_file_with_its_line(run, text, where):
+    Path('bad.py').write_text(text)
+    with pytest.raises(ValueError, match=rf'bad\.py.* ?{where}'):
+        options('bad.py')
+
+
+@pytest.mark.parametrize(
+    'name, text',
+    [
+        ('lora.py', 'class Options:\n    steps = 1  # a key of the script'),
+        ('coreset.py', 'class Options:\n    rank = 1  # an option of galore'),
+        ('lora.py', 'class Options:\n    stagger = 2  # a bool in galore: --stagger alone means something'),
+    ],
+)
+def test_an_option_named_like_another_key_is_a_bug(run, name, text):
+    Path(name).write_text(text)
+    with pytest.raises(ValueError, match=rf'{name}: \S+ has another key \w+: rename the option'):
+        run()
+
+
+def test_config_holds_the_options_of_the_chosen_method_and_coreset_alone(run):
+    trunk = {'out_dir': 'out', 'steps': 10}
+    galore = {'rank': 128, 'gap': 200, 'refresh': 'qr', 'stagger': True, 'bits': 16}
+    assert public(run()) == {**trunk, 'method': 'galore', 'coreset': 'none', **galore}
+    assert public(run('--method=adamw')) == {**trunk, 'method': 'adamw', 'coreset': 'none'}
+    assert public(run('--method=qgalore')) == {
+        **trunk, 'method': 'qgalore', 'coreset': 'none', **galore, 'bits': 4, 'lazy': 0.4
+    }  # fmt: skip
+    assert public(run('--method=lora', '--coreset=zo')) == {
+        **trunk, 'method': 'lora', 'coreset': 'zo', 'rank': 16, 'nf4': True, 'ratio': 4, 'small': True
+    }  # fmt: skip
+
+
+def test_the_order_of_flags_does_not_matter(run):
+    flags = [
+        '--rank=8',
+        '--method=lora',
+        '--nf4',
+        'False',
+        '--ratio=2',
+        '--coreset=grad',
+        config_file("method = 'loqt'"),
+    ]
+    first = run(*flags)
+    assert (first.method, first.rank, first.nf4, first.ratio) == ('lora', 8, False, 2)
+    assert first._given['rank'] == 'command line'
+    # '--nf4 False' are two words of one flag
+    words = [[flag] for flag in flags if flag not in ('--nf4', 'False')] + [['--nf4', 'False']]
+    for order in itertools.permutations(words):
+        assert vars(run(*itertools.chain(*order))) == vars(first)
+
+
+def test_a_bool_option_may_stand_alone(run):
+    Path('go.py').write_text("steps = 3")
+    config = run('--stagger', 'False', '--small', 'go.py', '--coreset=grad')
+    assert (config.stagger, config.small, config.steps) == (False, True, 3)
+    assert run('--stagger', '--rank', '8').rank == 8 and run('--nf4', '--method=lora').nf4 is True
+
+
+def test_values_of_options_are_checked_as_all_values_are(run):
+    assert run('--rank=1e2').rank == 100
+    assert wrong('--rank=1.5') == "command line: rank expects a whole number, got '1.5'"
+    assert wrong('--refresh=svt').endswith("refresh expects 'qr' | 'svd', got 'svt', did you mean svd?")
+    assert wrong('--rank') == 'command line: --rank needs a value: --rank=..., a whole number'
+    assert wrong(config_file('\nbits = 3')) == 'config/small.py line 2: bits expects 16 | 8 | 4, got 3'
+    # what the flags leave out must still be right
+    assert wrong(config_file("method = 'galore'\ngap = 'x'"), '--method=lora').startswith(
+        'config/small.py line 2: gap '
+    )
+
+
+WHOSE = {
+    '--lazy=0.5': "lazy is qgalore's: leave it out with method='galore', or use --method=qgalore",
+    '--method=adamw --gap=1': "gap is galore's: leave it out with method='adamw', or use --method=galore",
+    '--gap 1 --method=adamw': "gap is galore's: leave it out with method='adamw', or use --method=galore",
+    '--method=adamw --stagger': "stagger is galore's: leave it out with method='adamw', or use --method=galore",
+    '--method=adamw --rank=1': "rank is galore's, loqt's and lora's: leave it out with method='adamw'",
+    '--nf4=False': "nf4 is loqt's and lora's: leave it out with method='galore'",
+    '--small': "small says something with coreset alone: leave it out with coreset='none', or use --coreset=grad",
+}
+
+
+@pytest.mark.parametrize('flags', WHOSE)
+def test_an_option_of_another_method_says_whose_it_is(run, flags):
+    assert wrong(*flags.split()) == f'command line: {WHOSE[flags]}'
+
+
+def test_an_option_of_another_method_in_a_file_is_refused_with_its_line(run):
+    path = config_file("\nlazy = 0.5\nmethod = 'fira'")
+    assert wrong(path) == (
+        "config/small.py line 2: lazy is qgalore's: leave it out with method='fira', or use --method=qgalore"
+    )
+    assert wrong(config_file("method = 'fira'\nlazy = 0.5"), '--method=qgalore').startswith(
+        'config/small.py line 2: lazy'
+    )
+    assert wrong(config_file('ratio = 2')).startswith('config/small.py line 1: ratio says something with coreset alone')
+
+
+def test_an_ancestor_that_is_no_method_is_not_offered_as_one(run):
+    Path('base.py').write_text('class Options:\n    depth = 1  # shared\n')
+    Path('lora.py').write_text('class Options(base.Options):\n    pass\n')
+    assert wrong('--depth=2').endswith("depth is lora's: leave it out with method='galore', or use --method=lora")
+
+
+def test_a_typo_is_compared_with_the_options_of_all_methods(run):
+    assert wrong('--lasy=1') == 'command line: unknown key --lasy, did you mean --lazy?'
+    assert wrong('--ratoi', '2').endswith('did you mean --ratio?')
+    assert wrong(config_file('stager = True')).endswith('unknown key stager, did you mean stagger?')
+    assert 'set rank in it too' in wrong(config_file('steps = rank'))
+
+
+def test_a_wrong_method_is_one_error_and_not_one_an_option(run):
+    assert wrong('--method=galor', '--rank=8', '--lazy=1').endswith('did you mean galore?')
+    assert wrong(config_file("method = 'x'\nlazy = 1"), '--method=galore').startswith('config/small.py line 1: method ')
+
+
+def test_all_kinds_of_errors_are_in_one_report(run):
+    errors = refused('--lazy=1', '--small', '--zzz', '--steps=x', config_file('gap = 1.5\n1 / 0'), script='run.py')
+    assert len(errors) == 6
+
+
+def test_moved_keys_and_choices_say_what_to_use_now(run):
+    moved = {'residual': 'Fira is a method of its own now: --method=fira', 'method=mini': 'use --method=lora'}
+    sentence = 'residual: Fira is a method of its own now: --method=fira'
+    assert (
+        wrong('--residual=fira', moved=moved) == wrong('--residual', 'fira', moved=moved) == f'command line: {sentence}'
+    )
+    assert wrong(config_file('\nresidual = 1'), moved=moved) == f'config/small.py line 2: {sentence}'
+    assert wrong('--method=mini', '--rank=2', moved=moved) == 'command line: method=mini: use --method=lora'
+    assert (
+        wrong(config_file("method = 'mini'"), moved=moved) == 'config/small.py line 1: method=mini: use --method=lora'
+    )
+    assert run('--method=lora', moved=moved).method == 'lora'
+    assert wrong('--residual=fira') == 'command line: unknown key --residual'
+
+
+def test_problems_see_the_options(run):
+    assert wrong('--rank=0', problems=lambda c: at_least(c, 1, 'rank')) == 'rank=0 is too small: use 1 or more'
+
+
+# ---- files and flags that choose different methods ------------------------
+
+GALORE = "method = 'galore'\nrank = 1024\ngap = 500\nsteps = 7\n"
+
+
+def test_flags_that_choose_a_relative_keep_the_files_options(run):
+    config = run(config_file(GALORE), '--method=qgalore')
+    assert (config.method, config.rank, config.gap, config.bits, config.steps) == ('qgalore', 1024, 500, 4, 7)
+    assert (config._left_out, config._given['gap']) == ({}, 'config/small.py line 3')
+
+
+def test_an_option_of_the_same_name_and_another_owner_is_left_out(run):
+    config = run(config_file(GALORE), '--method=lora')
+    assert (config.rank, config.steps, hasattr(config, 'gap')) == (16, 7, False)
+    assert config._left_out == {'rank': 'config/small.py line 2', 'gap': 'config/small.py line 3'}
+    assert 'rank' not in config._given
+    line = "# left out: rank and gap, which config/small.py says of method='galore'"
+    assert as_text(config, 'run.py').splitlines()[-1] == line
+
+
+def test_a_value_that_a_relative_does_not_take_is_left_out(run):
+    Path('methods/fira.py').write_text('class Options(galore.Options):\n    bits = 8  # 8 | 16: no fewer\n')
+    config = run(config_file("method = 'galore'\nbits = 4"), '--method=fira')
+    assert (config.bits, list(config._left_out)) == (8, ['bits'])
+
+
+def test_an_option_typed_for_the_new_method_is_no_longer_left_out(run):
+    config = run(config_file(GALORE), '--method=lora', '--rank=8')
+    assert (config.rank, list(config._left_out)) == (8, ['gap'])
+    assert wrong(config_file(GALORE), '--method=lora', '--gap=8').startswith("command line: gap is galore's")
+
+
+def test_flags_that_choose_the_same_method_leave_nothing_out(run):
+    config = run(config_file(GALORE), '--method=galore')
+    assert (config.rank, config.gap, config._left_out) == (1024, 500, {})
+
+
+def test_a_file_that_names_no_method_is_about_the_one_that_is_chosen(run):
+    path = config_file('rank = 8')
+    assert (run(path).rank, run(path, '--method=lora').rank) == (8, 8)
+    assert wrong(path, '--method=adamw').startswith('config/small.py line 1: rank is ')
+    assert run(config_file('ratio = 2'), '--coreset=zo').ratio == 2
+
+
+def test_of_two_files_the_later_chooses_the_method_of_both(run):
+    a, b = config_file('rank = 8\nsteps = 3', 'a.py'), config_file("method = 'lora'", 'b.py')
+    assert (run(a, b).rank, run(b, a).rank) == (8, 8)
+    assert wrong(config_file(GALORE, 'a.py'), b).startswith(
+        "a.py line 3: gap is galore's: leave it out with method='lora'"
+    )
+    config = run(config_file(GALORE, 'a.py'), config_file("method = 'fira'\ngap = 3", 'b.py'), '--method=lora')
+    assert config._left_out == {'rank': 'a.py line 2', 'gap': 'b.py line 2'}
+    assert as_text(config, 'run.py').splitlines()[-2:] == [
+        "# left out: rank, which a.py says of method='fira'",
+        "# left out: gap, which b.py says of method='fira'",
+    ]
+
+
+def test_coreset_options_of_a_file_are_left_out_where_flags_say_none(run):
+    path = config_file("coreset = 'grad'\nratio = 2\nrank = 8")
+    assert run(path, '--coreset=zo').ratio == 2
+    config = run(path, '--coreset=none')
+    assert (config.rank, hasattr(config, 'ratio')) == (8, False)
+    assert config._left_out == {'ratio': 'config/small.py line 2'}
+    assert as_text(config, 'run.py').endswith("# left out: ratio, which config/small.py says of coreset='grad'")
+
+
+# ---- switch --------------------------------------------------------------
+
+
+def test_switch_equals_what_the_flags_would_have_given(run):
+    for text in (GALORE, GALORE + "coreset = 'grad'\nratio = 2", "method = 'lora'\nnf4 = False\nsteps = 2"):
+        path = config_file(text)
+        for method in ('adamw', 'galore', 'loqt', 'lora', 'qgalore', 'fira'):
+            assert public(switch(run(path), method)) == public(run(path, f'--method={method}'))
+            changed = switch(run(path), method, steps=5, coreset='none')
+            assert public(changed) == public(run(path, f'--method={method}', '--steps=5', '--coreset=none'))
+
+
+def test_switch_takes_over_typed_and_later_changes_and_leaves_its_config_alone(run):
+    config = run('--gap=7')
+    config.rank = 99  # a script's own decision
+    before = dict(vars(config))
+    switched = switch(config, 'qgalore', lazy=0.9)
+    assert (switched.rank, switched.gap, switched.lazy, switched.bits) == (99, 7, 0.9, 4)
+    back = switch(switched, 'galore')
+    assert (back.rank, back.gap, hasattr(back, 'lazy')) == (99, 7, False) and vars(config) == before
+
+
+def test_switch_to_the_same_method_only_changes_values(run):
+    config = run('--method=lora', '--rank=8')
+    assert public(switch(config)) == public(switch(config, 'lora')) == public(config)
+    assert public(switch(config, steps=3, nf4=False)) == {**public(config), 'steps': 3, 'nf4': False}
+
+
+@pytest.mark.parametrize(
+    'changes, words',
+    [
+        (dict(blok=1), 'unknown key --blok'),
+        (dict(method='lora', gap=1), "gap is galore's: leave it out with method='lora'"),
+        (dict(method='galor'), 'did you mean galore'),
+        (dict(ratio=2), 'ratio says something with coreset alone'),
+        (dict(rank=1.5), 'rank expects a whole number'),
+        (dict(stagger=1), 'stagger expects True or False'),
+    ],
+)
+def test_switch_refuses_what_load_would(run, changes, words):
+    with pytest.raises(ValueError, match=words):
+        switch(run(), **changes)
+
+
+def test_switch_works_on_what_it_gave_and_on_a_copy(run):
+    config = SimpleNamespace(**vars(run('--rank=8')) | {'steps': 3})
+    assert public(switch(switch(config, 'fira'), 'qgalore')) == public(run('--rank=8', '--steps=3', '--method=qgalore'))
+
+
+# ---- what the user sees of options ----------------------------------------
+
+
+def test_help_shows_the_options_under_their_methods(run, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '100')
+    text = help_text('run.py')
+    parts = text[text.index('\n--method=galore') :].split('\n\n--')
+    heads = [part.strip().splitlines()[0].lstrip('-') for part in parts]
+    assert heads == [
+        'method=galore',
+        'method=loqt',
+        'method=lora',
+        "method=qgalore: galore's, and",
+        "method=fira: galore's",
+        'coreset=random|zo|grad',
+    ]
+    assert '--rank=128 ' in parts[0] and '--rank=64 ' in parts[1] and '--rank=16 ' in parts[2]
+    assert 'dimensions of the change' in parts[2] and '\nsubspace\n' in parts[0] and '\nstates\n' in parts[0]
+    assert '--bits=4 ' in parts[3] and '--lazy=0.4 ' in parts[3] and '--rank' not in parts[3]
+    assert '--ratio=4 ' in parts[5] and text.index('--out_dir=out') < text.index('--method=galore\n')
+
+
+def test_as_text_with_options_is_a_config_file(run):
+    config = run(config_file(GALORE), '--method=qgalore', '--lazy=0.9', '--coreset=zo', '--ratio=2', '--small=no')
+    text = as_text(config, 'run.py')
+    assert 'lazy = 0.9  # from command line' in text and 'gap = 500  # from config/small.py line 3' in text
+    assert public(run(config_file(text, 'again.py'))) == public(config)
+    assert 'bits' not in text  # 4 is what qgalore has anyway
+
+
+def test_undocumented_names_options_too(run):
+    Path('lora.py').write_text('class Options:\n    rank = 16\n    alpha = 1.0\n')
+    assert undocumented('run.py') == ['rank', 'alpha']
+
+
+def test_check_or_exit_prints_problems_as_load_or_exit_does(run, capsys):
+    config = run('--rank=0')
+    check_or_exit(config, 'run.py', lambda c: [])
+    assert capsys.readouterr() == ('', '')
+    with pytest.raises(SystemExit) as e:
+        check_or_exit(config, 'run.py', lambda c: [*at_least(c, 1, 'rank'), 'two\nlines'])
+    assert e.value.code == 2
+    expected = 'error: rank=0 is too small: use 1 or more\nerror: two lines\nrun.py --help lists every key\n'
+    assert capsys.readouterr() == ('', expected)
+
+
+def test_load_or_exit_passes_moved_on(run, capsys):
+    with pytest.raises(SystemExit):
+        load_or_exit('run.py', ['--old=1'], moved={'old': 'use --steps'})
+    assert capsys.readouterr().err.startswith('error: command line: old: use --steps\n')
+
+
+def test_at_least_and_between_name_what_is_outside():
+    config = SimpleNamespace(rank=0, gap=1, share=1.5)
+    assert at_least(config, 1, 'rank', 'gap') == ['rank=0 is too small: use 1 or more']
+    assert between(config, 0, 1, 'gap', 'share') == ['share=1.5 is out of range: use 0 to 1']
+    assert at_least(config, 0, 'rank') == between(config, 0, 1.5, 'share') == []
+
+
+# ---- the trainer itself ---------------------------------------------------
+
+
+def test_the_trainers_keys_are_read_without_importing_anything_heavy():
+    root = Path(configurator.__file__).parent
+    code = (
+        'import sys, configurator\n'
+        "try:\n    configurator.load_or_exit('train.py', ['--help'])\n"
+        "finally:\n    print(sorted({'torch', 'numpy', 'galore', 'train'} & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, '-c', code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == '[]\n' and '--learning_rate=' in done.stdout
+
+
+def test_every_method_of_the_trainer_has_a_file_and_can_be_switched_to():
+    root = Path(configurator.__file__).parent
+    config = load(root / 'train.py', [])
+    for method in keys(root / 'train.py')['method'].choices:
+        assert configurator._file_of(root, method).is_file(), method
+        switched = switch(config, method)
+        assert public(switched) == public(load(root / 'train.py', [f'--method={method}']))
 
 
 def test_configurator_imports_the_standard_library_only():

@@ -3,7 +3,6 @@ through training with every method."""
 
 import io
 import itertools
-import math
 import os
 import random
 import re
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY as FLAGS
 from conftest import run, values
 from safetensors.torch import load_file
@@ -25,7 +25,7 @@ import galore
 import loqt
 import lora
 import train as training
-from coreset import Coreset, budgets, facility_location, features, gram, select
+from coreset import Coreset, budgets, facility_location, features, gram, naive_facility_location, select
 from data.batches import read_meta
 from memory import trace
 from memory.record import LiveBytes
@@ -68,22 +68,19 @@ def points(n, f=6, seed=0):
 # ---- which examples --------------------------------------------------------------------------------------------------
 
 
-def brute_force_greedy(A, k):
-    chosen = []
-    for _ in range(k):
-        gains = [objective(A, [*chosen, s]) if s not in chosen else -math.inf for s in range(len(A))]
-        chosen.append(int(np.argmax(gains)))
-    return chosen
-
-
-def test_greedy_objective_equals_brute_force_greedy_on_100_problems_and_is_near_the_optimum():
+def test_facility_location_makes_the_choices_of_its_definition():
     for seed in range(100):
-        n = 5 + seed % 20
+        n = 5 + seed % 50
         A, k = points(n, seed=seed), 1 + seed % (n - 1)
         A = A if seed % 2 else A * np.random.default_rng(seed).random((n, n))  # similarities need not be symmetric
-        chosen = facility_location(A, k)
+        whole = np.round(20 * A)  # sums of these are exact: the first of equal gains is chosen in both
+        assert torch.equal(facility_location(whole, k), naive_facility_location(whole, k))
+        chosen = facility_location(A, k)  # rounding decides between equal gains, such as those of mutual neighbours
         assert chosen.shape == (k,) and len(set(chosen.tolist())) == k
-        assert objective(A, chosen) == pytest.approx(objective(A, brute_force_greedy(A, k)), rel=1e-6)
+        assert objective(A, chosen) == pytest.approx(objective(A, naive_facility_location(A, k)), rel=1e-6)
+
+
+def test_the_greedy_choice_is_near_the_optimum():
     A = points(12)
     best = max(objective(A, subset) for subset in itertools.combinations(range(12), 4))
     assert objective(A, facility_location(A, 4)) >= 0.95 * best
@@ -171,13 +168,28 @@ def test_weights_of_the_loss_are_factors_on_examples():
 # ---- features --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_example_losses_are_means_over_own_targets_with_their_gradient(dtype):
+    x, W = (torch.randn(*shape, generator=torch.Generator().manual_seed(0)) for shape in ((5, 300, 16), (61, 16)))
+    x, W, y = x.to(dtype).requires_grad_(), W.to(dtype), tokens_of(5, 300)[1]  # 1,500 rows: two full pieces and a part
+    y[0, 7:] = -100
+    y[3] = -100
+    sums = [F.cross_entropy((x[i] @ W.T).float(), y[i], reduction='sum') for i in range(5)]
+    each = torch.stack(sums) / (y != -100).sum(1).clamp_min(1)
+    wanted = torch.autograd.grad(each.sum(), x)[0]
+    losses, dx = coreset.example_losses(x.detach(), W, y, needs_grad=True)
+    assert torch.equal(losses, coreset.example_losses(x.detach(), W, y)[0]) and losses.dtype == torch.float64
+    torch.testing.assert_close(losses.float(), each.detach())
+    torch.testing.assert_close(dx, wanted, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
 def per_example_gradients(model, x, y):
     """(n, out, in), by autograd: of the last V projection's weight, of LoRA's B."""
     v_proj = model.layers[-1].self_attn.v_proj
     if hasattr(v_proj, 'A'):
         return torch.stack([torch.autograd.grad(model(x[i : i + 1], y[i : i + 1]), v_proj.B)[0] for i in range(len(x))])
     W = (v_proj.dense_weight() if hasattr(v_proj, 'dense_weight') else v_proj.weight).detach().clone().requires_grad_()
-    with coreset.hooked(v_proj, lambda m, args, out: args[0] @ W.T):
+    with v_proj.register_forward_hook(lambda m, args, out: args[0] @ W.T):
         return torch.stack([torch.autograd.grad(model(x[i : i + 1], y[i : i + 1]), W)[0] for i in range(len(x))])
 
 
@@ -283,7 +295,7 @@ def test_neither_kept_nor_unwanted_examples_run_through_the_model():
     model, _ = model_and_optimizer()
     x, y = tokens_of(20)
     seen = []
-    with coreset.hooked(model.embed_tokens, lambda m, args, out: seen.append(args[0])):
+    with model.embed_tokens.register_forward_hook(lambda m, args, out: seen.append(args[0])):
         Coreset('grad', small=[1]).choose(model, x, y, [0] * 9 + [1] * 6 + [2] * 5, 12, 0, batch_size=4)
         assert torch.equal(torch.cat(seen), torch.cat([x[:9], x[15:]]))
         seen.clear()
@@ -473,7 +485,7 @@ def test_the_plan_counts_the_choice_as_a_real_step_does(data):
             'cpu',
             configurator.method_of(config),
             training.training_step,
-            training.make_selection(config),
+            coreset.setup(config),
             torch.float32,
         ).total
     assert planned[False] > planned[True]
@@ -481,7 +493,7 @@ def test_the_plan_counts_the_choice_as_a_real_step_does(data):
     with LiveBytes() as live:
         model = LLaMA(model.config)
         optimizer = adam.setup(model, config)
-        chooser = training.make_selection(config)
+        chooser = coreset.setup(config)
         for step in range(2):
             x = torch.randint(0, 257, (120, 32))
             chosen, _ = chooser.choose(model, x, x, [0] * 120, 2, step, 2)
@@ -493,11 +505,11 @@ def test_the_pool_is_a_function_of_seed_and_step_and_processes_share_the_choice(
     config = configurator.load(training.__file__, [*FLAGS, f'--dataset={mixed}', *STEPS], training.problems)
     tokens = training.Tokens(mixed, 'train', 32)
     model = build.build_model(config, mixed, 257, torch.float32, 'cpu')
-    chooser = training.make_selection(config, tokens)
+    chooser = coreset.setup(config, tokens)
     sizes = [source['train_tokens'] for source in read_meta(mixed)['sources']]
     assert chooser.small == [q for q, n in enumerate(sizes) if n < sum(sizes) / 4]
     made = [
-        training.chosen_batches(chooser, model, tokens, config, 3, 'cpu', *share) for share in ((0, 1), (0, 2), (1, 2))
+        coreset.chosen_batches(chooser, model, tokens, config, 3, 'cpu', *share) for share in ((0, 1), (0, 2), (1, 2))
     ]
     for alone, shared in zip(made[0], (made[1][0], made[2][0]), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
@@ -507,10 +519,13 @@ def test_the_pool_is_a_function_of_seed_and_step_and_processes_share_the_choice(
 
 IMPOSSIBLE = {
     '--coreset=zo --zo_directions=1': 'use --coreset_norm=adam, or more --zo_directions',
-    '--coreset=grad --coreset_from=0': 'coreset_from=0, .* are not counts: use 1 or more',
-    '--coreset=grad --keep_small=2': 'keep_small=2.0 is not a share of the batch: use 0 to 1',
+    '--coreset=grad --coreset_from=0': 'coreset_from=0 is too small: use 1 or more',
+    '--coreset=grad --coreset_clusters=-1': 'coreset_clusters=-1 is too small: use 0 or more',
+    '--coreset=grad --keep_small=2': 'keep_small=2.0 is out of range: use 0 to 1',
+    '--coreset=random --coreset_norm=adam': "leave it out with coreset='random'",
+    '--coreset=grad --method=lora --lora_targets=q_proj': 'add v_proj, or use --coreset=random',
     '--coreset_norm=adam': "leave it out with coreset='none'",
-    '--coreset_weights=cluster': 'use --coreset=grad, or leave them out',
+    '--coreset_weights=cluster': 'or use --coreset=grad',
     '--coreset=grad --coreset_weights=cluster --compile': 'use --compile=False or --coreset_weights=uniform',
 }
 

@@ -7,12 +7,13 @@ import torch
 from test_galore import TINY, matrix, train
 
 import loqt
-from adam import decode, encode, split_decay
-from galore import GaLoreAdamW, orthonormal_basis, turned
+from adam import split_decay
+from galore import GaLoreAdamW, orthonormal_basis, rotate_moments
 from loqt import LoQTAdamW, LoQTLinear, merge, replace_linears, update_steps
 from memory.record import LiveBytes
 from model import LLaMA, ModelConfig
 from plumbing import checkpoint
+from quant import decode, encode
 
 CONFIG = dict(learning_rate=1e-2, beta1=0.9, beta2=0.999, weight_decay=0.0, rank=8, update_proj_gap=3, scale=0.5)
 CONFIG |= dict(refresh='subspace', stagger=True, state_bits=32, grad_clip=0.0, per_layer=False, offload=False, seed=0)
@@ -321,7 +322,7 @@ def test_training_equals_algorithm_1_written_out(moments):
             if moments == 'reset':
                 M, V, t = 0 * M, 0 * V, 0
             elif moments == 'rotate':
-                M, V = turned(M, V, P.T @ old, (0.9, 0.999), t)
+                M, V = rotate_moments(M, V, P.T @ old, (0.9, 0.999), t)
         torch.testing.assert_close(whole(layer), W + 0.5 * P @ B, atol=1e-5, rtol=1e-5)
     assert merged == [6, 13, 20]
 

@@ -18,7 +18,7 @@ from bench import plot
 from bench.runs import laptop
 
 RATES = ['5e-3', '1e-2', '2e-2']
-LORA = ['--method=lora', '--scale=0.667']  # alpha 32, as in the papers' baseline
+LORA = ['--method=lora', '--rank=48', '--scale=0.667']  # alpha 32, as in the papers' baseline
 # heading, then (name, config, learning rates, flags); the best rate of each name counts
 METHODS = [
     ('AdamW, full', 'adamw', ['1e-3', '2e-3', '4e-3'], []),
@@ -49,6 +49,7 @@ def share_of_merges():
 
 
 def clock_merges(path):
+    import configurator
     import loqt
     import train
 
@@ -66,7 +67,8 @@ def clock_merges(path):
     loqt.merge, train.training_step = clocked('merges', loqt.merge), clocked('steps', train.training_step)
     with tempfile.TemporaryDirectory() as folder:
         config = os.path.join(laptop.ROOT, 'config', 'loqt_laptop.py')
-        train.cli([config, f'--out_dir={folder}/run', '--eval_interval=750', '--eval_tokens=4096', '--sample_tokens=0'])
+        flags = [f'--out_dir={folder}/run', '--eval_interval=750', '--eval_tokens=4096', '--sample_tokens=0']
+        train.cli(configurator.load(train.__file__, [config, *flags]))
     with open(path, 'w') as f:
         json.dump([seconds['steps'], seconds['merges']], f)
 

@@ -27,8 +27,9 @@ RANK = {'60m': 128, '130m': 256, '350m': 256, '1b': 512, '7b': 1024, '13b': 1024
 TURNS = {
     'adamw': ['', '--per_layer --grad_clip=0', '--checkpointing', '--state_bits=8', '--dtype=float32', '--offload'],
     'galore': [
-        '', '--per_layer', '--checkpointing --state_bits=8', '--basis_bits=4', '--weight_bits=8 --per_layer',
-        '--refresh=svd --stagger=False', '--residual=fira --grad_clip=0', '--per_layer --checkpointing --state_bits=8',
+        '', '--per_layer', '--checkpointing --state_bits=8', '--basis_bits=4',
+        '--method=qgalore --basis_bits=16 --lazy=0 --per_layer',
+        '--refresh=svd --stagger=False', '--method=fira --grad_clip=0', '--per_layer --checkpointing --state_bits=8',
         '--basis_bits=8 --offload', '--dtype=float32', '--grad_clip=1',
     ],
     'loqt': [
@@ -55,9 +56,9 @@ PUBLISHED = [
     ('the same, 16 x 256, checkpointing', "GaLore's script", '22.8',
      '7b --state_bits=8 --per_layer --checkpointing --batch_size=16'),
     ('Q-GaLore, 7B, 1 x 256', "Q-GaLore's README", '15.1',
-     '7b --state_bits=8 --per_layer --basis_bits=4 --weight_bits=8 --batch_size=1'),
+     '7b --state_bits=8 --per_layer --method=qgalore --lazy=0 --batch_size=1'),
     ('Q-GaLore, 7B, 16 x 256, checkpointing', "Q-GaLore's README", '15.3',
-     '7b --state_bits=8 --per_layer --basis_bits=4 --weight_bits=8 --batch_size=16 --checkpointing'),
+     '7b --state_bits=8 --per_layer --method=qgalore --lazy=0 --batch_size=16 --checkpointing'),
     ('LoQT, 7B, 1280 tokens, not per layer', 'LoQT paper: fits 24 GB', '<= 24',
      '7b --method=loqt --state_bits=8 --batch_size=5 --double_quant=True'),
     ('LoQT, 13B, per layer', 'LoQT paper: fits 24 GB', '<= 24',
@@ -91,7 +92,8 @@ def configurations():
             size = list(RANK)[k % 6]
             batch, tokens, micro = BATCHES[i % len(BATCHES)]
             rank = 16 if method == 'lora' else RANK[size]
-            flags = f'--method={method} --model={size} --rank={rank} --grad_clip=0 --scale=1'
+            own = '' if method == 'adamw' else f' --rank={rank} --scale=1'
+            flags = f'--method={method} --model={size} --grad_clip=0{own}'
             flags += f' --batch_size={batch} --block_size={tokens} --gradient_accumulation_steps={micro}'
             yield f'{flags} {turns[(k + k // 6) % len(turns)]}'.strip()
             i += 1
@@ -110,21 +112,14 @@ def tracked(config):
 
     train.plan_memory = unseen
     with contextlib.redirect_stdout(io.StringIO()), LiveBytes() as live, contextlib.suppress(SystemExit):
-        train.cli([word for word in argv if 'adamw' not in config or 'proj_gap' not in word])
+        argv = [word for word in argv if 'adamw' not in config or 'proj_gap' not in word]
+        train.cli(configurator.load(train.__file__, argv))
     print(json.dumps([plans[0].total, live.peak]))
 
 
-def main():
-    cache = {}
-    if os.path.exists(CACHE):
-        with open(CACHE) as f:
-            cache = json.load(f)
+def real_runs():
+    """Lines of the table of plans against real runs."""
     lines = [
-        '# memest: formula, trace, real runs, published figures',
-        '',
-        'Made by `python -m bench.runs.memest` (torch 2.13.0+cpu). GB: 1e9 bytes, GiB: 2^30. Nothing here was measured',
-        'on a card: figures of a card are planned.',
-        '',
         '## Plans against real runs of train.py',
         '',
         '60 steps of each laptop config on this CPU, with refreshes or merges, an evaluation and a checkpoint; all',
@@ -133,13 +128,16 @@ def main():
         '| config | planned, MB | tracked, MB | error |',
         '|---|---|---|---|',
     ]
-    laptops = sorted(name[:-3] for name in os.listdir(ROOT + '/config') if name.endswith('laptop.py'))
-    for config in laptops:
+    for config in sorted(name[:-3] for name in os.listdir(ROOT + '/config') if name.endswith('laptop.py')):
         words = [sys.executable, '-m', 'bench.runs.memest', '--tracked', config]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
         plan, real = json.loads(done.stdout.splitlines()[-1])
         lines.append(f'| {config} | {plan / 1e6:.1f} | {real / 1e6:.1f} | {100 * (plan / real - 1):+.2f} % |')
         print(lines[-1], flush=True)
+    return lines
+
+
+def formula_and_trace(cache):
     rows, slack = [], []
     for flags in configurations():
         config = load(flags)
@@ -153,8 +151,7 @@ def main():
             print(f'{100 * rows[-1][0]:+.2f} % {flags} | {instant.moment} | {moment}', flush=True)
     errors = sorted(abs(row[0]) for row in rows)
     within = sum(error <= 0.01 for error in errors)
-    lines += [
-        '',
+    lines = [
         '## The formula against the trace',
         '',
         f'{len(rows)} configurations, 60m to 13b: mean error {100 * sum(errors) / len(errors):.3f} %, largest '
@@ -168,8 +165,11 @@ def main():
     for error, flags, instant, total, moment in sorted(rows, key=lambda row: -abs(row[0])):
         shown = flags.replace(' --scale=1', '').replace(' --grad_clip=0', '', 1)
         lines.append(f'| {instant / 1e9:.3f} | {total / 1e9:.3f} | {100 * error:+.2f} % | `{shown}` | {moment} |')
-    lines += [
-        '',
+    return lines
+
+
+def published(cache):
+    lines = [
         '## Published beside planned',
         '',
         'Theirs keep gradients, moments and the loss in other ways, and on other allocators; "G" may be GB or GiB.',
@@ -181,13 +181,17 @@ def main():
     for what, where, there, flags in PUBLISHED:
         size, _, rest = flags.partition(' ')
         method = '' if '--method' in rest else '--method=galore '
-        flags = f'--model={size} --rank={RANK[size]} --grad_clip=0 --gradient_accumulation_steps=1 --scale=1'
-        flags = f'{flags} {method}{rest}'
+        own = '' if '--method=adamw' in rest else f'--rank={RANK[size]} --scale=1 '
+        flags = f'--model={size} --grad_clip=0 --gradient_accumulation_steps=1 {own}{method}{rest}'
         _, _, total, _, reserved, card, _ = traced(flags, cache)
         lines.append(
             f'| {what} | {where} | {there} | {total / 1e9:.2f} | {reserved / 1e9:.2f} | {card / 1e9:.2f} '
             f'| {card / 2**30:.2f} |'
         )
+    return lines
+
+
+def times():
     config = configurator.load(ROOT + '/train.py', [ROOT + '/config/loqt_13b_4090.py', '--dry_run'])
     memest.trace(load('--model=60m'))  # imports and codes
     started = time.perf_counter()
@@ -197,16 +201,29 @@ def main():
         memest.estimate(config)
     instant = (time.perf_counter() - started) / 10
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    lines += [
-        '',
+    return [
         '## Time',
         '',
         f'A trace of `config/loqt_13b_4090.py` took {seconds:.1f} s, the process {memory / 1e9:.2f} GB at its peak;',
         f'the formula {1e3 * instant:.2f} ms.',
-        '',
     ]
+
+
+def main():
+    cache = {}
+    if os.path.exists(CACHE):
+        with open(CACHE) as f:
+            cache = json.load(f)
+    lines = [
+        '# memest: formula, trace, real runs, published figures',
+        '',
+        'Made by `python -m bench.runs.memest` (torch 2.13.0+cpu). GB: 1e9 bytes, GiB: 2^30. Nothing here was measured',
+        'on a card: figures of a card are planned.',
+    ]
+    for part in (real_runs(), formula_and_trace(cache), published(cache), times()):
+        lines += ['', *part]
     with open(os.path.join(ROOT, 'results', 'memest.md'), 'w') as f:
-        f.write('\n'.join(lines))
+        f.write('\n'.join([*lines, '']))
     print('\n'.join(line for line in lines if '`--' not in line))
 
 

@@ -11,6 +11,8 @@ from bench import plot
 from bench.runs import laptop
 
 RATES = ['5e-3', '1e-2']
+APOLLO = ['--method=apollo', '--rank=48', '--update_proj_gap=50']
+QGALORE = ['--method=qgalore', '--weight_bits=16', '--basis_bits=16', '--lazy=0']  # of which one thing is turned on
 SHORT = ['--max_iters=300', '--warmup_iters=30', '--eval_interval=100']
 # heading, then (name, learning rates, flags); the best rate of each name counts
 PARTS = [
@@ -18,9 +20,9 @@ PARTS = [
         'Descendants, each at its best rate',
         [
             ('galore', ['1e-2'], []),  # the best of three, see laptop.md
-            ('fira', RATES, ['--residual=fira']),
-            ('apollo', RATES, ['--method=apollo', '--scale=1']),
-            ('apollo-mini, rank 1', RATES, ['--method=apollo_mini', '--scale=11.3', '--rank=1']),
+            ('fira', RATES, ['--method=fira']),
+            ('apollo', RATES, APOLLO),
+            ('apollo-mini, rank 1', RATES, [*APOLLO, '--tensorwise', '--scale=11.3', '--rank=1']),
         ],
     ),
     (
@@ -31,12 +33,12 @@ PARTS = [
             ('moments reset', ['1e-2'], [*SHORT, '--moments=reset']),
             ('moments rotate', ['1e-2'], [*SHORT, '--moments=rotate']),
             ('4-bit basis', ['1e-2'], [*SHORT, '--basis_bits=4']),
-            ('8-bit weights', ['1e-2'], [*SHORT, '--weight_bits=8']),
-            ('lazy refresh', ['1e-2'], [*SHORT, '--lazy=0.6']),
+            ('8-bit weights', ['1e-2'], [*SHORT, *QGALORE, '--weight_bits=8']),
+            ('lazy refresh', ['1e-2'], [*SHORT, *QGALORE, '--lazy=0.6']),
             (
                 'bits, weights and laziness together',
                 ['1e-2'],
-                [*SHORT, '--state_bits=8', '--basis_bits=4', '--weight_bits=8', '--lazy=0.6'],
+                [*SHORT, '--method=qgalore', '--state_bits=8', '--lazy=0.6'],
             ),
         ],
     ),

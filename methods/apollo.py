@@ -1,0 +1,82 @@
+"""
+APOLLO: Adam in a random subspace only tells how long each column of the full gradient should be (2412.05270).
+
+    P = random, N(0, 1/r), another one every T steps                         # (m, r), made from a seed, never kept
+    R = P.T @ G,  N = Adam(R)                                                # (r, n)
+    s_j = |N_j| / |R_j| for each column j                                    # (n,); APOLLO-Mini: one s for the tensor
+    W = W - lr scale limit(G s)                                              # (m, n)
+
+Memory: moments of r n numbers, no SVD and no P; but the full G of each weight, of which per_layer keeps one at a time,
+unless micro-batches accumulate.
+
+    python train.py config/galore_laptop.py --method=apollo
+    python train.py config/galore_laptop.py --method=apollo --tensorwise --rank=1 --scale=11.3         # APOLLO-Mini
+"""
+
+import torch
+
+import adam
+from adam import AdamW, adam_direction
+from galore import groups, linears_of, project, short_side_first
+from methods.fira import limit_growth
+
+
+class ApolloAdamW(AdamW):
+    """Arguments as in adam.AdamW, and as in galore.GaLoreAdamW rank, update_proj_gap (T) and scale, keys of a group.
+    tensorwise: APOLLO-Mini, which is meant for rank 1 and scale sqrt(128)."""
+
+    def __init__(self, params, lr=1e-2, rank=128, update_proj_gap=200, scale=1.0, tensorwise=False, **adam):
+        if update_proj_gap < 1:
+            raise ValueError(f'update_proj_gap={update_proj_gap} is not a number of steps: use 1 or more')
+        self.tensorwise = tensorwise
+        super().__init__(
+            params, lr, group_defaults=dict(rank=rank, update_proj_gap=update_proj_gap, scale=scale), **adam
+        )
+
+    def update(self, p, G):
+        group, state = self.group_of[p], self.state[p]
+        if p.dim() != 2 or not group['rank']:
+            return super().update(p, G)
+        G = short_side_first(G).float()  # (m, n)
+        m, r = len(G), min(group['rank'], len(G))
+        generator = torch.Generator(G.device)
+        generator.manual_seed(self.random_seed(p, state['step'] // group['update_proj_gap']))
+        P = torch.randn(m, r, generator=generator, device=G.device) / r**0.5  # (m, r)
+        R = project(P, G)  # (r, n)
+        seed = self.random_seed(p, state['step'])
+        N = adam_direction(R, state, group['betas'], group['eps'], self.state_bits, seed)  # (r, n)
+        dim = None if self.tensorwise else 0
+        s = torch.linalg.vector_norm(N, dim=dim) / torch.linalg.vector_norm(R, dim=dim).clamp_min(1e-12)  # (n,) or ()
+        U = limit_growth(G * s, state).mul_(group['scale'])  # (m, n)
+        self.move(p, p, U if short_side_first(p) is p else U.T)
+
+
+# ---- for train.py ------------------------------------------------------------------------------------------------
+
+
+class Options:
+    """What --method=apollo adds to train.py's keys."""
+
+    rank = 128  # r: dimensions of the random subspace
+    update_proj_gap = 200  # T: steps between two random subspaces
+    scale = 1.0  # factor on the update; with --tensorwise --rank=1 the paper's is sqrt(128), 11.3
+    tensorwise = False  # one scaling factor for a tensor instead of one for each column: APOLLO-Mini
+
+
+FIXED = ('rank', 'tensorwise')
+
+
+def problems(config):
+    """What does not go together, a sentence each."""
+    from configurator import at_least
+
+    found = at_least(config, 1, 'rank', 'update_proj_gap') + adam.problems(config)
+    if config.scale <= 0:
+        found.append(f'scale={config.scale} would undo or hold every update: use more than 0')
+    return found
+
+
+def setup(model, config):
+    """What train.py calls for method='apollo'."""
+    own = {name: getattr(config, name) for name in vars(Options) if not name.startswith('_')}
+    return ApolloAdamW(groups(model, linears_of(model)), **adam.common(config), **own)

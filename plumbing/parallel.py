@@ -1,0 +1,67 @@
+"""One process, or several under torchrun: which of them this is, on which device, in which dtype."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass
+class Here:
+    """This process among `world`, its device ('cpu', 'cuda', 'cuda:1') and the dtype of the weights."""
+
+    rank: int
+    world: int
+    device: str
+    dtype: torch.dtype
+
+    @property
+    def on_cuda(self):
+        return self.device.startswith('cuda')
+
+    def say(self, *words):
+        """Print, on the first process alone."""
+        if self.rank == 0:
+            print(*words, flush=True)
+
+    def first(self, function, *arguments):
+        """function(*arguments) on the first process while the others wait, then on them: it may prepare something."""
+        if self.rank == 0:
+            found = function(*arguments)
+        if self.world > 1:
+            dist.barrier()
+            found = function(*arguments)
+        return found
+
+    def any(self, flag):
+        """Is it true of any process? All of them must ask at the same point."""
+        if self.world == 1:
+            return bool(flag)
+        vote = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(vote, dist.ReduceOp.MAX)
+        return vote.item() > 0
+
+    def finish(self):
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def device_and_dtype(config):
+    """What 'auto' stands for here: -> device, dtype of the weights."""
+    device = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    dtype = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'auto': None}[config.dtype]
+    return device, dtype or (torch.bfloat16 if device == 'cuda' else torch.float32)
+
+
+def start(config):
+    """-> Here; under torchrun also the process group, NCCL on CUDA and gloo on a CPU. A dry run is one process."""
+    world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
+    device, dtype = device_and_dtype(config)
+    torch.set_float32_matmul_precision('high')
+    if world > 1:
+        if device == 'cuda':
+            device = f'cuda:{os.environ["LOCAL_RANK"]}'
+            torch.cuda.set_device(device)
+        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+    return Here(rank, world, device, dtype)

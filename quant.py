@@ -1,0 +1,108 @@
+"""
+Tensors in few bits: NF4, and a module that keeps its weights in it.
+
+    parts = encode(W)                              # {'': two codes a byte, '_absmax': a scale for each 64 numbers}
+    W = decode(parts, W.shape, torch.bfloat16)     # what is left of it
+
+NF4 (QLoRA, 2305.14314, section 3) divides a block of 64 numbers by its largest and rounds each to the nearest of 16
+values, the quantiles of a normal distribution. Half a byte a number, and 4 bytes a block for the scale; with
+double_quant the scales are in 8 bits, too: 0.37 bits a number less.
+Not for: weights that small steps are added to. A step below half the distance of two values is rounded away.
+"""
+
+import itertools
+
+import torch
+
+from adam import BLOCK, code_of, kernels
+
+BLOCK_4BIT = 64  # numbers that share one in NF4
+
+NF4 = (  # the values of QLoRA's appendix E
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+PARTS = '', '_absmax', '_offset', '_outer_absmax'  # what `encode` makes of a tensor, as endings of its name
+
+
+def encode(A, quantize='nf4', double_quant=False):
+    """A (any shape) as named tensors: itself, or NF4 (QLoRA, 2305.14314): 4 bits a number, and an fp32 scale for each
+    64 of the flat tensor. double_quant: the scales in 8 bits, around their mean, with an fp32 scale for each 256."""
+    if quantize == 'none':
+        return {'': A}
+    packed, absmax = nf4(A.reshape(-1))  # bitsandbytes 0.50.2 decodes a matrix wrongly whose rows are not whole blocks
+    if not double_quant:
+        return {'': packed, '_absmax': absmax}
+    offset, code = absmax.mean(), code_of('M', A.device)
+    scales, outer = kernels().quantize_blockwise(absmax - offset, code=code, blocksize=BLOCK)
+    return {'': packed, '_absmax': scales, '_offset': offset, '_outer_absmax': outer.absmax}
+
+
+def nf4(A):
+    """A flat A's codes, two a byte (ceil(n / 2), 1), and the scale of each 64 (ceil(n / 64),), by bitsandbytes."""
+    if A.device.type == 'cpu' and A.numel() % BLOCK_4BIT == 0:
+        return nf4_on_cpu(A)
+    packed, how = kernels().quantize_4bit(A, blocksize=BLOCK_4BIT, quant_type='nf4')
+    return packed, how.absmax.float()
+
+
+def nf4_on_cpu(A):
+    """The same, to the bit for finite and normal numbers, without the five temporaries of A's size that bitsandbytes
+    makes on a CPU, and in half its time: a number's code is how many of the 15 boundaries between 16 values lie below
+    it, counted in the cache."""
+    packed = torch.empty(A.numel() // 2, 1, dtype=torch.uint8)
+    absmax = torch.empty(A.numel() // BLOCK_4BIT)
+    for piece, pairs, scales in zip(A.split(1 << 17), packed.split(1 << 16), absmax.split((1 << 17) // BLOCK_4BIT)):
+        blocks = piece.float().view(-1, BLOCK_4BIT)
+        torch.amax(blocks.abs(), 1, out=scales)
+        blocks = blocks / (scales + (scales == 0))[:, None]
+        codes, above = torch.zeros(blocks.shape, dtype=torch.uint8), torch.empty(blocks.shape, dtype=torch.bool)
+        for low, high in itertools.pairwise(NF4):
+            codes += torch.gt(blocks, (low + high) / 2, out=above).view(torch.uint8)
+        codes = codes.view(-1, 2)
+        torch.add(codes[:, 1], codes[:, 0], alpha=16, out=pairs[:, 0])  # the first of two in the upper half
+    return packed, absmax
+
+
+def decode(parts, shape, dtype):
+    """The tensor that `encode` made the parts of, in a dtype of one's choice."""
+    packed, absmax = parts[''], parts.get('_absmax')
+    if absmax is None:
+        return packed.to(dtype)
+    if '_offset' in parts:
+        outer, code = parts['_outer_absmax'], code_of('M', packed.device)
+        absmax = kernels().dequantize_blockwise(absmax, absmax=outer, code=code, blocksize=BLOCK) + parts['_offset']
+    how = kernels().QuantState(absmax, (shape[0] * shape[1],), None, BLOCK_4BIT, 'nf4', dtype)
+    return kernels().dequantize_4bit(packed, how).view(shape)
+
+
+class Packed(torch.nn.Module):
+    """A module whose large tensors are kept encoded, in buffers: 'W' in the buffers W, W_absmax and so on.
+
+    `how` are the arguments of `encode`, `shapes` the tensors' shapes by name."""
+
+    def keep(self, name, A):
+        for part, tensor in encode(A, *self.how).items():
+            self.register_buffer(name + part, tensor)
+
+    def read(self, name, dtype):
+        parts = {part: self._buffers[name + part] for part in PARTS if name + part in self._buffers}
+        return decode(parts, self.shapes[name], dtype)
+
+    def forget(self, name):
+        for part in PARTS:
+            self._buffers.pop(name + part, None)
+
+    def restore(self, tensors):
+        """Become what `state_dict()` said, whatever tensors there are now."""
+        for name in self.shapes:
+            self.forget(name)
+        for name, tensor in tensors.items():
+            if name in self._parameters:
+                p = self._parameters[name]
+                p.data = tensor.to(p.device, p.dtype, copy=True)  # of another rank, perhaps
+            else:
+                self.register_buffer(name, tensor.to(next(self.parameters()).device, copy=True))

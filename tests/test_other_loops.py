@@ -1,0 +1,378 @@
+"""The optimizers in loops that are not ours: galore-torch's groups, torch's schedulers, copies, frozen weights."""
+
+import copy
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from adam import AdamW, split_decay
+from galore import GaLoreAdamW, on_the_right
+from loqt import LoQTAdamW, replace_linears
+from lora import LoRAAdamW, LoRALinear
+from methods.apollo import ApolloAdamW
+from methods.fira import FiraAdamW
+from methods.qgalore import QGaLoreAdamW
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(12, 32), torch.nn.Tanh(), torch.nn.Linear(32, 12))
+
+
+def lowrank(kind):
+    return lambda model, **more: kind(model.parameters(), lr=1e-2, rank=4, update_proj_gap=3, **more)
+
+
+def loqt(model, **more):
+    layers = replace_linears(model, rank=4)
+    return LoQTAdamW(split_decay(model.parameters()), layers, total_steps=20, tau=3, lr=1e-2, **more)
+
+
+def lora(model, **more):
+    for i in (0, 2):
+        linear, W = LoRALinear(model[i].in_features, model[i].out_features, rank=4), model[i].weight.detach()
+        linear.set_weight(W)
+        model[i] = linear
+    return LoRAAdamW(model.parameters(), [model[0], model[2]], lr=1e-2, **more)
+
+
+METHODS = {
+    'adamw': lambda model, **more: AdamW(model.parameters(), lr=1e-2, **more),
+    'galore': lowrank(GaLoreAdamW),
+    'qgalore': lowrank(QGaLoreAdamW),
+    'fira': lowrank(FiraAdamW),
+    'apollo': lowrank(ApolloAdamW),
+    'loqt': loqt,
+    'lora': lora,
+}
+METHODS_BUT_LOQT = [name for name in METHODS if name != 'loqt']
+
+
+def loss_of(model, step):
+    x = torch.randn(8, 12, generator=torch.Generator().manual_seed(step))
+    return (model(x) - x.flip(1)).square().mean()
+
+
+def train(model, optimizer, steps, first=0, scheduler=None):
+    losses = []
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        loss = loss_of(model, step)
+        loss.backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step(*([loss.item()] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []))
+        losses.append(loss.item())
+    return losses
+
+
+def weights(model):
+    return [t.detach().clone() for t in model.state_dict().values()]
+
+
+# ---- galore-torch's groups ----------------------------------------------------------------------------------------
+
+
+def test_groups_as_galore_torch_takes_them_project_each_with_its_own_numbers():
+    W = [torch.nn.Parameter(torch.randn(12, 30)) for _ in range(3)]
+    plain = torch.nn.Parameter(torch.randn(12, 30))  # a group without a rank is plain Adam's there
+    optimizer = GaLoreAdamW(
+        [
+            {'params': [plain]},
+            {'params': [W[0]], 'rank': 4, 'update_proj_gap': 2, 'scale': 0.25, 'proj_type': 'std'},
+            {'params': [W[1]], 'rank': 6, 'update_proj_gap': 5, 'scale': 0.5, 'proj_type': 'reverse_std'},
+            {'params': [W[2]], 'rank': 4, 'update_proj_gap': 2, 'scale': 1.0, 'proj_type': 'right'},
+        ],
+        lr=1e-2,
+        refresh='svd',
+        stagger=False,
+    )
+    bases = {i: [] for i in range(3)}
+    for step in range(6):
+        before = [p.detach().clone() for p in W]
+        draw = torch.Generator().manual_seed(step)
+        G = [torch.randn(12, 30, generator=draw) for _ in range(4)]
+        sum((p * g).sum() for p, g in zip([*W, plain], G)).backward()
+        optimizer.step()
+        for i, p in enumerate(W):
+            bases[i].append(optimizer.state[p]['P'].clone())
+        if step == 0:  # Adam's first step is the sign of what it is given
+            U = torch.linalg.svd(G[0])[0]
+            P = optimizer.state[W[0]]['P']  # (12, 4)
+            torch.testing.assert_close(P.abs(), U[:, :4].abs(), atol=1e-4, rtol=1e-3)
+            wanted = before[0] - 1e-2 * 0.25 * P @ torch.sign(P.T @ G[0])
+            torch.testing.assert_close(W[0].detach(), wanted, atol=1e-6, rtol=1e-5)
+            for i, r, scale in ((1, 6, 0.5), (2, 4, 1.0)):
+                P = optimizer.state[W[i]]['P']  # (30, r): on the side of the columns
+                assert P.shape == (30, r)
+                wanted = before[i] - 1e-2 * scale * torch.sign(G[i] @ P) @ P.T
+                torch.testing.assert_close(W[i].detach(), wanted, atol=1e-6, rtol=1e-5)
+    for i, gap in ((0, 2), (1, 5), (2, 2)):
+        changed = [step for step in range(1, 6) if not torch.equal(bases[i][step], bases[i][step - 1])]
+        assert changed == list(range(gap, 6, gap))
+    assert optimizer.state[plain]['M'].shape == (12, 30) and 'P' not in optimizer.state[plain]
+
+
+@pytest.mark.parametrize('proj_type', ['std', 'reverse_std', 'left', 'right'])
+@pytest.mark.parametrize('shape', [(12, 30), (30, 12), (12, 12)])
+def test_attached_layers_project_on_the_side_that_proj_type_says(shape, proj_type):
+    found = []
+    for attached in (False, True):
+        torch.manual_seed(0)
+        linear = torch.nn.Linear(shape[1], shape[0])
+        optimizer = GaLoreAdamW([{'params': [linear.weight], 'rank': 4, 'proj_type': proj_type, 'update_proj_gap': 3}])
+        if attached:
+            optimizer.attach([linear])
+        for step in range(8):
+            x = torch.randn(16, shape[1], generator=torch.Generator().manual_seed(step))
+            linear(x).pow(2).sum().backward()
+            optimizer.step()
+        m = shape[1] if on_the_right(shape, proj_type) else shape[0]
+        assert optimizer.state[linear.weight]['P'].shape == (m, 4)
+        found.append(linear.weight.detach().clone())
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('method', METHODS_BUT_LOQT)
+def test_an_unknown_key_of_a_group_is_refused_by_name(method):
+    optimizer = METHODS[method](net())
+    new = torch.nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(
+        ValueError, match=f"{type(optimizer).__name__} knows no key 'wieght_decay' of a group, did you mean"
+    ):
+        optimizer.add_param_group({'params': [new], 'wieght_decay': 0.1})
+    with pytest.raises(ValueError, match="knows no key 'foo' of a group: use some of lr, betas"):
+        optimizer.add_param_group({'params': [new], 'foo': 1})
+    assert new not in optimizer.index_of
+
+
+def test_update_proj_gap_mistyped_in_a_group_says_what_was_meant():
+    with pytest.raises(ValueError, match="'update_proj_gp' of a group, did you mean 'update_proj_gap'"):
+        GaLoreAdamW([{'params': [torch.nn.Parameter(torch.zeros(2, 2))], 'rank': 2, 'update_proj_gp': 50}])
+    with pytest.raises(ValueError, match="proj_type='full' is not known: use 'std'"):
+        GaLoreAdamW([{'params': [torch.nn.Parameter(torch.zeros(2, 2))], 'rank': 2, 'proj_type': 'full'}])
+
+
+# ---- rates --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('per_layer', [False, True])
+def test_lr_scale_of_a_group_is_a_learning_rate_of_its_own(per_layer):
+    found = []
+    for groups in ('scaled', 'apart'):
+        model = net()
+        first, second = list(model[0].parameters()), list(model[2].parameters())
+        if groups == 'scaled':
+            optimizer = AdamW([{'params': first}, {'params': second, 'lr_scale': 0.1}], lr=1e-2, per_layer=per_layer)
+        else:
+            optimizer = torch.optim.AdamW([{'params': first}, {'params': second, 'lr': 1e-3}], lr=1e-2, weight_decay=0)
+        train(model, optimizer, 5)
+        found.append(weights(model))
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
+
+
+def test_the_lr_of_the_optimizer_is_one_number_for_all_groups_beside_lr_scale():
+    model = net()
+    optimizer = AdamW([{'params': [p], 'lr_scale': i + 1.0} for i, p in enumerate(model.parameters())], lr=1e-3)
+    optimizer.lr = 0.5
+    assert [group['lr'] for group in optimizer.param_groups] == [0.5] * 4
+    assert [optimizer.rate(p) for p in model.parameters()] == [0.5, 1.0, 1.5, 2.0]
+
+
+SCHEDULERS = {
+    'LambdaLR': lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    'OneCycleLR': lambda o: lr_scheduler.OneCycleLR(o, max_lr=2e-2, total_steps=12),
+    'ReduceLROnPlateau': lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=0.5),
+    'CosineAnnealingLR': lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=10),
+    'SequentialLR': lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.StepLR(o, 2)], [3]
+    ),
+}
+
+
+@pytest.mark.parametrize('scheduler', SCHEDULERS)
+def test_torchs_schedulers_drive_ours_as_they_drive_torchs(scheduler):
+    found, rates = [], []
+    for make in (AdamW, torch.optim.AdamW):
+        model = net()
+        optimizer = make(model.parameters(), lr=1e-2, weight_decay=0.0)
+        driver, seen = SCHEDULERS[scheduler](optimizer), []
+        for step in range(10):
+            train(model, optimizer, 1, step, driver)
+            seen.append(optimizer.param_groups[0]['lr'])
+        found.append(weights(model))
+        rates.append(seen)
+    assert rates[0] == pytest.approx(rates[1]) and len(set(rates[0])) > 1
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('scheduler', SCHEDULERS)
+def test_every_method_moves_by_the_schedulers_rate(scheduler, method):
+    model = net()
+    optimizer = METHODS[method](model)
+    driver = SCHEDULERS[scheduler](optimizer)
+    train(model, optimizer, 4, scheduler=driver)
+    for group in optimizer.param_groups:
+        group['lr'] = 0.0
+    before = weights(model) if method != 'loqt' else [p.detach().clone() for p in model.parameters()]
+    loss_of(model, 99).backward()
+    optimizer.step()
+    after = weights(model) if method != 'loqt' else [p.detach().clone() for p in model.parameters()]
+    if method != 'loqt':  # a merge remakes B whatever the rate
+        assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+# ---- the usual loop ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_state_dict_round_trip_goes_on_bit_for_bit(method):
+    model = net()
+    optimizer = METHODS[method](model)
+    train(model, optimizer, 4)
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    other = net(seed=1)
+    resumed = METHODS[method](other)
+    if method in ('loqt', 'lora'):  # packed tensors travel with the optimizer's state
+        resumed.load_state_dict(saved[1])
+        other.load_state_dict(saved[0], strict=False)
+    else:
+        other.load_state_dict(saved[0])
+        resumed.load_state_dict(saved[1])
+    assert train(model, optimizer, 6, first=4) == train(other, resumed, 6, first=4)
+
+
+@pytest.mark.parametrize('attach', [False, True])
+@pytest.mark.parametrize('method', METHODS)
+def test_a_deep_copy_of_model_and_optimizer_goes_its_own_way(method, attach):
+    model = net()
+    optimizer = METHODS[method](model)
+    if attach and hasattr(optimizer, 'attach'):
+        optimizer.attach([model[0], model[2]])
+    train(model, optimizer, 4)
+    other, its_optimizer = copy.deepcopy((model, optimizer))
+    before = weights(other)
+    losses = train(model, optimizer, 6, first=4)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(other))), 'the copy moved with the original'
+    assert train(other, its_optimizer, 6, first=4) == losses
+
+
+@pytest.mark.parametrize('per_layer', [False, True])
+def test_a_deep_copy_works_per_layer_and_after_a_scheduler_wrapped_step(per_layer):
+    model = net()
+    optimizer = AdamW(model.parameters(), lr=1e-2, per_layer=per_layer)
+    lr_scheduler.StepLR(optimizer, 100)
+    train(model, optimizer, 2)
+    other, its_optimizer = copy.deepcopy((model, optimizer))
+    assert train(other, its_optimizer, 3, first=2) == train(model, optimizer, 3, first=2)
+
+
+@pytest.mark.parametrize('per_layer', [False, True])
+@pytest.mark.parametrize('method', [name for name in METHODS if name not in ('loqt', 'lora')])
+def test_frozen_parameters_stay_and_the_others_learn(method, per_layer):
+    model = net()
+    model[0].weight.requires_grad_(False)
+    optimizer = METHODS[method](model, per_layer=per_layer)
+    if hasattr(optimizer, 'attach'):
+        optimizer.attach([model[0], model[2]])
+    before = weights(model)
+    train(model, optimizer, 4)
+    moved = [not torch.equal(a, b) for a, b in zip(before, weights(model))]
+    assert moved == [False, True, True, True]
+
+
+@pytest.mark.parametrize('method', [name for name in METHODS if name not in ('loqt', 'lora')])
+def test_a_weight_frozen_after_attach_stays_where_it_is(method):
+    model = net()
+    optimizer = METHODS[method](model)
+    if hasattr(optimizer, 'attach'):
+        optimizer.attach([model[0], model[2]])
+    train(model, optimizer, 2)
+    model[2].weight.requires_grad_(False)
+    optimizer.zero_grad()
+    before = model[2].weight.detach().clone()
+    train(model, optimizer, 3, first=2)
+    assert torch.equal(model[2].weight, before)
+
+
+@pytest.mark.parametrize('method', METHODS_BUT_LOQT)
+def test_a_parameter_without_a_gradient_in_some_steps_waits_and_its_clock_with_it(method):
+    model, idle = net(), torch.nn.Parameter(torch.ones(8, 12))
+    optimizer = METHODS[method](model)
+    optimizer.add_param_group({'params': [idle]})
+    for step in range(5):
+        optimizer.zero_grad()
+        loss = loss_of(model, step)
+        if step in (1, 3):
+            loss = loss + idle.square().sum()
+        before = idle.detach().clone()
+        loss.backward()
+        optimizer.step()
+        assert torch.equal(idle, before) == (step not in (1, 3))
+    assert optimizer.state[idle]['step'] == 2
+
+
+@pytest.mark.parametrize('method', ['adamw', 'galore', 'qgalore', 'fira', 'apollo', 'lora'])
+def test_clip_grad_norm_works_where_gradients_wait_for_step(method):
+    def path(clip):
+        model = net()
+        optimizer = METHODS[method](model)
+        for step in range(4):
+            optimizer.zero_grad()
+            (1000 * loss_of(model, step)).backward()
+            if clip:
+                assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1) > 0.1
+            optimizer.step()
+        return optimizer
+
+    assert path(False).metrics['grad_norm'] > 0.2
+    assert path(True).metrics['grad_norm'] <= 0.1001  # of R it may be less
+
+
+@pytest.mark.parametrize('method', ['adamw', 'galore', 'lora'])
+def test_grad_scaler_works_where_gradients_wait_for_step(method):
+    found = []
+    for scale in (False, True):
+        model = net()
+        optimizer = METHODS[method](model)
+        scaler = torch.amp.GradScaler('cpu', init_scale=64.0, enabled=scale)
+        for step in range(4):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, step)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        found.append(weights(model))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('method', ['per_layer', 'attached', 'loqt'])
+@pytest.mark.parametrize('unscale', [False, True])
+def test_grad_scaler_is_refused_in_a_sentence_where_backward_uses_the_gradients_up(method, unscale):
+    model = net()
+    optimizer = METHODS['loqt' if method == 'loqt' else 'galore'](model, per_layer=method == 'per_layer')
+    if method == 'attached':
+        optimizer.attach([model[0], model[2]])
+    scaler = torch.amp.GradScaler('cpu', init_scale=64.0)
+    scaler.scale(loss_of(model, 0)).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    with pytest.raises(
+        ValueError, match='GradScaler cannot scale gradients that are used up inside backward: train in'
+    ):
+        scaler.step(optimizer)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_a_closure_gives_its_loss(method):
+    model = net()
+    optimizer = METHODS[method](model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, 0)
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() > optimizer.step(closure).item() > 0

@@ -1,0 +1,202 @@
+"""methods/qgalore.py: int8 weights and lazy refreshes, each against its equations written out again."""
+
+import math
+
+import pytest
+import torch
+from test_galore import TINY, dense, give, model_and_optimizer, random
+
+from galore import orthonormal_basis
+from methods.qgalore import QGaLoreAdamW, decode_int8, encode_int8
+from model import LLaMA
+
+# ---- lazy refreshes ----------------------------------------------------------------------------------------------
+
+
+def rank_4_gradient(step, space=None):
+    """(64, 80), another one at each step. Its columns span 4 random directions, numbered `space`: the next P's."""
+    space = step if space is None else space
+    return torch.linalg.qr(random(64, 4, seed=space))[0] @ random(4, 80, seed=1000 + step)
+
+
+def lazy_refreshes(gradient, steps, refresh='svd', **options):
+    """[(step of a refresh, overlap)] with T = 4."""
+    W = torch.nn.Parameter(torch.zeros(64, 80))
+    optimizer = QGaLoreAdamW([W], rank=4, update_proj_gap=4, refresh=refresh, stagger=False, lazy=0.5, **options)
+    found, P = [], None
+    for step in range(steps):
+        give(optimizer, W, gradient(step))
+        state = optimizer.state[W]
+        if not torch.equal(state['P'], P if P is not None else state['P'] + 1):
+            found.append((step, state['overlap'].item() if 'overlap' in state else None))
+        P = state['P'].clone()
+    return found
+
+
+@pytest.mark.parametrize('refresh', ['svd', 'subspace'])
+@pytest.mark.parametrize('options', [{}, dict(basis_bits=8), dict(basis_bits=4)], ids=str)
+def test_refreshes_of_a_subspace_that_stays_come_at_doubling_gaps(refresh, options):
+    # T = 4 becomes 8, then 16, then 32
+    found = lazy_refreshes(lambda step: rank_4_gradient(step, space=0), 62, refresh, **options)
+    assert [step for step, _ in found] == [0, 4, 12, 28, 60]
+    for _, overlap in found[1:]:
+        assert abs(overlap - 1) < (0.03 if options else 1e-5)
+
+
+def test_refreshes_of_a_subspace_that_turns_keep_coming_every_T_steps():
+    found = lazy_refreshes(rank_4_gradient, 62)
+    assert [step for step, _ in found] == list(range(0, 62, 4))
+    overlaps = [overlap for _, overlap in found[1:]]
+    # two random subspaces share r / m = 4 / 64 on average
+    assert max(overlaps) < 0.25 and abs(sum(overlaps) / len(overlaps) - 4 / 64) < 0.03
+
+
+def test_a_subspace_that_turns_after_calm_is_refreshed_every_T_steps_again():
+    found = [step for step, _ in lazy_refreshes(lambda step: rank_4_gradient(step, 0 if step < 20 else step), 62)]
+    assert found[:4] == [0, 4, 12, 28]
+    assert {b - a for a, b in zip(found[-5:], found[-4:])} == {4}
+
+
+# ---- weights in 8 bits -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('shape', [(32, 512), (40, 96), (7, 5)])
+def test_int8_is_off_by_at_most_half_a_step_and_leaves_room_to_grow(shape):
+    W = random(*shape) * torch.logspace(-3, 0, shape[0])[:, None]
+    q, scale = encode_int8(W)
+    block = math.gcd(shape[1], 256)
+    assert q.dtype == torch.int8 and q.shape == W.shape and scale.shape == (W.numel() // block,)
+    error = (decode_int8(q, scale) - W).reshape(-1, block).abs()
+    assert (error <= 0.5001 * scale[:, None]).all()
+    largest = W.reshape(-1, block).abs().amax(1)
+    torch.testing.assert_close(127 * scale, 1.25 * largest, rtol=0.01, atol=0)
+
+
+def test_int8_rounded_at_random_is_right_on_average():
+    W = random(16, 256)
+    _, scale = encode_int8(W)
+    mean, seeds = torch.zeros(16, 256), 1000
+    for seed in range(seeds):
+        decoded = decode_int8(*encode_int8(W, seed, scale))
+        assert ((decoded - W).abs() < 1.0001 * scale[:, None]).all()
+        mean += decoded / seeds
+    error = (mean - W) / scale[:, None]  # in steps; the standard error is at most 0.5 / sqrt(1000) = 0.016
+    assert error.abs().max() < 5 * 0.016 and abs(error.mean()) < 5 * 0.016 / 64
+    assert torch.equal(encode_int8(W, 3, scale)[0], encode_int8(W, 3, scale)[0])
+
+
+def test_an_update_of_zero_leaves_every_int8_number_as_it_is():
+    q, scale = encode_int8(random(4096, 1024))
+    for seed in range(2):
+        new_q, new_scale = encode_int8(decode_int8(q, scale), seed, scale)
+        assert torch.equal(new_scale, scale)
+        assert torch.equal(new_q, q), f'{(new_q != q).sum()} of 4 million numbers moved'
+
+
+def test_int8_scales_follow_a_block_that_outgrows_or_shrinks_and_nothing_is_clipped():
+    W = random(4, 256)
+    _, scale = encode_int8(W)
+    W[1] *= 1.2  # within its room
+    W[2] *= 3.0
+    W[3] /= 10.0
+    q, new_scale = encode_int8(W, 0, scale)
+    assert torch.equal(new_scale[:2], scale[:2])
+    torch.testing.assert_close(new_scale[2:] / scale[2:], torch.tensor([3.0, 0.1]), rtol=0.01, atol=0)
+    assert ((decode_int8(q, new_scale) - W).abs() < 1.0001 * new_scale[:, None]).all()
+
+
+def test_an_int8_weight_takes_galores_step_on_average():
+    """The mean over 400 seeds of one and the same step, against W - lr (alpha P N + decay W)."""
+    model, optimizer = model_and_optimizer(
+        method='qgalore', weight_bits=8, learning_rate=1e-2, weight_decay=5.0, rank=4
+    )
+    for linear in (model.layers[0].self_attn.q_proj, model.layers[0].mlp.up_proj, model.layers[0].mlp.down_proj):
+        p, G = linear.weight, random(*linear.weight.shape)
+        state = optimizer.state[p]
+        q, scale = state['W'].clone(), state['W_scale'].clone()
+        before, tall = decode_int8(q, scale), p.shape[0] > p.shape[1]
+        P = orthonormal_basis(G.T if tall else G, 4)
+        N = torch.sign(P.T @ (G.T if tall else G))  # Adam's first step
+        update = (P @ N).T if tall else P @ N
+        kept, mean = (1 - 1e-2 * 5) * before, torch.zeros(p.shape)
+        for seed in range(400):
+            optimizer.seed = seed
+            optimizer.state[p] = {'W': q.clone(), 'W_scale': scale.clone()}
+            optimizer.new_basis(p, G.T if tall else G)
+            p.grad = G.clone()
+            optimizer.step()
+            mean += optimizer.weight(p) / 400
+        steps = scale.repeat_interleave(p.numel() // len(scale)).view(p.shape)
+        # in steps; the standard error is at most 0.5 / sqrt(400) = 0.025, the decay of the largest weight 5
+        assert ((mean - kept + 1e-2 * 0.25 * update) / steps).abs().max() < 5 * 0.025
+        found = torch.nn.functional.cosine_similarity((mean - kept).flatten(), -update.flatten(), dim=0)
+        assert found > 0.9, 'the update is lost in the noise'
+
+
+@pytest.mark.parametrize('kind', ['int8', 'bf16'])
+@pytest.mark.parametrize('shape', [(2048, 2304), (2304, 2048)])
+def test_a_large_weight_that_moves_some_rows_at_a_time_arrives_whole_and_outgrown_scales_with_it(shape, kind):
+    # 4.7 million numbers, of which 2 ** 22 move at once; the step is some ten times the weights' size
+    before, tall = 0.02 * random(*shape), shape[0] > shape[1]
+    q, scale = encode_int8(before)
+    if kind == 'int8':
+        W, before = torch.nn.Parameter(torch.zeros(()).expand(shape)), decode_int8(q, scale)
+    else:
+        W = torch.nn.Parameter(before.bfloat16())
+        before = W.detach().float()
+    optimizer = QGaLoreAdamW([W], lr=20.0, rank=4)
+    if kind == 'int8':
+        optimizer.state[W].update(W=q.clone(), W_scale=scale.clone())
+    W.grad = random(*shape, seed=1).to(W.dtype)
+    G = W.grad.float().T if tall else W.grad.float()
+    with torch.no_grad():
+        optimizer.new_basis(W, G)
+    P = orthonormal_basis(G, 4).to(W.dtype).float()
+    update = P @ torch.sign(P.T @ G)  # Adam's first step
+    wanted = before - 20.0 * 0.25 * (update.T if tall else update)
+    optimizer.step()
+    error = (optimizer.weight(W).float() - wanted).abs()
+    if kind == 'int8':
+        new_scale = optimizer.state[W]['W_scale']
+        assert (new_scale > 2 * scale).float().mean() > 0.9
+        assert (error.reshape(len(scale), -1) < 1.001 * new_scale[:, None]).all()
+    else:
+        assert (error <= 2**-7 * wanted.abs() + 1e-5).all()  # a step of bf16
+
+
+def fit_one_batch(steps=30, **mode):
+    model, optimizer = model_and_optimizer(**mode, learning_rate=1e-2, update_proj_gap=10)
+    x = torch.randint(0, 61, (4, 17), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(steps):
+        loss = model(x[:, :-1], x[:, 1:])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return model, optimizer, losses
+
+
+def test_a_model_with_int8_weights_learns_as_one_in_fp32_and_holds_no_second_copy():
+    _, optimizer, losses = fit_one_batch(method='qgalore', weight_bits=8)
+    exact = fit_one_batch()[2]
+    assert losses[-1] < 0.5 * losses[0] and abs(losses[-1] - exact[-1]) < 0.1 * losses[0]
+    for p in optimizer.offset:
+        state = optimizer.state[p]
+        assert p.untyped_storage().nbytes() == 4 and state['W'].dtype == torch.int8 and state['W'].shape == p.shape
+        assert set(state) <= {'W', 'W_scale', 'P', 'M', 'V', 'step', 'fill', 'next'}
+    # frozen blocks would learn less: their int8 weights do move
+    start = model_and_optimizer(method='qgalore', weight_bits=8)[1]
+    for p, q in zip(optimizer.offset, start.offset):
+        assert not torch.equal(optimizer.state[p]['W'], start.state[q]['W'])
+
+
+def test_int8_weights_are_saved_whole_and_give_the_same_logits(tmp_path):
+    model, optimizer, _ = fit_one_batch(5, method='qgalore', weight_bits=8)
+    model.save_pretrained(tmp_path)
+    loaded = LLaMA.from_pretrained(tmp_path)
+    wanted = dense(model, optimizer)
+    for name, p in loaded.named_parameters():
+        assert torch.equal(p, wanted[name]), name
+    tokens = torch.randint(0, 61, (2, TINY['block_size']), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(tokens), loaded(tokens))
