@@ -121,7 +121,7 @@ def pieces(W, G, state):
 
 @functools.cache  # setLevel empties the caches of all loggers, which takes milliseconds in a process that has many
 def kernels():
-    """bitsandbytes, imported only where few bits are asked for, and without its warning about a kernel that is not used."""
+    """bitsandbytes, imported only where few bits are asked for, without its warning about a kernel not used here."""
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
     import bitsandbytes.functional
 
@@ -357,7 +357,8 @@ class AdamW(torch.optim.Optimizer):
             for p in waiting:
                 self.advance(p)
         if self.squares:
-            self.metrics['grad_norm'] = torch.stack(self.squares).sum().sqrt()
+            norm = {'grad_norm': torch.stack(self.squares).sum().sqrt()}
+            self.metrics = norm | self.metrics | norm  # first in a log line
             self.squares = []
         return loss
 

@@ -162,7 +162,7 @@ def matching_error(K, chosen, weights=None):
     return (torch.stack([e @ K @ e, spread]).clamp_min(0) / square.clamp_min(1e-30)).sqrt()
 
 
-# ---- features: model, gradients and global generators stay untouched, and all of it runs on fake tensors -------------
+# ---- features: no weight, .grad or global generator is touched (in eval mode), and fake tensors will do --------------
 
 
 class Through(torch.autograd.Function):

@@ -30,17 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import adam
-from adam import (
-    BLOCK,
-    AdamW,
-    adam_direction,
-    average_,
-    product_dtype,
-    read_state,
-    several_processes,
-    split_decay,
-    write_state,
-)
+from adam import BLOCK, AdamW, adam_direction, average_, product_dtype, read_state, several_processes, write_state
 
 # ---- pure functions of tensors -----------------------------------------------------------------------------------
 
@@ -404,7 +394,7 @@ def linears_of(model):
 def groups(model, linears):
     """The weights of these modules in one group, all else in groups of rank 0: plain Adam."""
     chosen = {id(module.weight) for module in linears}
-    others = split_decay(p for p in model.parameters() if id(p) not in chosen)
+    others = adam.split_decay(p for p in model.parameters() if id(p) not in chosen)
     return [{'params': [module.weight for module in linears]}, *({**group, 'rank': 0} for group in others)]
 
 

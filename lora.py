@@ -150,9 +150,10 @@ class LoRAAdamW(AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         loss = super().step(closure)
-        for i, layer in enumerate(self.layers if self.merge_every else ()):
+        trained = [(i, layer) for i, layer in enumerate(self.layers) if layer.A in self.index_of]
+        for i, layer in trained if self.merge_every else ():
             step = self.state[layer.A].get('step', 0)
-            if len(layer.A) and step and step % self.merge_every == 0:
+            if step and step % self.merge_every == 0:
                 layer.merge(zlib.crc32(f'{self.seed} {step} {i}'.encode()))
                 for state in (self.state[layer.A], self.state[layer.B]):
                     state.update({name: 0 * value for name, value in state.items() if name != 'step'})

@@ -2,34 +2,40 @@
 The peak memory of a run, known before it starts: a step of it is run on fake tensors, which have shapes and no bytes.
 
     python memest.py config/galore_7b_4090.py                   # a table: what takes how much, and what holds the peak
+    python memest.py config/galore_7b_4090.py --instant --json  # by the formula, for scripts
     python train.py config/galore_7b_4090.py --dry_run          # its first line is the same plan
     plan = trace(config)                                        # a Plan; config: a namespace with train.py's keys
 
 The step is train.py's own, with the method's own optimizer, so the plan cannot drift from the code (LLMem, 2404.10933,
-fits formulas to a loaded model). A few layers are traced and the record of the rest written by repetition, storage by
-storage (record.py). Three steps: the first, which makes moments and bases, an ordinary one, and one in which layers are
-due for a new basis or a merge. What no trace sees, CUDA's context and the workspaces of libraries, has lines of its
-own.
+fits formulas to a loaded model). A few layers are traced, and the record of the rest is written by repetition, storage
+by storage (memory/record.py). Three steps: the first, which makes moments and bases, an ordinary one, and one in which
+layers are due for a new basis or a merge. What no trace sees, CUDA's context and the workspaces of libraries, has lines
+of its own.
 """
 
-import json
-import math
 import sys
+
+from memory import flags
+from plumbing import MOVED, Stop
+
+if __name__ == '__main__':  # before the imports that take seconds: --help and mistyped keys are answered at once
+    asked = flags.read(sys.argv[1:], MOVED)
+
+import json
 import time
 from types import SimpleNamespace
 
 import configurator
 import model as models
 import train
-from configurator import method_of
 from data import DataError
 from memory import llmem
 from memory.cuda import CONTEXT
 from memory.fit import MARGIN, PCI_EXPRESS, fit, seconds_per_token
-from memory.formula import Plan, estimate
-from memory.trace import PHASES, plan_memory
+from memory.formula import Plan, UnknownMethod, estimate
 from model import ModelError
-from plumbing.build import Stop, described, device_and_dtype
+from plumbing.build import build_on_meta
+from plumbing.parallel import device_and_dtype
 
 __all__ = ['Plan', 'estimate', 'fit', 'trace']
 
@@ -38,12 +44,70 @@ def trace(config, device=None):
     """The Plan of a configuration (a namespace with train.py's keys): of a run on a card, or, where the weights are
     fp32 and there is none, on this CPU; device: 'cuda' plans for a card all the same. Raises what train.py raises."""
     here, dtype = device_and_dtype(config)
-    model, _, _ = described(config)
-    method, selection = method_of(config), train.make_selection(config)
-    return plan_memory(config, model.config, dtype, device or here, method, train.training_step, selection)
+    model, _, _ = build_on_meta(config)
+    return train.plan_memory(config, model.config, device or here, dtype)
 
 
-# ---- what a person reads -------------------------------------------------------------------------------------------
+def main(argv):
+    """What `python memest.py ARGV` does."""
+    return answer(argv, *flags.read(argv, MOVED))
+
+
+def answer(argv, own, config):
+    """Print what memest.py's own flags ask for. config: None with --hf."""
+    if config is None:
+        from memory import hf
+
+        return hf.main(argv)
+    configurator.check_or_exit(config, train.__file__, train.problems)
+    shape = build_on_meta(config)[0].config
+    if 'fit' in own:
+        print_fit(config, shape, own)
+    elif 'llmem' in own:
+        print_llmem(config, shape, own)
+    elif 'gpus' in own:
+        print_gpus(config, shape, own)
+    else:
+        print_plan(config, shape, own)
+
+
+# ---- one plan ------------------------------------------------------------------------------------------------------
+
+
+def print_plan(config, shape, own):
+    started, instant = time.perf_counter(), None
+    try:
+        instant = estimate(config, shape)
+    except UnknownMethod:
+        if 'instant' in own:
+            raise
+        print(f"no formula knows method='{config.method}': this is a trace alone", file=sys.stderr)
+    plan = instant if 'instant' in own else trace(config)
+    seconds = time.perf_counter() - started
+    compared = instant if plan.context else None  # the formula is a card's
+    if 'json' in own:
+        found = {key: getattr(plan, key) for key in ('weights', 'states', 'total', 'allocated', 'reserved', 'context')}
+        found |= {'card': plan.card, 'moment': plan.moment, 'parts': plan.parts}
+        print(json.dumps(found | ({'formula': compared.total} if compared else {})))
+    else:
+        print(
+            f'{shape.n_layer} layers, method {config.method}, {config.batch_size} x {config.block_size} tokens; '
+            'planned, not measured'
+        )
+        print(table(plan))
+        if compared:
+            error = 100 * (compared.total / plan.total - 1)
+            print(f'by the formula {compared.total / 1e9:.3f} GB ({error:+.2f} %); {seconds:.1f} s')
+        if 'gpu_gb' in own:
+            room = own['gpu_gb'] * 2**30 - plan.card * (1 + MARGIN)
+            says = f'fits, {room / 2**30:.2f} GiB to spare' if room >= 0 else f'is {-room / 2**30:.2f} GiB too much'
+            print(
+                f'a card of {own["gpu_gb"]:g} GiB: {says} (with {100 * MARGIN:g} % kept free); '
+                '--fit shows what else does'
+            )
+    if 'plot' in own and plan.peak:
+        draw(plan, own['plot'])
+        print(f'written: {own["plot"]}', file=sys.stderr if 'json' in own else sys.stdout)
 
 
 def table(plan, width=40):
@@ -74,15 +138,16 @@ def draw(plan, png):
     matplotlib.use('Agg')  # a file, no window
     import matplotlib.pyplot as plt
 
+    from memory.trace import PHASES
+
     points = plan.peak.timeline
     every = max(len(points) // 20_000, 1)
-    groups = [points[i : i + every] for i in range(0, len(points), every)]
-    most = [max(group) for group in groups]
+    fullest = [max(points[i : i + every]) for i in range(0, len(points), every)]
     figure, axes = plt.subplots(figsize=(10, 5), layout='constrained')
     for phase, name in PHASES.items():
-        there = [alive / 1e9 if kind == phase else 0 for alive, kind in most]
-        if any(there):
-            axes.fill_between(range(len(most)), there, step='mid', label=name, alpha=0.8)
+        of_phase = [alive / 1e9 if kind == phase else 0 for alive, kind in fullest]
+        if any(of_phase):
+            axes.fill_between(range(len(fullest)), of_phase, step='mid', label=name, alpha=0.8)
     axes.axhline(plan.total / 1e9, color='black', lw=0.8, ls='--')
     axes.set(
         ylabel='GB alive', xlabel='the first step, an ordinary one, one with a refresh: tensors made', title=plan.moment
@@ -93,100 +158,12 @@ def draw(plan, png):
     plt.close(figure)
 
 
-FLAGS = {
-    'gpu_gb': (float, 24, 'the card, in GiB'),
-    'fit': (bool, '', 'every method, the largest batch that fits, and the flags to type'),
-    'gpus': (int, 4, 'what each of several GPUs holds'),
-    'tp': (int, 2, 'with --gpus: size of the tensor-parallel groups'),
-    'instant': (bool, '', 'by the formula, without a trace'),
-    'json': (bool, '', 'numbers instead of a table'),
-    'plot': (str, 'plan.png', 'memory over three steps, as a picture'),
-    'hf': (str, 'path/to/config.json', "transformers' own model instead: see python memest.py --hf --help"),
-}
+# ---- tables of many ------------------------------------------------------------------------------------------------
 
 
-def own_flags(argv):
-    """Split off the flags that are this script's: -> (those as a dict, the rest). Raises ValueError for a bad one."""
-    flags, rest = {}, []
-    for word in argv:
-        name, equals, value = word.removeprefix('--').partition('=')
-        name = name.replace('-', '_')
-        if word == '--model=llmem':
-            flags['llmem'] = True
-            continue
-        if word.startswith('--gpu') and name not in FLAGS:
-            raise ValueError(f'--{name} is unknown: use --gpu_gb=24, the card in GiB, or --gpus=4, how many')
-        if not word.startswith('--') or name not in FLAGS:
-            rest.append(word)
-            continue
-        kind, example, _ = FLAGS[name]
-        try:
-            flags[name] = True if kind is bool else kind(value)
-        except ValueError:
-            raise ValueError(f'--{name}={value} is not a number: use for example --{name}={example}') from None
-        if kind in (int, float) and not 0 < flags[name] < math.inf:
-            raise ValueError(f'--{name}={value} is not a size: use more than 0, for example --{name}={example}')
-        if bool(equals) == (kind is bool) or (kind is str and not value):
-            raise ValueError(f'{word} is not how it is typed: use --{name}{f"={example}" if example else ""}')
-    shows = [name for name in ('fit', 'gpus', 'llmem') if name in flags]
-    if shows and {'json', 'plot', 'instant'} & set(flags):
-        raise ValueError(f'--{shows[0]} prints a table of its own: leave out --json, --plot and --instant')
-    if 'plot' in flags and 'instant' in flags:
-        raise ValueError('--plot draws a trace, and --instant makes none: leave out one of them')
-    return flags, rest
-
-
-def main(argv):
-    """What `python memest.py ARGV` does."""
-    if '--help' in argv or '-h' in argv:
-        print('python memest.py CONFIG [--key=value ...], keys as train.py has them, and of its own:\n')
-        for name, (kind, example, meaning) in FLAGS.items():
-            print(f'  {f"--{name}" if kind is bool else f"--{name}={example}":28} {meaning}')
-        return print(f"  {'--model=llmem':28} LLMem's published equations instead")
-    if any(word.startswith('--hf') for word in argv):
-        from memory import hf
-
-        return hf.main(argv)
-    flags, rest = own_flags(argv)
-    config = configurator.load_or_exit(train.__file__, [*rest, '--dry_run'], train.problems)
-    shape = described(config)[0].config
-    if 'fit' in flags:
-        return print_fit(config, shape, flags, train.problems)
-    if 'llmem' in flags or 'gpus' in flags:
-        return (print_llmem if 'llmem' in flags else print_gpus)(config, shape, flags)
-    started = time.perf_counter()
-    instant = estimate(config, shape)
-    plan = instant if 'instant' in flags else trace(config)
-    seconds = time.perf_counter() - started
-    if 'json' in flags:
-        found = {key: getattr(plan, key) for key in ('weights', 'states', 'total', 'allocated', 'reserved', 'context')}
-        found |= {'card': plan.card, 'moment': plan.moment, 'parts': plan.parts}
-        found |= {'formula': instant.total} if plan.context else {}  # which is a card's
-        print(json.dumps(found))
-    else:
-        print(
-            f'{shape.n_layer} layers, method {config.method}, {config.batch_size} x {config.block_size} tokens; '
-            'planned, not measured'
-        )
-        print(table(plan))
-        if plan.context:  # the formula is a card's
-            error = 100 * (instant.total / plan.total - 1)
-            print(f'by the formula {instant.total / 1e9:.3f} GB ({error:+.2f} %); {seconds:.1f} s')
-        if 'gpu_gb' in flags:
-            room = flags['gpu_gb'] * 2**30 - plan.card * (1 + MARGIN)
-            says = f'fits, {room / 2**30:.2f} GiB to spare' if room >= 0 else f'is {-room / 2**30:.2f} GiB too much'
-            print(
-                f'a card of {flags["gpu_gb"]:g} GiB: {says} (with {100 * MARGIN:g} % kept free); '
-                '--fit shows what else does'
-            )
-    if 'plot' in flags and plan.peak:
-        draw(plan, flags['plot'])
-        print(f'written: {flags["plot"]}', file=sys.stderr if 'json' in flags else sys.stdout)
-
-
-def print_gpus(config, shape, flags):
+def print_gpus(config, shape, own):
     """What each of several GPUs holds, way by way (llmem.py has the derivations)."""
-    n, gb, tp = flags['gpus'], flags.get('gpu_gb', 24.0), flags.get('tp', 1)
+    n, gb, tp = own['gpus'], own.get('gpu_gb', 24.0), own.get('tp', 1)
     plan = estimate(config, shape)
     if n % tp:
         raise ValueError(f'--gpus={n} cannot be cut into groups of --tp={tp}: use a tp that divides them')
@@ -201,7 +178,7 @@ def print_gpus(config, shape, flags):
     ways = llmem.choose(parts, gb * 2**30 / (1 + MARGIN) - CONTEXT, n, seconds, PCI_EXPRESS, exchanged,
                         tps=(tp,) if tp > 1 else ())  # fmt: skip
     print('(train.py itself averages over processes, as ddp does; the others want torch around a loop of your own)')
-    if config.method in ('loqt', 'lora') or config.weight_bits == 8:
+    if config.method in ('loqt', 'lora') or getattr(config, 'weight_bits', 16) == 8:
         print('(packed weights are buffers, which fully_shard does not cut: zero2 and zero3 are too low here)')
     print(
         'with the largest batches that fit, fastest first:' if ways else 'none of these fits: try --fit, or more GPUs'
@@ -210,26 +187,26 @@ def print_gpus(config, shape, flags):
         print(f'{row["way"]:10} batch {row["batch"]} a group; {row["reason"]}')
 
 
-def print_llmem(config, shape, flags):
+def print_llmem(config, shape, own):
     """LLMem's equations for this model, whatever the config's method: they know mixed-precision Adam alone."""
-    table, n, gb = shape.vocab_size * shape.n_embd, flags.get('gpus', 1), flags.get('gpu_gb', 24.0)
+    table, n, gb = shape.vocab_size * shape.n_embd, own.get('gpus', 1), own.get('gpu_gb', 24.0)
     size = models.LLaMA(shape, device='meta').n_params()
     norms = (2 * shape.n_layer + 1) * shape.n_embd
-    described = llmem.Model(table, size - table, size - norms, table, shape.vocab_size, shape.n_layer, shape.n_embd)
+    counts = llmem.Model(table, size - table, size - norms, table, shape.vocab_size, shape.n_layer, shape.n_embd)
     print(
         f"LLMem's equations, {config.batch_size} x {config.block_size} tokens, fp16 with checkpointing, on {n} GPU(s):"
     )
-    tp = flags.get('tp') or next(k for k in range(max(n // 2, 1), 0, -1) if n % k == 0)
+    tp = own.get('tp') or next(k for k in range(max(n // 2, 1), 0, -1) if n % k == 0)
     for how in llmem.METHODS if n > 1 else ('CDP',):
-        need = llmem.peak(described, how, config.batch_size, config.block_size, n, tp if how == 'DP+TP' else 1)
+        need = llmem.peak(counts, how, config.batch_size, config.block_size, n, tp if how == 'DP+TP' else 1)
         print(f'{how:6} {need / 2**30:9.2f} GiB a GPU')
-    choice, _ = llmem.decide(described, gb * 2**30, n, tp=tp, sequence=config.block_size)
+    choice, _ = llmem.decide(counts, gb * 2**30, n, tp=tp, sequence=config.block_size)
     print(f'its choice for cards of {gb:g} GiB: {choice}')
 
 
-def print_fit(config, shape, flags, problems):
-    gb = flags.get('gpu_gb', 24.0)
-    rows = fit(config, gb * 2**30, shape, problems)
+def print_fit(config, shape, own):
+    gb = own.get('gpu_gb', 24.0)
+    rows = fit(config, gb * 2**30, shape, train.problems)
     if not rows:
         print(f'nothing fits {gb:g} GiB: use a smaller --model or --block_size, or more cards (--gpus=N)')
         return
@@ -248,7 +225,7 @@ def print_fit(config, shape, flags, problems):
 
 if __name__ == '__main__':
     try:
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(answer(sys.argv[1:], *asked))
     except ModuleNotFoundError as error:
         sys.exit(f'error: {error.name} is not installed: pip install -r requirements-extra.txt')
     except (ValueError, OSError, Stop, DataError, ModelError) as error:

@@ -1,7 +1,7 @@
 """
-What CUDA's kernels make and keep that a CPU's do not, for traces that run on a CPU.
+What CUDA's kernels allocate and keep that a CPU's do not, for traces that run on a CPU.
 
-Each class or function here takes the tensors that the kernel named in its docstring takes, and computes nothing.
+Most of what stands here allocates the tensors of the kernel that its docstring names, and computes nothing.
 """
 
 import torch
@@ -11,10 +11,22 @@ from memory.record import MB, Allocator, LiveBytes
 
 aten = torch.ops.aten
 
+# One for each pair of cuBLAS handle and stream, and backward runs in a thread with a handle of its own: 2 x 4096 KiB +
+# 8 x 16 KiB (ATen/cuda/CUDABlas.cpp, getChosenWorkspaceSize, ':4096:2:16:8'); on Hopper and later 32 MiB.
+WORKSPACE, WORKSPACE_HOPPER = 8_519_680, 32 * MB
+
+# What a product with a bias gives cuBLASLt while it runs (CUDABlas.cpp, _getWorkspaceSize: 1024 KiB).
+WORKSPACE_LT = MB
+
+# CUDA's context, code and handles of libraries, which the allocator never sees: 300 to 500 MB on cards since 2018.
+CONTEXT = 500 * MB
+
+
+# ---- norms and attention -----------------------------------------------------------------------------------------
+
 
 class FusedRMSNorm(torch.autograd.Function):
-    """The tensors of CUDA's fused kernel, without its arithmetic: it keeps x and a number a row, where the CPU's ops
-    keep four matrices."""
+    """The tensors of CUDA's fused RMSNorm. It keeps x and one number a row; a CPU's operations keep four matrices."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -28,8 +40,12 @@ class FusedRMSNorm(torch.autograd.Function):
 
 
 class FlashAttention(torch.autograd.Function):
-    """The tensors of CUDA's flash attention: its result lies token by token, so that nobody has to copy it; backward
-    sums dq in fp32, keeps a number a row, and gives each query head keys' and values' gradients of its own."""
+    """The tensors of CUDA's flash attention, without its padding: the result lies in memory by token, so that nobody
+    has to copy it; backward sums dq in fp32, keeps a number a row, and has dk and dv for each head of q.
+
+    FusedAttention follows the kernel's source more closely: the order of allocation, and rows and widths rounded up.
+    Live bytes are mostly the same; what the allocator makes of them differs by up to 2 MB. The published plans of our
+    own model rest on this class (results/memest.md), those of other models on that one (results/memest_points.md)."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -49,65 +65,11 @@ class FlashAttention(torch.autograd.Function):
         return dq, dk, dv
 
 
-# One for each pair of cuBLAS handle and stream, and backward runs in a thread with a handle of its own: 2 x 4096 KiB +
-# 8 x 16 KiB (ATen/cuda/CUDABlas.cpp, getChosenWorkspaceSize, ':4096:2:16:8'); on Hopper and later 32 MiB.
-WORKSPACE, WORKSPACE_HOPPER = 8_519_680, 32 * MB
-
-
-# What a product with a bias gives cuBLASLt while it runs (CUDABlas.cpp, _getWorkspaceSize: 1024 KiB).
-WORKSPACE_LT = MB
-
-
-# CUDA's context, code and handles of libraries, which the allocator never sees: 300 to 500 MB on cards since 2018.
-CONTEXT = 500 * MB
-
-
-class Recorder(LiveBytes):
-    """LiveBytes that knows the phase, and what CUDA's kernels take beside their results."""
-
-    def __init__(self, cuda, workspace=WORKSPACE):
-        super().__init__(Allocator())
-        self.cuda, self.workspace, self.workspaces = cuda, workspace, {}
-        self.phase, self.running, self.most, self.where = 'load', '', 0, ('', '')
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        card, self.running = self.allocator, function.overloadpacket.__name__
-        if self.cuda and function in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default):
-            thread = 'backward' if self.phase == 'backward' else 'forward'
-            if thread not in self.workspaces:
-                self.workspaces[thread] = card.malloc(self.workspace)
-        out = super().__torch_dispatch__(function, types, args, kwargs)
-        if self.cuda:
-            blocks = [card.malloc(n) for n in hidden(function, args, out)]
-            self.note()
-            for block in blocks:
-                card.free(block)
-        return out
-
-    def add(self, storage, tensor=None, function=None):
-        if storage.nbytes() and storage not in self.seen:  # CUDA gives nothing for nothing
-            super().add(storage, tensor, function)
-            self.note()
-
-    def note(self):
-        if self.allocator.allocated > self.most:
-            self.most, self.where = self.allocator.allocated, (self.phase, self.running)
-
-
-def hidden(function, args, out):
-    """The bytes that CUDA's kernel of an operation takes while it runs, beside what it returns."""
-    if function is aten.addmm.default and args[0].ndim == 1:
-        return [WORKSPACE_LT]
-    if function is aten.embedding_dense_backward.default and args[1].numel() > 3072:  # sorts (cuda/Embedding.cu)
-        return [args[1].nbytes] * 4
-    return []
-
-
 class FusedAttention(torch.autograd.Function):
-    """The tensors of CUDA's flash and memory-efficient attention, forward and backward; it computes nothing.
+    """The tensors of CUDA's flash and memory-efficient attention, forward and backward.
 
     Flash (flash_attn/flash_api.cpp): out, logsumexp; backward with dq in fp32, and dk, dv for every head of q.
-    Memory-efficient (attention.cu): the same without copies for heads, dq in fp32 only where it is not."""
+    Memory-efficient (attention.cu): the same without copies for heads, and no second dq where q is fp32 itself."""
 
     @staticmethod
     def forward(ctx, q, k, v, flash):
@@ -134,8 +96,8 @@ class FusedAttention(torch.autograd.Function):
 
 
 class SafeSoftmax(torch.autograd.Function):
-    """aten's _safe_softmax in the steps that it takes inside, seen in torch.profiler's memory events: softmax, one byte
-    a score for those of -inf, one a row, and zeros put into rows of -inf alone in place."""
+    """aten's _safe_softmax in its inner steps, as torch.profiler's memory events show them: softmax; a byte a score,
+    where it is -inf; a byte a row, where all are; and zeros written into those rows in place."""
 
     @staticmethod
     def forward(ctx, scores):
@@ -155,7 +117,7 @@ class SafeSoftmax(torch.autograd.Function):
 def math_attention(q, k, v, mask=None, dropout=0.0, causal=False, scale=None):
     """softmax(q k^T) v in separate steps, as ATen/native/transformers/attention.cpp takes them on CUDA.
 
-    q (B, H, T, D); k, v (B, H or fewer, T, D); where they are fewer they are repeated. 16 bits are computed in 32."""
+    q (B, H, T, D); k, v (B, H or fewer, T, D), repeated where they have fewer heads. 16 bits are computed in 32."""
     dtype, T, S = q.dtype, q.shape[-2], k.shape[-2]
     q, k, v = (x.float() for x in (q, k, v))
     root = (scale or q.shape[-1] ** -0.5) ** 0.5
@@ -177,8 +139,8 @@ def math_attention(q, k, v, mask=None, dropout=0.0, causal=False, scale=None):
 
 def cuda_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
                    flash=True):  # fmt: skip
-    """F.scaled_dot_product_attention as CUDA chooses (ATen/native/transformers/cuda/sdp_utils.cpp): flash for 16 bits
-    without a mask, where it is built in; else memory-efficient, which cannot repeat heads; else step by step."""
+    """F.scaled_dot_product_attention by the kernel that CUDA chooses (ATen/native/transformers/cuda/sdp_utils.cpp):
+    flash for 16 bits without a mask, if it is built in; else memory-efficient, which cannot repeat heads; else math."""
     if torch.is_autocast_enabled('cpu'):
         q, k, v = (x.to(torch.get_autocast_dtype('cpu')) for x in (q, k, v))
     if flash and attn_mask is None and q.dtype != torch.float32 and q.shape[-1] <= 256:
@@ -189,12 +151,12 @@ def cuda_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scal
 
 
 def cuda_dropout(x, p=0.5, training=True, inplace=False):
-    """CUDA's dropout keeps a mask of one byte, a CPU's one of x's dtype."""
+    """CUDA's dropout keeps a mask of one byte a number, a CPU's has x's dtype."""
     return torch.native_dropout(x, p, True)[0] if training and p else x
 
 
 class CudaAutocast(torch.overrides.TorchFunctionMode):
-    """What CUDA's autocast computes in fp32 and a CPU's does not (ATen/autocast_mode.h)."""
+    """Computes in fp32 what CUDA's autocast does and a CPU's does not (ATen/autocast_mode.h)."""
 
     IN_FP32 = ('layer_norm', 'group_norm', 'softmax', 'log_softmax', 'pow', '__pow__', 'rsqrt', 'exp', 'log', 'sum')
 
@@ -203,3 +165,50 @@ class CudaAutocast(torch.overrides.TorchFunctionMode):
             half = (torch.bfloat16, torch.float16)
             args = [a.float() if isinstance(a, torch.Tensor) and a.dtype in half else a for a in args]
         return function(*args, **(kwargs or {}))
+
+
+# ---- an allocator with workspaces --------------------------------------------------------------------------------
+
+
+class Recorder(LiveBytes):
+    """LiveBytes through an Allocator, with the phase of the step and what CUDA's kernels take beside their results.
+
+    phase: set by whoever drives the step. most: peak of allocated bytes; where: its phase and operation. workspaces:
+    cuBLAS's, a block for each thread that multiplied."""
+
+    def __init__(self, cuda, workspace=WORKSPACE):
+        super().__init__(Allocator())
+        self.cuda, self.workspace, self.workspaces = cuda, workspace, {}
+        self.phase, self.running, self.most, self.where = 'load', '', 0, ('', '')
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        card, self.running = self.allocator, function.overloadpacket.__name__
+        if self.cuda and function in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default):
+            thread = 'backward' if self.phase == 'backward' else 'forward'
+            if thread not in self.workspaces:
+                self.workspaces[thread] = card.malloc(self.workspace)
+        out = super().__torch_dispatch__(function, types, args, kwargs)
+        if self.cuda:
+            blocks = [card.malloc(n) for n in hidden(function, args, out)]
+            self.note()
+            for block in blocks:
+                card.free(block)
+        return out
+
+    def add(self, storage, tensor=None, function=None):
+        if storage.nbytes() and storage not in self.seen:  # CUDA allocates no block for 0 bytes
+            super().add(storage, tensor, function)
+            self.note()
+
+    def note(self):
+        if self.allocator.allocated > self.most:
+            self.most, self.where = self.allocator.allocated, (self.phase, self.running)
+
+
+def hidden(function, args, out):
+    """The blocks that CUDA's kernel of an operation takes while it runs, beside what it returns: a list of bytes."""
+    if function is aten.addmm.default and args[0].ndim == 1:
+        return [WORKSPACE_LT]
+    if function is aten.embedding_dense_backward.default and args[1].numel() > 3072:  # sorts (cuda/Embedding.cu)
+        return [args[1].nbytes] * 4
+    return []

@@ -1,34 +1,47 @@
 """
-What fits a card: every method by the formula, with the largest batch, and the flags that save most.
+What fits a card: every method by the formula, with the largest batch; and the flags that save most.
 """
 
 from types import SimpleNamespace
 
-from memory.formula import estimate
+import configurator
+from memory.formula import UnknownMethod, estimate
 
-# What a run can be turned into. Learning rates are not touched: each method wants its own (see its config files).
+# What a run can be turned into; a way says all options that it stands for, whatever the run had. Learning rates are not
+# touched, since each method wants its own (see its config files).
+LORA = dict(method='lora', rank=16, scale=2.0, dropout=0.0, merge_every=0, train_rest='auto', lora_targets='all')
+LOQT = dict(method='loqt', scale=0.5, quantize='nf4', double_quant=False)
 WAYS = {
     'AdamW': dict(method='adamw'),
     'AdamW, 8-bit': dict(method='adamw', state_bits=8),
     'AdamW, 8-bit, per layer': dict(method='adamw', state_bits=8, per_layer=True, grad_clip=0.0),
-    'GaLore': dict(method='galore', scale=0.25),
-    'GaLore, 8-bit, per layer': dict(method='galore', scale=0.25, state_bits=8, per_layer=True),
+    'GaLore': dict(method='galore', scale=0.25, basis_bits=16),
+    'GaLore, 8-bit, per layer': dict(method='galore', scale=0.25, basis_bits=16, state_bits=8, per_layer=True),
     'GaLore, 8-bit, offloaded': dict(
-        method='galore', scale=0.25, state_bits=8, basis_bits=4, per_layer=True, offload=True
+        method='galore', scale=0.25, basis_bits=4, state_bits=8, per_layer=True, offload=True
     ),
-    'Q-GaLore': dict(method='galore', scale=0.25, state_bits=8, basis_bits=4, weight_bits=8, per_layer=True),
-    'APOLLO-Mini, per layer': dict(method='apollo_mini', rank=1, scale=11.3, per_layer=True, grad_clip=0.0),
-    'LoQT': dict(method='loqt', scale=0.5),
-    'LoQT, 8-bit, per layer': dict(method='loqt', scale=0.5, state_bits=8, per_layer=True),
-    'LoRA': dict(method='lora', rank=16, scale=2.0, quantize='none'),
-    'QLoRA': dict(method='lora', rank=16, scale=2.0, quantize='nf4', double_quant=True),
+    'Q-GaLore': dict(
+        method='qgalore', scale=0.25, basis_bits=4, weight_bits=8, lazy=0.0, state_bits=8, per_layer=True
+    ),
+    'APOLLO-Mini, per layer': dict(
+        method='apollo', tensorwise=True, rank=1, scale=11.3, per_layer=True, grad_clip=0.0
+    ),
+    'LoQT': LOQT,
+    'LoQT, 8-bit, per layer': LOQT | dict(state_bits=8, per_layer=True),
+    'LoRA': LORA | dict(quantize='none', double_quant=False),
+    'QLoRA': LORA | dict(quantize='nf4', double_quant=True),
 }  # fmt: skip
+
+CARRIED = ('rank', 'update_proj_gap', 'stagger')  # how large a subspace is and how often it turns: to any other method
 
 MARGIN = 0.03  # of a plan, kept free: an allocator's gaps differ from run to run
 
-TERAFLOPS, GB_PER_SECOND = 165e12, 1008e9  # an RTX 4090's, from its data sheet: only the ranks are meant
+TERAFLOPS, GB_PER_SECOND = 165e12, 1008e9  # an RTX 4090's, from its data sheet: only the order of the rows rests on it
 
 PCI_EXPRESS = 25e9  # bytes a second between two of them, PCIe 4.0 x16 less its overhead: a guess
+
+
+# ---- how fast ----------------------------------------------------------------------------------------------------
 
 
 def seconds_per_token(config, shape):
@@ -39,12 +52,12 @@ def seconds_per_token(config, shape):
     N = c.batch_size * c.block_size
     matrices = [(D, D), (K, D), (K, D), (D, D), (F, D), (F, D), (F, D)]
     size = L * sum(m * n for m, n in matrices)
-    r = [min(c.rank, m, n) for m, n in matrices]
+    r = [min(getattr(c, 'rank', 0), m, n) for m, n in matrices]
     both = L * sum(k * (m + n) for k, (m, n) in zip(r, matrices))  # r (m + n)
     product = L * sum(k * m * n for k, (m, n) in zip(r, matrices))  # r m n
     forward = 2 * size * (2 if c.checkpointing else 1) + 2 * L * D * c.block_size
     backward = 2 * size + 4 * L * D * c.block_size
-    low_rank = c.method in ('galore', 'loqt', 'lora') and c.residual == 'none'
+    low_rank = c.method in ('galore', 'qgalore', 'loqt', 'lora')  # backward forms R, never G
     flops = forward + backward + (2 * both if low_rank else 2 * size) + 8 * V * D  # a token
     flops += 4 * both * (c.method == 'lora')
     per_batch = 2 * 2 * product * (c.method == 'loqt')  # s P B into W, forward and backward
@@ -54,66 +67,95 @@ def seconds_per_token(config, shape):
     update = (
         (2 * states + 4 * size) / GB_PER_SECOND
         + 2 * states / PCI_EXPRESS * c.offload
-        + 2 * product / TERAFLOPS * (c.method == 'galore')
+        + 2 * product / TERAFLOPS * (c.method in ('galore', 'qgalore', 'fira'))
     )
-    micro *= 1.03 if c.state_bits == 8 or c.weight_bits == 8 else 1  # coding and decoding
+    micro *= 1.03 if 8 in (c.state_bits, getattr(c, 'weight_bits', 16)) else 1  # coding and decoding
     return (micro + update / c.gradient_accumulation_steps) / N
 
 
-# What belongs to one method or another, as train.py has it by default.
-NEUTRAL = dict(
-    state_bits=32, basis_bits=16, weight_bits=16, per_layer=False, residual='none', quantize='nf4', offload=False,
-    double_quant=False, lazy=0.0, compile=False, save_merged=True, dropout=0.0, merge_every=0, train_rest='auto',
-    lora_targets='all',
-)  # fmt: skip
+# ---- what fits ---------------------------------------------------------------------------------------------------
 
 
 def fit(config, gpu_bytes, shape, problems):
     """Rows (name, checkpointing, batch, Plan, seconds a token, flags) of every way to run this model that fits a card
     of gpu_bytes by the formula, with the largest batch that does and divides the windows of a step, fastest first: on
-    one card, what LLMem's algorithm 1 is for. problems: train.problems, which knows what does not go together."""
+    one card, what LLMem's algorithm 1 is for. problems: train.problems, which knows what does not go together. flags:
+    what to type after the command line that gave `config`."""
     total, rows = config.batch_size * config.gradient_accumulation_steps, []
     batches = [batch for batch in range(total, 0, -1) if total % batch == 0]
     for name, way in WAYS.items():
+        turned = turn(config, way)
         for checkpointing in (False, True):
             for batch in batches:
-                turns = NEUTRAL | way | dict(checkpointing=checkpointing, batch_size=batch)
-                turns['gradient_accumulation_steps'] = total // batch
-                c = SimpleNamespace(**vars(config) | turns)
-                plan = estimate(c, shape)
+                micro_batches = dict(batch_size=batch, gradient_accumulation_steps=total // batch)
+                c = SimpleNamespace(**vars(turned) | micro_batches | dict(checkpointing=checkpointing))
+                try:
+                    plan = estimate(c, shape)
+                except UnknownMethod:  # a way that somebody added
+                    break
                 if plan.card * (1 + MARGIN) <= gpu_bytes and not problems(c):
-                    changed = {key: value for key, value in vars(c).items() if value != getattr(config, key)}
-                    words = ' '.join(f'--{key}={value}' for key, value in changed.items())
+                    words = flags(config, c)
                     rows.append((name, checkpointing, batch, plan, seconds_per_token(c, shape), words))
                     break
     return sorted(rows, key=lambda row: row[4])
 
 
+def turn(config, way):
+    """The config with one of WAYS in the place of its method, and nothing else that saves memory."""
+    plain = configurator.switch(config, way['method'])
+    carried = {key: getattr(config, key) for key in CARRIED if hasattr(config, key) and hasattr(plain, key)}
+    trunk = dict(state_bits=32, per_layer=False, offload=False, compile=False, save_merged=True)
+    return configurator.switch(config, **trunk | carried | way)
+
+
+def flags(config, c):
+    """What makes `c` of `config` when it is typed after the command line that gave `config`; in brackets, what must be
+    left out there, since c's method has no such option."""
+    before = vars(configurator.switch(config, c.method)) | {'method': config.method}
+    typed = [key for key, where in getattr(config, '_given', {}).items() if where == 'command line']
+    before |= {key: getattr(config, key) for key in typed}
+    left_out = getattr(config, '_left_out', {})  # in a file whose method is another one: with c's it may count again
+    changed = [key for key in vars(c) if key[0] != '_' and (getattr(c, key) != before[key] or key in left_out)]
+    words = ' '.join(f'--{key}={getattr(c, key)}' for key in changed)
+    foreign = [f'--{key}' for key in typed if not hasattr(c, key)]
+    return words + f' (and leave out {", ".join(foreign)})' * bool(foreign)
+
+
+# ---- what to turn ------------------------------------------------------------------------------------------------
+
+
 def memory_advice(config, shape=None, problems=None, kept=()):
-    """The three flags that save most by memest's formula, of those that are not turned yet, with what each saves.
+    """The three flags that save most by the formula, of those that are not turned yet, with what each saves.
 
     problems: train.problems, which knows what does not go together; kept: keys that a resumed run cannot change."""
-    c, now = config, estimate(config, shape).total
+    c = config
+    try:
+        now = estimate(c, shape).total
+    except UnknownMethod:
+        return f"--checkpointing=True, a smaller --batch_size, or --state_bits=8 (method='{c.method}' has no formula)"
     turns = {
         '--checkpointing=True': ({'checkpointing': True}, 'a quarter slower'),
         '--per_layer=True': ({'per_layer': True}, 'same result'),
         '--per_layer=True --grad_clip=0': ({'per_layer': True, 'grad_clip': 0.0}, 'no clipping'),
         '--state_bits=8': ({'state_bits': 8}, 'nearly the same result'),
-        '--method=galore --scale=0.25': ({'method': 'galore', 'scale': 0.25}, 'another method'),
-        '--method=loqt --scale=0.5': ({'method': 'loqt', 'scale': 0.5}, 'weights in 4 bits'),
-        f'--rank={max(c.rank // 2, 1)}': ({'rank': max(c.rank // 2, 1)}, 'half the subspace'),
+        '--method=galore': ({'method': 'galore'}, 'another method'),
+        '--method=loqt': ({'method': 'loqt'}, 'weights in 4 bits'),
     }
+    if hasattr(c, 'rank'):
+        turns[f'--rank={max(c.rank // 2, 1)}'] = {'rank': max(c.rank // 2, 1)}, 'half the subspace'
     if c.batch_size % 2 == 0:
         half, twice = c.batch_size // 2, 2 * c.gradient_accumulation_steps
         changes = {'batch_size': half, 'gradient_accumulation_steps': twice}
         turns[f'--batch_size={half} --gradient_accumulation_steps={twice}'] = changes, 'same total batch'
     saved = []
     for words, (changes, why) in turns.items():
-        turned = SimpleNamespace(**vars(c) | changes)
-        useless = all(getattr(c, key) == value for key, value in changes.items() if key != 'scale')
+        useless = all(getattr(c, key) == value for key, value in changes.items())
         if useless or set(changes) & set(kept) or ('grad_clip' in changes and not c.grad_clip):
             continue
-        if ('method' in changes and c.method != 'adamw') or (problems and problems(turned)):
+        if 'method' in changes and c.method != 'adamw':
+            continue
+        turned = configurator.switch(c, **changes)
+        if problems and problems(turned):
             continue
         less = now - estimate(turned, shape).total
         if less > 0.01 * now:
@@ -122,6 +164,6 @@ def memory_advice(config, shape=None, problems=None, kept=()):
 
 
 def explain_out_of_memory(config, error, problems=None, kept=()):
-    """Three flags to turn, those that save most first."""
+    """What went wrong, and three flags to turn, those that save most first."""
     advice = memory_advice(config, None, problems, kept)
     return f'out of memory ({(str(error) or "no details").splitlines()[0]}); try {advice}'

@@ -1,22 +1,24 @@
 """
 The peak memory of fine-tuning any Hugging Face model on one GPU, known without a GPU: its own code on fake tensors.
 
-    python memest_hf.py --hf=path/to/folder                                # plain fine-tuning, bf16, AdamW
-    python memest_hf.py --hf=config.json --method=qlora --batch=1 --seq=1024 --optimizer=paged_adamw8bit
+    python memest.py --hf=path/to/folder                                # plain fine-tuning, bf16, AdamW
+    python memest.py --hf=config.json --method=qlora --batch=1 --seq=1024 --optimizer=paged_adamw8bit
+    python memest.py --hf --help                                        # every flag
     plan = trace_hf('config.json', method='lora', seq=2048, checkpointing=True)
 
-transformers builds the model and runs two training steps of it, LoRA and NF4 layers stand in its linear layers as peft
-and bitsandbytes would put them, and every storage that appears takes its block from a simulated allocator. What CUDA
-does otherwise than a CPU is told here by hand: attention's kernels, dropout's masks, cuBLAS' workspaces. Neither
-peft, bitsandbytes nor weights are needed; a 7B takes about 10 seconds. Not known to it: several GPUs, torch.compile,
-packages that put kernels of their own in (Liger, Unsloth), padding masks, a card so full that the allocator gives
-cached segments back.
+transformers builds the model, and three training steps of it run. Where peft and bitsandbytes would put LoRA and NF4
+layers, layers with the same memory stand in, and every storage takes its block from a simulated allocator. What CUDA
+does differently from a CPU is told by hand: attention's kernels, dropout's masks, cuBLAS's workspaces. Neither peft,
+bitsandbytes nor weights are needed; a 7B takes about 10 seconds.
+Not for: several GPUs, torch.compile, packages that bring kernels of their own (Liger, Unsloth), padding masks, a card
+so full that the allocator gives cached segments back.
 """
 
 import contextlib
 import inspect
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -27,25 +29,28 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
-from memory.cuda import (
-    CONTEXT,
-    WORKSPACE,
-    WORKSPACE_HOPPER,
-    CudaAutocast,
-    Recorder,
-    cuda_attention,
-    cuda_dropout,
-)
+from memory.cuda import CONTEXT, WORKSPACE, WORKSPACE_HOPPER, CudaAutocast, Recorder, cuda_attention, cuda_dropout
 from memory.hf_layers import OPTIMIZERS, LoRA, NF4Linear, make_optimizer
 
 aten = torch.ops.aten
 
-# What a plan is raised by before it is held against a card (results/memest_points.md): for a block that fits no gap;
+# What is added to a plan before it is compared with a card (results/memest_points.md): for a block that fits no gap;
 # and where lengths vary, for blocks cached for shorter batches than the longest.
 MARGIN, MARGIN_VARYING = 0.05, 0.20
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-METHODS, ATTENTION = ('full', 'lora', 'qlora'), ('sdpa', 'noflash', 'flash', 'eager')
+ALIASES = {'adamw_torch': 'adamw', 'adamw_torch_fused': 'adamw_fused', 'adamw_bnb_8bit': 'adamw8bit'}
+ALIASES |= {'adamw_8bit': 'adamw8bit', 'paged_adamw_8bit': 'paged_adamw8bit', 'paged_adamw_32bit': 'paged_adamw32bit'}
+CHOICES = dict(
+    method=('full', 'lora', 'qlora'),
+    dtype=DTYPES,
+    optimizer=OPTIMIZERS,
+    attention=('sdpa', 'noflash', 'flash', 'eager'),
+    autocast=('', 'bf16', 'fp16'),
+    lora_dtype=DTYPES,
+    loss=('transformers5', 'shifted'),
+)
+TARGETS = {'attention': ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'out_proj', 'c_attn', 'query_key_value', 'qkv_proj')}
 
 
 @dataclass
@@ -53,8 +58,8 @@ class HFPlan:
     """Bytes. `allocated` and `reserved` are what torch.cuda.max_memory_allocated and max_memory_reserved would say,
     `total` what nvidia-smi would: reserved, CUDA's context, and optimizer states in unified memory (`paged`).
 
-    weights: with LoRA's factors; states: the optimizer's on the card; workspaces: cuBLAS'; phase, operation: where
-    `allocated` is first reached."""
+    weights: with LoRA's factors; states: the optimizer's on the card; workspaces: cuBLAS's; phase, operation: where
+    `allocated` was first reached."""
 
     weights: int = 0
     states: int = 0
@@ -63,7 +68,7 @@ class HFPlan:
     reserved: int = 0
     paged: int = 0
     context: int = CONTEXT
-    live: int = 0  # the peak of the storages' bytes, neither rounded nor with workspaces
+    live: int = 0  # the storages' peak, before rounding and without workspaces
     parameters: int = 0
     trained: int = 0
     phase: str = ''
@@ -72,6 +77,76 @@ class HFPlan:
     @property
     def total(self):
         return self.reserved + self.paged + self.context
+
+
+def trace_hf(
+    config,
+    method='full',  # 'full' | 'lora' | 'qlora'
+    batch=1,  # rows in a micro-batch
+    seq=512,  # tokens in a row
+    dtype='bf16',  # 'fp32' | 'bf16' | 'fp16': of the weights; where NF4 takes their place, of its products
+    optimizer='adamw',  # torch's default on CUDA, foreach; or adamw_loop, adamw_fused, sgd, adamw8bit, lomo ...
+    checkpointing=False,  # keep only each block's input, and run the block again in backward
+    attention='sdpa',  # 'sdpa' | 'noflash' (SDPA of a Windows wheel) | 'flash' (the package flash-attn) | 'eager'
+    autocast='',  # 'bf16' | 'fp16', as in Trainer(bf16=True)
+    lora_rank=16,  # r
+    lora_targets='attention',  # 'attention', 'all' linear layers but the head, or last parts of names: q_proj,v_proj
+    lora_dropout=0.0,  # share of the factors' inputs that is zero in training; any but 0 keeps a mask
+    lora_dtype='fp32',  # of the factors: peft makes them fp32 over 16-bit weights
+    double_quant=True,  # NF4's scales in 8 bits
+    kbit_fp32=True,  # norms, embeddings and head in fp32, as peft's prepare_model_for_kbit_training puts them
+    loss='transformers5',  # 'transformers5' | 'shifted', as before 4.50, with a copy of the logits
+    warmup=True,  # where NF4 is loaded: transformers 5 allocates the room for all weights at once, and frees it
+    keep_outputs=True,  # a step's logits live until the next step's are made, as in a plain loop; False: as in Trainer
+    reentrant=True,  # the kind of checkpoints: torch's use_reentrant
+    hopper=False,  # the larger workspaces of an H100
+    cuda=True,  # False: this CPU's kernels, no workspaces
+    context=CONTEXT,  # bytes of CUDA's own
+    steps=3,  # reserved bytes can still grow in the second and third
+):
+    """The HFPlan of some steps of this config: a folder with a config.json, such a file, or a transformers config.
+    ValueError, in one sentence, for what cannot be."""
+    optimizer = ALIASES.get(optimizer, optimizer)
+    words = dict(method=method, dtype=dtype, lora_dtype=lora_dtype, autocast=autocast, optimizer=optimizer)
+    check(words | dict(attention=attention, loss=loss), dict(batch=batch, seq=seq, lora_rank=lora_rank, steps=steps))
+    config = read_config(config) if isinstance(config, (str, os.PathLike)) else config
+    recorder = Recorder(cuda, WORKSPACE_HOPPER if hopper else WORKSPACE)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        # transformers looks for packed sequences in the positions, and would take fake positions for such, and mask
+        name = 'transformers.masking_utils.find_packed_sequence_indices'
+        stack.enter_context(patch(name, lambda _: None, create=True))
+        model = build(config, DTYPES[dtype], attention)
+        if cuda:
+            as_on_a_card(stack, attention)
+        stack.enter_context(recorder)
+        load(model, method, recorder, DTYPES[dtype], double_quant, kbit_fp32, warmup and cuda)
+        if method != 'full':
+            model.requires_grad_(False)
+            add_lora(model, lora_targets, lora_rank, lora_dropout, DTYPES[lora_dtype])
+        prepare(model, method, checkpointing, reentrant, loss)
+        plan = HFPlan(weights=recorder.now, context=context if cuda else 0)
+        params = [p for p in model.parameters() if p.requires_grad]
+        plan.parameters, plan.trained = count(model), sum(p.numel() for p in params)
+        update = make_optimizer(optimizer, params)
+        train(model, update, recorder, batch, seq, DTYPES.get(autocast), steps, keep_outputs)
+        fill(plan, recorder, update)
+        del model, update, params
+    return plan
+
+
+# ---- before the steps ----------------------------------------------------------------------------------------------
+
+
+def check(words, counts):
+    for name, value in words.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f'{name}={value!r} is unknown: use {", ".join(repr(known) for known in CHOICES[name])}')
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f'{name}={value} cannot be: use at least 1')
+    if words['attention'] == 'flash' and (words['autocast'] or words['dtype']) == 'fp32':
+        raise ValueError("attention='flash' takes 16 bits: use dtype='bf16', or attention='sdpa'")
 
 
 def read_config(path):
@@ -92,121 +167,20 @@ def read_config(path):
         raise ValueError(f'{file} is not a config that this transformers knows: {reason}') from None
 
 
-ALIASES = {'adamw_torch': 'adamw', 'adamw_torch_fused': 'adamw_fused', 'adamw_bnb_8bit': 'adamw8bit'}
-ALIASES |= {'adamw_8bit': 'adamw8bit', 'paged_adamw_8bit': 'paged_adamw8bit', 'paged_adamw_32bit': 'paged_adamw32bit'}
-TARGETS = {'attention': ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'out_proj', 'c_attn', 'query_key_value', 'qkv_proj')}
-
-
-def trace_hf(config, method='full', batch=1, seq=512, dtype='bf16', optimizer='adamw', checkpointing=False,
-             attention='sdpa', autocast='', lora_rank=16, lora_targets='attention', lora_dropout=0.0, lora_dtype='fp32',
-             double_quant=True, kbit_fp32=True, loss='transformers5', warmup=True, keep_outputs=True, reentrant=True,
-             hopper=False, cuda=True, context=CONTEXT, steps=3):  # fmt: skip
-    """The HFPlan of a few steps on `batch` rows of `seq` tokens; ValueError, in one sentence, for what cannot be.
-
-    config: a folder with a config.json, such a file, or a transformers config. method: 'full', 'lora' or 'qlora'.
-    dtype: of the weights; where NF4 takes their place, of its products. optimizer: one of OPTIMIZERS; 'adamw' is
-    torch's default on CUDA, foreach. attention: 'sdpa'; 'noflash', SDPA of a torch built without flash (wheels
-    for Windows); 'flash', the package flash-attn, 16 bits only; 'eager'. autocast: '', 'bf16' or 'fp16', as in
-    Trainer(bf16=True).
-    lora_targets: 'attention', 'all' linear layers but the head, or the last parts of names with commas between.
-    lora_dtype: peft makes the factors fp32 over 16-bit weights. kbit_fp32: peft's prepare_model_for_kbit_training,
-    which puts norms, embeddings and head in fp32. loss: 'transformers5', or 'shifted', as before 4.50, with a copy of
-    the logits. warmup: transformers 5 takes the room for all weights in one piece before it loads them
-    (caching_allocator_warmup), where NF4 is loaded. keep_outputs: a step's logits live until the next step's are made,
-    as in a loop of one's own; Trainer drops them. reentrant: the kind of checkpoints. cuda=False: this CPU's kernels,
-    no workspaces. steps: reserved bytes can still grow in the second and third."""
-    optimizer = ALIASES.get(optimizer, optimizer)
-    for name, value, known in (
-        ('method', method, METHODS),
-        ('dtype', dtype, DTYPES),
-        ('lora_dtype', lora_dtype, DTYPES),
-        ('autocast', autocast, ('', 'bf16', 'fp16')),
-        ('optimizer', optimizer, OPTIMIZERS),
-        ('attention', attention, ATTENTION),
-        ('loss', loss, ('transformers5', 'shifted')),
-    ):
-        if value not in known:
-            raise ValueError(f'{name}={value!r} is unknown: use {", ".join(repr(k) for k in known)}')
-    for name, value in (('batch', batch), ('seq', seq), ('lora_rank', lora_rank), ('steps', steps)):
-        if value < 1:
-            raise ValueError(f'{name}={value} cannot be: use at least 1')
-    if attention == 'flash' and 'fp32' in (autocast or dtype,):
-        raise ValueError("attention='flash' takes 16 bits: use dtype='bf16', or attention='sdpa'")
-    config = read_config(config) if isinstance(config, (str, os.PathLike)) else config
-    recorder = Recorder(cuda, WORKSPACE_HOPPER if hopper else WORKSPACE)
-    half = DTYPES[dtype]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        # transformers looks into the positions for packed sequences, and takes fake ones for such: with a mask
-        stack.enter_context(
-            patch('transformers.masking_utils.find_packed_sequence_indices', lambda _: None, create=True)
-        )
-        model = build(config, half, attention)
-        if cuda:
-            kernels = partial(cuda_attention, flash=attention != 'noflash')
-            stack.enter_context(patch.object(F, 'scaled_dot_product_attention', kernels))
-            stack.enter_context(patch.object(F, 'dropout', cuda_dropout))
-            stack.enter_context(CudaAutocast())
-        stack.enter_context(recorder)
-        load(model, method, recorder, half, double_quant, kbit_fp32, warmup and cuda)
-        if method != 'full':
-            model.requires_grad_(False)
-            add_lora(model, lora_targets, lora_rank, lora_dropout, DTYPES[lora_dtype])
-        model.train()
-        if checkpointing:
-            name = 'activation_checkpointing_enable'  # since 5.20 or so
-            getattr(model, name, model.gradient_checkpointing_enable)({'use_reentrant': reentrant})
-            if method != 'full':  # peft does so: a checkpoint whose inputs need no gradient has none at all
-                model.enable_input_require_grads()
-        if loss == 'shifted':
-            model.loss_function = shifted_loss
-        plan = HFPlan(weights=recorder.now, context=context if cuda else 0)
-        plan.parameters, params = count(model), [p for p in model.parameters() if p.requires_grad]
-        plan.trained = sum(p.numel() for p in params)
-        update = make_optimizer(optimizer, params)
-        try:
-            train(model, update, recorder, batch, seq, DTYPES.get(autocast), steps, keep_outputs)
-        except (RuntimeError, TypeError, AttributeError, NotImplementedError) as e:
-            reason = ' '.join(str(e).split())[:200]
-            raise ValueError(
-                f'a step of {type(model).__name__} with method={method!r} does not run on fake tensors: {reason}'
-            ) from e
-        kept = [t for state in update.state.values() for t in state.values() if isinstance(t, torch.Tensor) and t.ndim]
-        plan.states, plan.paged = sum(t.nbytes for t in kept), getattr(update, 'unified', 0)
-        card = recorder.allocator
-        plan.live, plan.allocated, plan.reserved = recorder.peak, card.peak_allocated, card.peak_reserved
-        plan.workspaces = recorder.workspace * len(recorder.workspaces)
-        plan.phase, plan.operation = recorder.where
-        del model, update, params, kept
-    return plan
-
-
-def train(model, update, recorder, batch, seq, autocast, steps, keep_outputs):
-    """A plain loop of training; the mask of attention is full, for which transformers passes none on."""
-    outputs = None
-    for _ in range(steps):
-        recorder.phase = 'forward'
-        tokens = torch.zeros(batch, seq, dtype=torch.int64)
-        labels, mask = torch.zeros_like(tokens), torch.ones_like(tokens)  # noqa: F841, a batch has one
-        with torch.autocast('cpu', autocast) if autocast else contextlib.nullcontext():
-            outputs = model(input_ids=tokens, labels=labels)
-        value = outputs.loss
-        if not keep_outputs:
-            outputs = None
-        recorder.phase = 'backward'
-        value.backward()
-        recorder.phase = 'optimizer'
-        update.step()
-        update.zero_grad()
+def as_on_a_card(stack, attention):
+    kernels = partial(cuda_attention, flash=attention != 'noflash')
+    stack.enter_context(patch.object(F, 'scaled_dot_product_attention', kernels))
+    stack.enter_context(patch.object(F, 'dropout', cuda_dropout))
+    stack.enter_context(CudaAutocast())
 
 
 def build(config, dtype, attention):
-    """The model on fake tensors, in its final dtype; ValueError where transformers cannot make one of it."""
+    """The model on fake tensors, in its final dtype; ValueError where transformers cannot build it."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    try:  # flash-attn itself need not be there: with a full mask it keeps what torch's flash keeps
+    try:  # the package flash-attn is not needed: with a full mask it keeps what torch's flash attention keeps
         how = 'eager' if attention == 'eager' else 'sdpa'
         try:
             return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=how)
@@ -220,7 +194,7 @@ def build(config, dtype, attention):
 
 
 def load(model, method, recorder, dtype, double_quant, kbit_fp32, warmup):
-    """Put each weight on the card: in the model's order as .to('cuda') does; NF4 by name as from_pretrained does."""
+    """Move each weight to the card: in the model's order, as .to('cuda') does; NF4 by name, as from_pretrained does."""
     modules = dict(model.named_modules())
     head = model.get_output_embeddings()
     packed = {
@@ -228,7 +202,7 @@ def load(model, method, recorder, dtype, double_quant, kbit_fp32, warmup):
         for m in modules.values()
         if method == 'qlora' and m is not head and (isinstance(m, nn.Linear) or type(m).__name__ == 'Conv1D')
     }
-    names = [(name, p) for name, p in model.named_parameters()]  # tied ones once
+    names = [(name, p) for name, p in model.named_parameters()]  # a tied one once
     if method == 'qlora':
         names.sort(key=lambda item: [(x.isalpha(), int(x) if x.isdigit() else 0, x) for x in item[0].split('.')])
         if warmup:
@@ -246,7 +220,7 @@ def load(model, method, recorder, dtype, double_quant, kbit_fp32, warmup):
             else:
                 new[id(p)] = q
             del q
-        for module in model.modules():  # those tied to others
+        for module in model.modules():  # weights that are tied to others, and buffers
             for name, p in module._parameters.items():
                 if p is not None and id(p) in new:
                     module._parameters[name] = new[id(p)]
@@ -282,9 +256,57 @@ def add_lora(model, targets, rank, dropout, dtype):
 
 
 def count(model):
-    """Parameters as published: packed weights in full, LoRA's and tied ones once."""
+    """Parameters as one publishes their number: packed weights in full, LoRA's too, tied ones once."""
     packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
     return packed + sum(p.numel() for p in model.parameters())
+
+
+# ---- the steps -----------------------------------------------------------------------------------------------------
+
+
+def prepare(model, method, checkpointing, reentrant, loss):
+    """What Trainer or a loop of one's own sets before the first step."""
+    model.train()
+    if checkpointing:
+        name = 'activation_checkpointing_enable'  # since 5.20 or so
+        getattr(model, name, model.gradient_checkpointing_enable)({'use_reentrant': reentrant})
+        if method != 'full':  # as peft does: a checkpoint whose inputs need no gradient gives none at all
+            model.enable_input_require_grads()
+    if loss == 'shifted':
+        model.loss_function = shifted_loss
+
+
+def train(model, update, recorder, batch, seq, autocast, steps, keep_outputs):
+    """A plain training loop. The attention mask is full, in which case transformers hands none to the kernels."""
+    outputs = None
+    try:
+        for _ in range(steps):
+            recorder.phase = 'forward'
+            tokens = torch.zeros(batch, seq, dtype=torch.int64)
+            labels, mask = torch.zeros_like(tokens), torch.ones_like(tokens)  # noqa: F841, part of a batch
+            with torch.autocast('cpu', autocast) if autocast else contextlib.nullcontext():
+                outputs = model(input_ids=tokens, labels=labels)
+            value = outputs.loss
+            if not keep_outputs:
+                outputs = None
+            recorder.phase = 'backward'
+            value.backward()
+            recorder.phase = 'optimizer'
+            update.step()
+            update.zero_grad()
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as e:
+        reason = ' '.join(str(e).split())[:200]
+        raise ValueError(f'a step of {type(model).__name__} does not run on fake tensors: {reason}') from e
+
+
+def fill(plan, recorder, update):
+    """Write into the plan what the recorder and the optimizer hold after the steps."""
+    kept = [t for state in update.state.values() for t in state.values() if isinstance(t, torch.Tensor) and t.ndim]
+    plan.states, plan.paged = sum(t.nbytes for t in kept), getattr(update, 'unified', 0)
+    card = recorder.allocator
+    plan.live, plan.allocated, plan.reserved = recorder.peak, card.peak_allocated, card.peak_reserved
+    plan.workspaces = recorder.workspace * len(recorder.workspaces)
+    plan.phase, plan.operation = recorder.where
 
 
 def shifted_loss(logits, labels, vocab_size, **_):
@@ -294,8 +316,11 @@ def shifted_loss(logits, labels, vocab_size, **_):
     return F.cross_entropy(shifted.view(-1, vocab_size), labels[..., 1:].contiguous().view(-1))
 
 
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
 def table(plan, gpu_gb):
-    """The plan as lines that a person reads."""
+    """The plan as text, and with a card's size whether it fits."""
     rest = plan.allocated - plan.weights - plan.states - plan.workspaces
     rows = [
         ('weights', plan.weights, f'{plan.parameters:,} parameters, {plan.trained:,} of them trained'),
@@ -317,8 +342,20 @@ def table(plan, gpu_gb):
     return '\n'.join(lines)
 
 
+def help_text():
+    """The head of this file, and trace_hf's arguments as flags, from the comments in its source."""
+    comments = dict(re.findall(r'^    (\w+)=.*,  # (.*)$', inspect.getsource(trace_hf).split('"""')[0], re.MULTILINE))
+    lines = [__doc__.strip(), '', f'  {"--gpu_gb=24":28} does it fit a card of so many GiB', f'  {"--json":28} as JSON']
+    for name, parameter in list(inspect.signature(trace_hf).parameters.items())[1:]:
+        lines.append(f'  {f"--{name}={parameter.default}":28} {comments[name]}')
+    return '\n'.join(lines)
+
+
 def main(argv):
-    """python memest_hf.py --hf=... with trace_hf's arguments as flags, --gpu_gb=24, --json; 0, or 1 and a sentence."""
+    """python memest.py --hf=... with trace_hf's arguments as flags, --gpu_gb=24, --json. -> 0, or 1 and a sentence."""
+    if '--help' in argv or '-h' in argv:
+        print(help_text())
+        return 0
     known = {name: p.default for name, p in inspect.signature(trace_hf).parameters.items() if name != 'config'}
     given, path, gpu_gb, as_json = {}, None, 0.0, False
     try:
@@ -355,7 +392,3 @@ def number(name, value, kind):
         return kind(value)
     except ValueError:
         raise ValueError(f'--{name}={value} is no number: use one, as in --{name}=8') from None
-
-
-if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))

@@ -1,5 +1,5 @@
 """
-What peft, bitsandbytes and LOMO keep in memory: their layers and optimizers, as far as that goes.
+Layers and optimizers that take the memory of peft's, bitsandbytes' and LOMO's, and do none of their arithmetic.
 """
 
 import torch
@@ -27,7 +27,7 @@ OPTIMIZERS = (*TORCH_OPTIMIZERS, *BNB_OPTIMIZERS, 'lomo')
 
 class NF4Product(torch.autograd.Function):
     """x @ W.T with the packed W decoded in forward and again in backward (bitsandbytes/autograd/_functions.py,
-    MatMul4Bit); of x nothing is kept."""
+    MatMul4Bit). x is not kept."""
 
     @staticmethod
     def forward(ctx, x, layer):
@@ -40,10 +40,10 @@ class NF4Product(torch.autograd.Function):
 
 
 class NF4Linear(nn.Module):
-    """The memory of bitsandbytes' Linear4bit: two weights a byte, a scale for 64 of them; the numbers mean nothing.
+    """The memory of bitsandbytes' Linear4bit: two weights a byte, a scale for 64 of them. The numbers mean nothing.
 
-    linear: the layer it replaces, weight (out, in). dtype: of the products. double_quant: scales in 8 bits, with a
-    scale in fp32 for 256 of those, an offset, and a table of 256 of its own (bitsandbytes' quantize_4bit)."""
+    linear: the layer it replaces, weight (out, in). dtype: of the products. double_quant: the scales in 8 bits, with an
+    fp32 scale for 256 of them, an offset, and a table of 256 values (bitsandbytes' quantize_4bit)."""
 
     def __init__(self, linear, dtype=torch.bfloat16, double_quant=True):
         super().__init__()
@@ -55,7 +55,7 @@ class NF4Linear(nn.Module):
         scale = new(blocks, dtype=torch.float32)
         self.parts = [packed, new(16, dtype=torch.float32)]  # with the table of NF4's 16 numbers
         if double_quant:
-            # alive as in the original
+            # needed for a moment, as in the original
             offset, centred = new(1, dtype=torch.float32), torch.empty_like(scale)  # noqa: F841
             self.parts += [new(blocks, dtype=torch.uint8), new(-(-blocks // 256), dtype=torch.float32), offset]
             self.parts.append(new(256, dtype=torch.float32))
@@ -76,7 +76,7 @@ class NF4Linear(nn.Module):
 
 class LoRA(nn.Module):
     """base(x) + scale * B A x as peft computes it (tuners/lora/layer.py and bnb.py): x in the factors' dtype, the sum
-    back in the base's. Frozen base: nn.Linear, Conv1D (weight in x out) or NF4Linear."""
+    in the base's. The frozen base is an nn.Linear, a Conv1D, whose weight is (in, out), or an NF4Linear."""
 
     def __init__(self, base, rank, dropout, dtype):
         super().__init__()
@@ -101,10 +101,10 @@ class LoRA(nn.Module):
 
 
 class BnbStates:
-    """The states of bitsandbytes' AdamW, made in its first step as bitsandbytes/optim/optimizer.py makes them.
+    """The states of bitsandbytes' AdamW, made in its first step as in bitsandbytes/optim/optimizer.py.
 
-    Below 4,096 numbers they are fp32. Paged ones of at least 1e5 numbers lie in unified memory: torch does not count
-    them, the card holds them while they are updated."""
+    Below 4,096 numbers they are fp32. Paged ones of at least 1e5 numbers live in unified memory: torch does not count
+    them, and the card holds them while they are updated."""
 
     def __init__(self, params, bits, paged):
         self.params, self.bits, self.paged, self.state, self.unified = params, bits, paged, {}, 0
@@ -131,7 +131,7 @@ class BnbStates:
 
 
 class Lomo(BnbStates):
-    """LOMO (2306.09782): each gradient changes its weight in backward, both copied to fp32, and is dropped."""
+    """LOMO (2306.09782): in backward each gradient moves its weight, by way of fp32 copies of both, and is dropped."""
 
     def __init__(self, params):
         super().__init__(params, 32, False)

@@ -1,32 +1,34 @@
 """
-Several GPUs, in numbers alone: what LLMem (arXiv 2404.10933) says each of them holds, and what torch makes it hold.
+What each of several GPUs holds: by LLMem's equations (arXiv 2404.10933), and by what torch really allocates.
 
     peak(model, 'ADP', batch=8, gpus=4)                     # LLMem's equations, as published
     decide(model, card, gpus=4)                             # its Algorithm 1: CDP, ADP, TP, DP+TP or CPU offload
-    several_gpus(parts, n=8, how='zero3')                   # our own: bytes of each part on each GPU, as torch does it
+    several_gpus(parts, n=8, how='zero3')                   # our own: bytes of each part on each GPU, as in torch
     choose(parts, card, n=8, seconds=0.2, bandwidth=50e9)   # which ways fit, with what batch, the fastest first
 
-LLMem assumes fp16 with an fp32 copy in Gemini's chunks, Adam, checkpointing of every layer, and counts 6 bytes a logit
-where torch needs 12: do not plan a run of this house with it. Of the seven choices of its Table 3 that we compare, the
-equations give six. For OPT-2.7b on 4 x 16 GB they choose ADP with room for 9 samples a GPU, where the table has TP and
-says that 4DP ran out of memory: of 5.3 GB fp16, 10.6 GB fp32 and 21.2 GB states, ADP is said to hold the first whole
-and a quarter of the rest, 13.3 GB. No m_base up to 7,000 MiB gives all seven: from 1,150 to 4,250 OPT-2.7b alone is
-wrong; below, bloom-3b gets DP+TP; from 4,650 on, where OPT-2.7b comes right, bloom-3b no longer fits. With whole=6,
-that is with the fp32 copy whole as well and only the states sharded, all seven come out for m_base from 0 to
-2,400 MiB, and at 1,150 each "out of memory" of these rows too. That is our reading of the table, not the paper's
-equation, hence not the default.
+LLMem assumes fp16 weights with an fp32 copy in Gemini's chunks, Adam, and checkpointing of every layer; it counts 6
+bytes a logit where torch needs 12. So do not plan a run of train.py with it.
 
-Nobody here has measured a GPU, NCCL's buffers, or speed; what four CPU processes hold is in tests/test_llmem.py.
+We compare seven choices of its Table 3, and the equations give six of them. For OPT-2.7b on 4 x 16 GB they choose ADP
+with room for 9 samples a GPU, where the table has TP and says that 4DP ran out of memory: of 5.3 GB fp16, 10.6 GB fp32
+and 21.2 GB states, ADP is said to hold the first whole and a quarter of the rest, 13.3 GB. No m_base up to 7,000 MiB
+gives all seven: from 1,150 to 4,250 OPT-2.7b alone is wrong; below 1,150 bloom-3b gets DP+TP; from 4,650 on OPT-2.7b is
+right, but bloom-3b no longer fits. With whole=6 (the fp32 copy is whole, too, and only the states are sharded) all
+seven are right for m_base from 0 to 2,400 MiB, and at 1,150 so is each "out of memory" of these rows. That is our
+reading of the table and not the paper's equation, so it is not the default.
+
+Nothing here was measured on a GPU, neither NCCL's buffers nor speed. tests/test_llmem.py compares with what four CPU
+processes hold.
 """
 
 from typing import NamedTuple
 
 MIB = 1 << 20
-METHODS = ('CDP', 'ADP', 'TP', 'DP+TP')  # in the order in which Algorithm 1 breaks ties
+METHODS = ('CDP', 'ADP', 'TP', 'DP+TP')  # of equals Algorithm 1 takes the first
 NCCL = 256 * MIB  # a guess, not measured: channels x 4 MiB (NCCL_BUFFSIZE) a communicator, and its context
 
 
-# ---------------------------------------------------------------------------------------------- LLMem, as published
+# ---- LLMem, as published -----------------------------------------------------------------------------------------
 
 
 class Model(NamedTuple):
@@ -34,8 +36,8 @@ class Model(NamedTuple):
 
     embedding: int  # parameters of the embeddings (tied with the head or not)
     other: int  # all others; an untied head is one of them
-    matrices: int  # those of Embedding and Linear modules alone: biases and norms are given no states
-    head: int  # parameters of the head, also where it is tied: its fp16 copy is counted apart (lm_p)
+    matrices: int  # those of Embedding and Linear modules alone: LLMem counts no states for biases and norms
+    head: int  # parameters of the head, also where it is tied: LLMem counts its fp16 copy apart (lm_p)
     vocabulary: int
     layers: int
     width: int  # of a layer's output
@@ -47,11 +49,11 @@ def peak(model, how, batch, sequence=512, gpus=1, tp=1, m_base=1150 * MIB, whole
          B16=2, B32=4):  # fmt: skip
     """Peak bytes of one GPU by LLMem's equations; how: one of METHODS. `batch` is that of one GPU (of all, with TP).
 
-    m_base: CUDA's context and the chunk manager, which the authors measure and no formula gives; 1 to 1.15 GB was
-    inferred from their Table 2. cs: parameters of a chunk. cu_p: allocations are rounded up to it. whole: bytes of a
-    parameter that ADP and DP+TP hold unsharded: 2 is the paper's (fp16, gathered); see the top of this file for 6.
-    Rounding is of each sum; the paper rounds the states tensor by tensor, less than 2 MiB each. ValueError: no such
-    method, or tp does not divide gpus."""
+    m_base: CUDA's context and the chunk manager, which the authors measure and no formula gives; 1 to 1.15 GB is
+    inferred from their Table 2. cs: parameters of a chunk. cu_p: what allocations are rounded up to. whole: bytes of a
+    parameter that ADP and DP+TP hold unsharded: 2 is the paper's (fp16, gathered); for 6 see the top of this file.
+    Sums are rounded, where the paper rounds the states tensor by tensor: less than 2 MiB each. Raises ValueError for an
+    unknown method, or a tp that does not divide gpus."""
     if how not in METHODS:
         raise ValueError(f'LLMem knows no method {how!r}: use one of {", ".join(METHODS)}.')
     if gpus < 1 or tp < 1 or gpus % tp:
@@ -59,7 +61,7 @@ def peak(model, how, batch, sequence=512, gpus=1, tp=1, m_base=1150 * MIB, whole
     up = lambda n: -(-round(n) // cu_p) * cu_p  # noqa: E731
     bs, sl, dict_n = batch, sequence, model.vocabulary
     parameters = model.embedding + -(-model.other // cs) * cs
-    m_p = up(parameters * (B16 + B32))  # gradients overwrite the fp16 copy: none of their own
+    m_p = up(parameters * (B16 + B32))  # the gradients overwrite the fp16 copy
     m_os = up(model.matrices * (B32 + B32))
     m_out = up((model.embeddings + model.layers) * bs * sl * model.width * B16)  # checkpoints; no recomputed layer
     logits = up(bs * sl * dict_n * model.logit_bytes) + 2 * up(bs * (sl - 1) * dict_n * model.logit_bytes)
@@ -71,14 +73,14 @@ def peak(model, how, batch, sequence=512, gpus=1, tp=1, m_base=1150 * MIB, whole
         return m_base + (m_p + m_os) // gpus + m_out + m_lm + back(gpus)
     m_whole = up(parameters * whole)
     m_adp = m_base + m_whole + (m_p - m_whole + m_os) // gpus + m_out + m_lm
-    # tp/gpus is as published; a TP group saves 1 - 1/tp, which is the same for 2 x 2 GPUs and not in general
+    # tp/gpus as published. A TP group saves 1 - 1/tp, which is the same for 2 x 2 GPUs but not in general
     return m_adp if how == 'ADP' else m_adp - m_whole * tp // gpus + back(tp)
 
 
 def decide(model, card, gpus, tp=2, **constants):
     """Algorithm 1: (choice, {method: (largest batch, score)}) for `gpus` cards of `card` bytes; constants: peak's.
 
-    A score is the samples of a step; CDP's counts 1.5 times, since ADP moves 1.5 times its bytes. No time is in it."""
+    A score is the samples of a step, CDP's times 1.5, since ADP moves 1.5 times its bytes. It contains no time."""
     weight = {'CDP': 1.5 * gpus, 'ADP': gpus, 'TP': 1, 'DP+TP': gpus // tp}
     scores = {}
     for how in METHODS:
@@ -90,7 +92,7 @@ def decide(model, card, gpus, tp=2, **constants):
     return (best if scores[best][1] else 'CPU offload'), scores
 
 
-# ---------------------------------------------------------------------------------------------- as torch does it
+# ---- as torch does it --------------------------------------------------------------------------------------------
 
 WAYS = {
     'ddp': 'DistributedDataParallel(gradient_as_bucket_view=True)',
@@ -105,8 +107,8 @@ PARTS = ('weights', 'gradients', 'states', 'layer', 'root', 'head', 'norms', 'te
 
 
 def block_activations(d, d_k, f, heads, element=2, norms=None):
-    """Bytes a token that one block of LLaMA saves for backward, as the two parts that tensor parallelism tells apart:
-    `activations`, which are cut with the heads and the inner units, and `residual`, which every GPU has whole.
+    """Bytes a token that one block of LLaMA saves for backward, in the two parts that tensor parallelism treats
+    differently: `activations`, which are cut with the heads and inner units, and `residual`, whole on every GPU.
 
     d: width; d_k: of all keys together; f: inner width; heads; element: bytes of a number. norms: bytes a token of the
     two norms, 8 d + 8 in 16 bits from the fused kernel (input, output, 1/rms), 16 d + 8 from norms written out."""
@@ -118,12 +120,12 @@ def block_activations(d, d_k, f, heads, element=2, norms=None):
 def cut(parts, tp):
     """The parts that one GPU of a tensor-parallel group holds (parallelize_module, 1-D); the batch is the group's.
 
-    A Colwise matrix keeps 1/tp of its rows, the Rowwise one after it 1/tp of its columns: so its heads, or FFN's
-    inner units, and all that is saved for them, exist once in the group. A norm needs the whole residual stream: every
-    GPU keeps that, the norms' inputs and outputs, and their weights. Vocabulary: Rowwise embedding, Colwise head, and
-    the loss of cut logits (loss_parallel); without that, add logits x (1 - 1/tp). Not counted: the one (B, T, d)
-    tensor that is being all-reduced."""
-    held = parts['norms'] / parts['weights']  # the share of weights that is not cut; so of gradients and states
+    A Colwise matrix keeps 1/tp of its rows, the Rowwise one after it 1/tp of its columns. So the heads, or FFN's inner
+    units, and all that is saved for them exist once in the group. A norm needs the whole residual stream: every GPU
+    keeps the norms' inputs, outputs and weights. Vocabulary: Rowwise embedding, Colwise head, and the loss of cut
+    logits (loss_parallel); without that, add logits x (1 - 1/tp). Not counted: the one (B, T, d) tensor that is being
+    all-reduced."""
+    held = parts['norms'] / parts['weights']  # the share of weights, gradients and states that is not cut
     out = dict(parts)
     for name in ('weights', 'gradients', 'states', 'layer', 'temporaries'):
         out[name] = parts[name] * (held + (1 - held) / tp)
@@ -142,10 +144,10 @@ def several_gpus(parts, n, how, tp=1, nccl=NCCL):
         activations, residual         saved for backward: of heads and inner units; of norms and the residual stream
         logits, temporaries           of the loss; of the optimizer's step (never alive together)
 
-    how: one of WAYS; with tp > 1 it runs between the n / tp groups, over what `cut` leaves to each GPU of one. (In
-    torch only fully_shard does that in public, on a 2-D mesh.) 'total': what stays, the buffers, and the largest of
-    what forward, backward and the optimizer need beside it; an upper bound, since the loss's peak comes before
-    the gradients. ValueError, in one sentence: an unknown way, a part that is missing, a tp that does not divide n."""
+    how: one of WAYS. With tp > 1 it runs between the n / tp groups, over what `cut` leaves to each GPU of a group; of
+    torch's public ways only fully_shard does that, on a 2-D mesh. 'total': what stays, the buffers, and the largest of
+    what forward, backward and the optimizer need beside it. That is an upper bound, since the loss's peak comes before
+    the gradients. Raises ValueError for an unknown way, a missing part, a tp that does not divide n."""
     if how not in WAYS:
         raise ValueError(f'There is no way {how!r} to use several GPUs: use one of {", ".join(WAYS)}.')
     if missing := [name for name in PARTS if name not in parts]:
@@ -154,35 +156,35 @@ def several_gpus(parts, n, how, tp=1, nccl=NCCL):
     if n < 1 or tp < 1 or n % tp:
         raise ValueError(f'{n} GPUs cannot be cut into groups of tp={tp}: use a tp that divides them.')
     p = cut(parts, tp)
-    ranks = n // tp  # over which a tensor is repeated, or sharded
+    ranks = n // tp  # that repeat a tensor, or share it
     out = {name: p[name] for name in ('weights', 'gradients', 'states', *PER_SAMPLE, 'temporaries')}
-    out |= dict(buckets=0, gathered=0, scattered=0, nccl=nccl * ((ranks > 1) + (tp > 1)))  # a communicator each way
+    out |= dict(buckets=0, gathered=0, scattered=0, nccl=nccl * ((ranks > 1) + (tp > 1)))  # a communicator for each
     edges = 0  # what forward's first and backward's last moment need, when there are no activations
     if ranks > 1:
         if how == 'ddp_copy':
-            # the Reducer's flat buckets hold all gradients, and stay; each .grad is a tensor beside. As views: once
+            # The Reducer's flat buckets hold all gradients and stay, and each .grad is a tensor beside them
             out['buckets'] = p['gradients']
         if how == 'zero1':
-            # whole parameters are dealt out, the largest first, to whoever has least: 1/ranks up to one parameter.
-            # The step's temporaries shrink so only where they are of all tensors at once (foreach): an upper bound
+            # Whole parameters are dealt out, the largest first, to the rank that has least: 1/ranks, up to one of them.
+            # The temporaries shrink alike only if they are of all tensors at once (foreach): whole is an upper bound
             out['states'] = p['states'] / ranks
         if how in ('zero2', 'zero3'):
             for name in ('weights', 'gradients', 'states', 'temporaries'):
                 out[name] = p[name] / ranks  # each tensor cut along its first dimension, padded to a multiple
             R, l = p['root'], p['layer']
             grow = p['gradients'] / p['weights'] or 1  # bytes of gradient for one of weights; per-layer updates: 1
-            # Backward of a block: the root's weights (gathered in forward, kept to the end), its own, and the buffer
-            # in which the next block's arrive (prefetch); its whole gradients, the head's, which wait for the rest of
-            # the root's, and the packed input of the last reduce-scatter, freed when the next one starts.
+            # Backward of a block: the root's weights (gathered in forward, kept to the end), its own, and a buffer for
+            # the next block's (prefetch); its whole gradients, the head's, which wait for the rest of the root's, and
+            # the packed input of the last reduce-scatter, which is freed when the next one starts.
             out['gathered'] = R + 2 * l
             out['scattered'] = grow * (p['head'] + 2 * l)
             if how == 'zero2':
-                # Forward frees nothing and so ends with all weights, a buffer, and one not yet freed. Backward has
-                # freed one block before two are at work.
+                # Forward frees nothing: it ends with all weights, a buffer, and one not yet freed. In backward one
+                # block has been freed before two are at work.
                 out['gathered'] = p['weights'] + 2 * l
                 out['scattered'] = max(out['scattered'] - 3 * l, 0)
-            # First the root's and a block's arrive, each in a buffer and then in place; last, when the root's weights
-            # have gone, its gradients and their packed copy
+            # First the root's weights and a block's arrive, each in a buffer and then in place. Last, after the root's
+            # weights have gone, there are its gradients and their packed copy
             edges = max(2 * R + 2 * l, grow * 2 * R)
     busy = sum(out[name] for name in (*PER_SAMPLE, 'gathered', 'scattered'))
     kept = sum(out[name] for name in ('weights', 'gradients', 'states', 'buckets', 'nccl'))
@@ -195,11 +197,11 @@ def choose(parts, card, n, seconds, bandwidth, exchanged=0, ways=tuple(WAYS), tp
 
     parts: several_gpus', of one sample. seconds: forward and backward of a sample on one GPU. bandwidth: bytes a
     second that a GPU sends. exchanged: bytes a sample that tensor parallelism all-reduces, 4 tensors (T, d) a block (2
-    forward, 2 backward; 6 with checkpointing). tps: sizes of groups to try with 'zero3', besides 'tp'. [] if
-    nothing fits: offload, or a method that needs less.
+    forward, 2 backward; 6 with checkpointing). tps: sizes of groups to try with 'zero3', beside 'tp'. -> [] if nothing
+    fits.
 
-    The speed is predicted from arithmetic and bytes alone, as if neither overlapped: it ranks, it does not time. Each
-    dict: way, tp, batch (of a group), samples (of a step), bytes (of a GPU), samples_per_second, reason."""
+    The speed is predicted from arithmetic and bytes, as if the two never overlapped: good for an order, not for a time.
+    Each dict: way, tp, batch (of a group), samples (of a step), bytes (of a GPU), samples_per_second, reason."""
     if card <= 0 or seconds <= 0 or bandwidth <= 0:
         raise ValueError('A card, seconds or bandwidth of 0 cannot be planned for: give them in bytes and seconds.')
     rows = []

@@ -1,6 +1,6 @@
 """
-Which bytes are alive when: a recorder of every tensor's storage, the record of a deep model out of a shallow one's, and
-CUDA's caching allocator in numbers alone, to replay a record through.
+Which bytes are alive when: a recorder of every tensor's storage, the record of a deep model made from a shallow one's,
+and a simulation of CUDA's caching allocator, through which a record is replayed.
 
     with LiveBytes() as live: ...            # live.now, live.peak: bytes of the storages made inside, real or fake
     with Record() as record: ...             # the same, and a list of what was made and dropped, layer by layer
@@ -24,7 +24,7 @@ MB = 1 << 20
 
 
 class Block:
-    """A piece of a segment; neighbours in it are linked, so that free ones can be joined."""
+    """A piece of a segment; neighbours are linked, so that free ones can be joined."""
 
     __slots__ = ('after', 'before', 'free', 'serial', 'size', 'small')
 
@@ -35,15 +35,15 @@ class Block:
 
 
 class Allocator:
-    """torch's caching allocator for CUDA (c10/cuda/CUDACachingAllocator.cpp, default settings), in numbers alone.
+    """torch's caching allocator for CUDA (c10/cuda/CUDACachingAllocator.cpp, default settings), without the memory.
 
-    Sizes are rounded to 512 bytes. Up to 1 MB a block comes from a segment of 2 MB, up to 10 MB from one of 20 MB, a
-    larger one gets a segment of its own, rounded to 2 MB. The smallest free block that is large enough is taken, split
-    where enough is left, and joined with free neighbours when it is given back. With a `limit`, the card's bytes, whole
-    free segments go back to the card when a new one would not fit, as torch does it; without one they never do.
+    Sizes are rounded up to 512 bytes. A block of up to 1 MB comes from a segment of 2 MB, one of up to 10 MB from a
+    segment of 20 MB, and a larger one gets a segment of its own, rounded up to 2 MB. malloc takes the smallest free
+    block that is large enough, and splits it if enough is left; free joins it with its free neighbours. With a `limit`,
+    the card's bytes, free segments go back to the card when a new one would not fit, as in torch; without one, never.
 
-    allocated, reserved: bytes now, as torch.cuda.memory_allocated and memory_reserved count them (what could not be
-    split off is allocated). peak_allocated, peak_reserved: the most so far. full: a segment did not fit the limit."""
+    allocated, reserved: bytes now, as torch.cuda.memory_allocated and memory_reserved count them: what could not be
+    split off counts as allocated. peak_allocated, peak_reserved: the most so far. full: a segment did not fit."""
 
     def __init__(self, limit=None):
         self.limit, self.full = limit, False
@@ -114,9 +114,9 @@ class Allocator:
 
 
 class LiveBytes(TorchDispatchMode):
-    """While active: how many bytes the storages made so far and still alive take, and the most they took at once.
+    """While active, counts the bytes of all storages that were made since and are still alive: now, and at the peak.
 
-    Given an Allocator, each storage also takes and gives back its block there."""
+    Given an Allocator, each storage also takes its block there, and gives it back."""
 
     def __init__(self, allocator=None):
         super().__init__()
@@ -127,7 +127,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != 'meta':  # a trace keeps main memory there
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != 'meta':  # what a trace has offloaded
                 self.add(tensor.untyped_storage(), tensor, function)
         return out
 
@@ -151,9 +151,10 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass
 class Chunk:
-    """A stretch of the record that belongs to one layer; layer None: to none.
+    """A stretch of the record in one layer; layer None: outside of the layers.
 
-    events: ('+', bytes, phase, operation, shape), or ('-', chunk, i): what that chunk made as its i-th is dropped."""
+    events: ('+', bytes, phase, operation, shape): a storage is made; ('-', chunk, i): the i-th that this chunk made is
+    dropped. made: how many it made."""
 
     layer: int | None
     events: list = field(default_factory=list)
@@ -163,7 +164,7 @@ class Chunk:
 class Record(LiveBytes):
     """LiveBytes that also keeps, in `chunks`, what was made and dropped in which layer, phase and operation.
 
-    `at(layer)` and `phase` say where one is; whoever drives the step sets them."""
+    Whoever drives the step says where it is, by `at(layer)` and `phase`."""
 
     def __init__(self):
         super().__init__()
@@ -180,9 +181,9 @@ class Record(LiveBytes):
         if new:
             self.place[storage] = len(self.chunks) - 1, self.chunks[-1].made - 1
 
-    def call(self, storages, phase):
-        """Note these storages down as made in another phase."""
-        places = {self.place[storage] for storage in storages if storage in self.place}  # else: in main memory
+    def relabel(self, storages, phase):
+        """Write into the record that these storages were made in this phase."""
+        places = {self.place[storage] for storage in storages if storage in self.place}  # else it lives in main memory
         for c in {c for c, _ in places}:
             births = (e for e, event in enumerate(self.chunks[c].events) if event[0] == '+')
             for i, e in enumerate(births):
@@ -206,86 +207,107 @@ class Record(LiveBytes):
 
 
 class NotUniform(Exception):
-    """The layers in the middle of a record differ, so that none can stand for more of them."""
+    """The layers in the middle of a record differ, so none of them can stand for more."""
+
+
+LAST = 3  # of the four layers that are traced, 0 to 3
+
+
+class Sweeps:
+    """The record of four layers as sweeps: forward, backward and each walk of the optimizer go through the layers one
+    by one, up or down. Layers 1 and 2 must do the same in a sweep, to the byte; else NotUniform is raised.
+
+    layers: a dict for each sweep, layer -> index of its chunk. of: index of a chunk -> index of its sweep."""
+
+    def __init__(self, chunks):
+        self.chunks, self.layers, self.of = chunks, [], {}
+        expected = None
+        for i, chunk in enumerate(chunks):
+            if chunk.layer is None:
+                expected = None
+                continue
+            if chunk.layer != expected:
+                if chunk.layer not in (0, LAST):
+                    raise NotUniform(f'a sweep begins in layer {chunk.layer}')
+                self.layers.append({})
+                step = 1 if chunk.layer == 0 else -1
+            self.layers[-1][chunk.layer] = i
+            self.of[i] = len(self.layers) - 1
+            expected = chunk.layer + step if 0 <= chunk.layer + step <= LAST else None
+        for layers in self.layers:
+            if len(layers) not in (1, LAST + 1):  # 1: something is done with the first or the last layer alone
+                raise NotUniform('a sweep leaves layers out')
+            if len(layers) > 1 and not self.alike(layers):
+                raise NotUniform('layers 1 and 2 differ')
+
+    def alike(self, layers):
+        """Do layers 1 and 2 make the same, and drop what the same sweep made in the same neighbour?"""
+        one, two = (self.chunks[layers[layer]].events for layer in (1, 2))
+
+        def seen(event, layer):
+            return event[:4] if event[0] == '+' else self.origin(event, layer)[:2]
+
+        return len(one) == len(two) and all(seen(a, 1) == seen(b, 2) for a, b in zip(one, two))
+
+    def origin(self, event, layer):
+        """Where a storage that this layer drops was made: the sweep, how many layers up, and its place there."""
+        _, i, at = event
+        if i not in self.of:
+            raise NotUniform('a layer drops what no layer made')
+        distance = self.chunks[i].layer - layer
+        if abs(distance) > 1:
+            raise NotUniform('a layer drops what a distant one made')
+        return self.of[i], distance, at
 
 
 def deeper(chunks, n_layer):
     """The record of a model of n_layer layers from one of 4, exactly: what layer 2 does is done n_layer - 3 times.
 
-    Forward, backward and each walk of the optimizer pass through the layers in a row, up or down: a sweep. Within one,
-    layers 1 and 2 must do the same to the byte; then a storage is known by its sweep, its layer and its place there,
-    and dropped by the same layer of a later sweep, by a neighbour, or by what comes after all layers. Raises NotUniform
-    where that does not hold."""
-    first, last = 0, 3
-    sweeps, sweep_of, expected = [], {}, None  # sweeps: dicts layer -> chunk's index
+    A storage is known by its sweep, its layer and its place there, and is dropped by the same layer of a later sweep,
+    by a neighbour, or after all layers. Raises NotUniform where that does not hold."""
+    sweeps, new = Sweeps(chunks), []
+    where = {}  # (sweep, deep layer), or the index of a chunk of no layer -> index among the new ones
+
+    def copies(layer):
+        """The layers of the deep model that a traced one stands for."""
+        return range(2, n_layer - 1) if layer == 2 else [layer if layer < 2 else n_layer - 1]
+
+    def outside(events):
+        """The events of a chunk of no layer; what was made in layer 2 is dropped in all its copies."""
+        for event in events:
+            if event[0] == '+':
+                yield event
+            elif event[1] not in sweeps.of:
+                yield '-', where[event[1]], event[2]
+            else:
+                s, layer = sweeps.of[event[1]], chunks[event[1]].layer
+                yield from (('-', where[s, j], event[2]) for j in copies(layer))
+
+    def inside(s, j):
+        """The events of deep layer j in sweep s."""
+        layers, old = sweeps.layers[s], j if j < 2 else LAST if j == n_layer - 1 else 2
+        of_layer_1 = chunks[layers.get(1, layers[old])].events
+        for k, event in enumerate(chunks[layers[old]].events):
+            if event[0] == '+':
+                yield event
+            elif event[1] not in sweeps.of:  # made outside, dropped by the first or the last layer
+                yield '-', where[event[1]], event[2]
+            else:
+                # The neighbour above a copy is another copy, as for layer 1, and not the last layer, as for layer 2.
+                below_a_copy = old == 2 and j < n_layer - 2 and sweeps.origin(of_layer_1[k], 1)[1] == 1
+                sweep, up, at = sweeps.origin(of_layer_1[k], 1) if below_a_copy else sweeps.origin(event, old)
+                yield '-', where[sweep, j + up], at
+
     for i, chunk in enumerate(chunks):
         if chunk.layer is None:
-            expected = None
+            where[i] = len(new)
+            new.append(Chunk(None, list(outside(chunk.events))))
             continue
-        if chunk.layer != expected:
-            if chunk.layer not in (first, last):
-                raise NotUniform(f'a sweep begins in layer {chunk.layer}')
-            sweeps.append({})
-            step = 1 if chunk.layer == first else -1
-        sweeps[-1][chunk.layer] = i
-        sweep_of[i] = len(sweeps) - 1
-        expected = chunk.layer + step if first <= chunk.layer + step <= last else None
-    if any(len(sweep) not in (1, 4) for sweep in sweeps):  # 1: something is done with the first or last layer alone
-        raise NotUniform('a sweep leaves layers out')
-
-    def place(event, layer):  # of a dropped storage, seen from a layer
-        _, i, at = event
-        if i not in sweep_of:
-            raise NotUniform('a layer drops what no layer made')
-        distance = chunks[i].layer - layer
-        if abs(distance) > 1:
-            raise NotUniform('a layer drops what a distant one made')
-        return sweep_of[i], distance, at
-
-    for sweep in (sweep for sweep in sweeps if len(sweep) == 4):
-        one, two = (chunks[sweep[layer]].events for layer in (1, 2))
-        if len(one) != len(two):
-            raise NotUniform('layers 1 and 2 differ')
-        for a, b in zip(one, two):
-            if (a[:4] if a[0] == '+' else place(a, 1)[:2]) != (b[:4] if b[0] == '+' else place(b, 2)[:2]):
-                raise NotUniform('layers 1 and 2 differ')
-
-    new, where = [], {}  # where: (sweep, new layer) or the index of a chunk of no layer -> index among the new ones
-
-    def layer_chunk(s, j):
-        old = j if j < 2 else last if j == n_layer - 1 else 2
-        nearer, events = chunks[sweeps[s].get(1, sweeps[s].get(old))].events, []
-        where[s, j] = len(new)
-        new.append(Chunk(j, events))
-        for k, event in enumerate(chunks[sweeps[s][old]].events):
-            if event[0] == '+':
-                events.append(event)
-                continue
-            if event[1] not in sweep_of:  # of no layer, dropped by the first or the last one
-                events.append(('-', where[event[1]], event[2]))
-                continue
-            # a copy's upper neighbour is another copy, not the last layer: so it was for layer 1
-            repeated = old == 2 and j < n_layer - 2 and place(nearer[k], 1)[1] == 1
-            sweep, distance, at = place(nearer[k], 1) if repeated else place(event, old)
-            events.append(('-', where[sweep, j + distance], at))
-
-    for i, chunk in enumerate(chunks):
-        if chunk.layer is not None:
-            s = sweep_of[i]
-            copies = range(2, n_layer - 1) if chunk.layer == 2 else [chunk.layer if chunk.layer < 2 else n_layer - 1]
-            for j in copies if sweeps[s].get(first, 0) <= sweeps[s].get(last, 0) else reversed(copies):
-                layer_chunk(s, j)
-            continue
-        events = []
-        where[i] = len(new)
-        new.append(Chunk(None, events))
-        for event in chunk.events:
-            if event[0] == '+' or event[1] not in sweep_of:
-                events.append(event if event[0] == '+' else ('-', where[event[1]], event[2]))
-                continue
-            s, layer = sweep_of[event[1]], chunks[event[1]].layer
-            copies = range(2, n_layer - 1) if layer == 2 else [layer if layer < 2 else n_layer - 1]
-            events += [('-', where[s, j], event[2]) for j in copies]
+        s = sweeps.of[i]
+        upwards = sweeps.layers[s].get(0, 0) <= sweeps.layers[s].get(LAST, 0)
+        for j in copies(chunk.layer) if upwards else reversed(copies(chunk.layer)):
+            where[s, j] = len(new)
+            new.append(Chunk(j, list(inside(s, j))))
     return new
 
 
@@ -294,10 +316,11 @@ def deeper(chunks, n_layer):
 
 @dataclass
 class Peak:
-    """Bytes at the moment when most are alive, and what holds them.
+    """The moment when most bytes are alive, and what holds them.
 
+    live: those bytes; allocated, reserved: the allocator's peaks; phase, operation, layer: of the storage made last;
     kinds: bytes by the phase in which they were made; largest: (bytes, shape, operation, layer) of the five largest
-    tensors alive; timeline: (bytes alive, phase) event by event."""
+    storages; timeline: (bytes alive, phase) at each storage made; full: see Allocator."""
 
     live: int = 0
     allocated: int = 0
@@ -312,7 +335,7 @@ class Peak:
 
 
 def replay(chunks, limit=None):
-    """Walk through a record, real sizes on one side, the allocator's blocks on the other."""
+    """Walk through a record, counting real sizes, and the blocks of an Allocator. -> Peak"""
     allocator, alive, now = Allocator(limit), {}, 0  # alive: (chunk, i) -> (block, event)
     peak, moment = Peak(), None
     for c, chunk in enumerate(chunks):
@@ -336,13 +359,13 @@ def replay(chunks, limit=None):
     for size, phase, operation, shape, layer in alive_at(chunks, *moment):
         peak.kinds[phase] += size
         peak.largest.append((size, shape, operation, layer))
-        peak.phase, peak.operation = phase, operation  # the last one made is the peak's own
+        peak.phase, peak.operation = phase, operation  # in the end those of the storage that made the peak
     peak.largest = sorted(peak.largest, key=lambda row: row[0], reverse=True)[:5]
     return peak
 
 
 def alive_at(chunks, c, i):
-    """(bytes, phase, operation, shape, layer) of all that is alive when chunk c has made its i-th, by age."""
+    """(bytes, phase, operation, shape, layer) of all that is alive when chunk c has made its i-th, oldest first."""
     alive = {}
     for at, chunk in enumerate(chunks[: c + 1]):
         made = 0

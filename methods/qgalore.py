@@ -26,8 +26,8 @@ from galore import GaLoreAdamW, linears_of
 def encode_int8(W, seed=None, scale=None):
     """W (numel divisible by `block_of`) as int8 and a scale for each block.
 
-    seed: of the stochastic rounding; None: round to the nearest. scale: the old scales, kept except where W has outgrown
-    them or shrunk far below. The paper takes new scales at every step. Then the grid moves under all weights, and
+    seed: of the stochastic rounding; None: round to the nearest. scale: the old scales, kept unless W has outgrown them
+    or shrunk far below. The paper takes new scales at every step. Then the grid moves under all weights, and
     stochastic rounding changes each of them even where its update is zero; on a grid that stays it does not."""
     blocks = W.float().reshape(-1, block_of(W))  # (numel / block, block)
     largest = blocks.abs().amax(1)

@@ -203,7 +203,7 @@ def check_fixed(config, was, saved_at, fixed, fixed_coreset):
     if 'none' not in (config.coreset, was.get('coreset', 'none')):
         fixed = (*fixed, *fixed_coreset)
     for key in fixed:
-        if getattr(config, key, None) == 'auto' and key in was:
+        if getattr(config, key, None) == 'auto' and key in was and key != 'dtype':  # the dtype is settled by now
             setattr(config, key, was[key])
     if changed := [key for key in fixed if getattr(config, key, None) != was.get(key)]:
         old = ' '.join(f'--{key}={was.get(key)}' for key in changed)

@@ -11,7 +11,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch is imported: tenso
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ['--model=9m', '--n_layer=2', '--n_embd=32', '--n_head=4', '--n_inner=64', '--block_size=32', '--batch_size=4']
-TINY += ['--rank=8', '--update_proj_gap=5', '--warmup_iters=2', '--eval_tokens=512', '--log_interval=5']
+TINY += ['--warmup_iters=2', '--eval_tokens=512', '--log_interval=5']
 TINY += ['--max_iters=20', '--eval_interval=10', '--sample_tokens=8', '--device=cpu']
 
 
@@ -42,8 +42,15 @@ def run(words, **kw):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment, **kw)
 
 
+def tiny(*flags):
+    """TINY, and what else the method among the flags takes."""
+    method = next((flag.partition('=')[2] for flag in flags if flag.startswith('--method=')), 'galore')
+    own = {'adamw': [], 'lora': ['--rank=8']}.get(method, ['--rank=8', '--update_proj_gap=5'])
+    return [*TINY, *own, *flags]
+
+
 def train(out_dir, data, *flags, **kw):
-    return run(['train.py', *TINY, f'--dataset={data}', f'--out_dir={out_dir}', *flags], **kw)
+    return run(['train.py', *tiny(f'--dataset={data}', f'--out_dir={out_dir}', *flags)], **kw)
 
 
 def values(text):

@@ -362,7 +362,7 @@ def test_a_saved_model_is_a_plain_one_with_the_product_added(tmp_path):
 
 def here(script, *words):
     """What `python SCRIPT.py WORDS` does, in this process, which has imported everything already."""
-    flags = [*conftest.TINY, *words] if script is training else list(words)
+    flags = conftest.tiny(*words) if script is training else list(words)
     positional = {} if script is training else {'positional': 'checkpoint'}
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     script.main(configurator.load(script.__file__, flags, script.problems, **positional))
@@ -405,7 +405,7 @@ def test_a_runs_adapter_goes_to_peft_and_back(tuned, data, capsys):
     here(training, *flags)
     began = float(capsys.readouterr().out.split('val loss ')[1].split()[0])
     assert abs(began - json.loads((tuned / 'run/best/run.json').read_text())['best_val_loss']) < 1e-4
-    expected = '--rank=8 --scale=0.25 --lora_targets=down_proj,gate_proj,'
+    expected = '--rank=8 --scale=2 --lora_targets=down_proj,gate_proj,'
     with pytest.raises(hf.AdapterError, match=expected):
         here(training, *flags, '--rank=4', '--overwrite')
     with pytest.raises(training.Stop, match='is an adapter: use --method=lora'):
@@ -438,11 +438,13 @@ def test_impossible_combinations_are_refused_in_a_sentence_each():
     def problems(*flags):
         return training.problems(configurator.load(conftest.ROOT / 'train.py', list(flags)))
 
+    refused = r"is lora's: leave it out with method='\w+', or use --method=lora"
+    for flags in ('--dropout=0.1',), ('--merge_every=5', '--method=loqt'):
+        with pytest.raises(configurator.ConfigError, match=refused):
+            problems(*flags)
     for flags, expected in {
-        ('--dropout=0.1',): "dropout is lora's: leave it out with method='galore', or use --method=lora",
-        ('--merge_every=5', '--method=loqt'): "merge_every is lora's: leave it out with method='loqt'",
         ('--method=lora', '--dropout=1.5'): 'dropout=1.5 is not a share of the inputs',
-        ('--method=lora', '--merge_every=-1'): 'merge_every=-1 is negative',
+        ('--method=lora', '--merge_every=-1'): 'merge_every=-1 is too small: use 0 or more',
         ('--method=lora', '--dropout=0.1', '--compile'): 'set --compile=False or --dropout=0',
         (
             '--method=lora',

@@ -1,6 +1,7 @@
 """hf.py: steps of Hugging Face models on fake tensors against the same steps on real ones, with peft's LoRA."""
 
 import gc
+import inspect
 import json
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 transformers = pytest.importorskip('transformers')
 
 from memory import hf, hf_layers  # noqa: E402
+from memory.cuda import math_attention  # noqa: E402
 from memory.hf import trace_hf  # noqa: E402
 from memory.record import LiveBytes  # noqa: E402
 
@@ -116,7 +118,7 @@ def test_bitsandbytes_states_are_those_of_its_own_optimizer():
 
 def test_attention_step_by_step_is_torchs_in_value_gradient_and_memory():
     q, k, v = (torch.randn(2, h, 48, 16, requires_grad=True) for h in (4, 2, 2))
-    ours = hf.math_attention(q, k, v, causal=True)
+    ours = math_attention(q, k, v, causal=True)
     theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(torch.autograd.grad(ours.sum(), (q, k, v)), torch.autograd.grad(theirs.sum(), (q, k, v))):
@@ -136,7 +138,7 @@ def test_attention_step_by_step_is_torchs_in_value_gradient_and_memory():
     q, k, v = (torch.randn(2, h, 256, 16) for h in (4, 2, 2))
     native = torch.ops.aten._scaled_dot_product_attention_math
     theirs = most(lambda: native(q, k, v, is_causal=True, enable_gqa=True))
-    ours = most(lambda: hf.math_attention(q, k, v, causal=True))
+    ours = most(lambda: math_attention(q, k, v, causal=True))
     assert theirs > 2 * 2 * 4 * 256 * 256 * 4  # it saw the scores and the probabilities
     assert abs(ours / theirs - 1) < 0.02, (ours, theirs)
 
@@ -167,6 +169,14 @@ def test_the_command_prints_a_table_and_json(tmp_path, capsys):
     assert hf.main([f'--hf={tmp_path / "config.json"}', '--seq=16', '--json', '--checkpointing']) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan['total'] == plan['reserved'] + plan['paged'] + plan['context']
+
+
+def test_help_says_a_word_of_each_argument(capsys):
+    assert hf.main(['--hf', '--help']) == 0
+    lines = [line.split(None, 1) for line in capsys.readouterr().out.splitlines() if line.startswith('  --')]
+    said = {words[0].removeprefix('--').partition('=')[0]: words[1] for words in lines}
+    assert set(said) == {'gpu_gb', 'json', *inspect.signature(trace_hf).parameters} - {'config'}
+    assert all(said.values())
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run, train, values
+from conftest import ROOT, run, tiny, train, values
 from safetensors.torch import load_file
 
 import configurator
+import lora
 import train as training
 from model import LLaMA
-from plumbing import build, report
+from plumbing import MOVED, build, parallel, report
 
 CONFIGS = sorted(path.name for path in (ROOT / 'config').glob('*.py'))
 SHAPES = {'60m': 58_073_600, '130m': 134_105_856, '350m': 367_969_280, '1b': 1_339_082_752, '7b': 6_738_415_616}
@@ -79,11 +80,31 @@ def test_a_log_line_has_everything_one_wants_to_know(finished):
 def test_the_loss_shown_is_the_mean_over_micro_batches_and_steps(tmp_path, data):
     flags = ['--gradient_accumulation_steps=3', '--learning_rate=0', '--log_interval=2', '--max_iters=2']
     out = train(tmp_path, data, *flags).stdout
-    config = configurator.load(ROOT / 'train.py', [*TINY, f'--dataset={data}', *flags])
+    config = configurator.load(ROOT / 'train.py', tiny(f'--dataset={data}', *flags))
     model = build.build_model(config, data, 257, torch.float32, 'cpu')
     tokens = training.Tokens(data, 'train', 32)
     losses = [model(*tokens.batch(config.seed, t, 4)[:2]).item() for t in range(6)]
     assert f'loss {sum(losses) / 6:.4f}' in out
+
+
+def test_evaluation_is_the_mean_over_the_val_tokens_without_dropout_and_without_a_graph(data):
+    config = configurator.load(ROOT / 'train.py', tiny(f'--dataset={data}', '--method=lora', '--dropout=0.5'))
+    model = build.build_model(config, data, 257, torch.float32, 'cpu', linear=lora.linear(config))
+    for layer in model.layers.modules():
+        if hasattr(layer, 'B'):
+            torch.nn.init.normal_(layer.B, generator=torch.Generator().manual_seed(0))
+    tokens, graphs = training.Tokens(data, 'val', 32), []
+
+    def forward(x, y):
+        loss = model(x, y)
+        graphs.append(loss.requires_grad)
+        return loss
+
+    found = training.evaluate(forward, tokens, config, parallel.Here(0, 1, 'cpu', torch.float32))
+    with torch.no_grad():
+        expected = [model(x, y).item() for x, y, _ in tokens.evaluation(config.eval_tokens, config.batch_size)]
+    assert found == pytest.approx(sum(expected) / len(expected), rel=1e-12)
+    assert graphs == [False] * len(expected) and len(graphs) > 1
 
 
 def test_checkpoints_are_hugging_face_folders_that_transformers_reads(finished):
@@ -109,7 +130,7 @@ def test_learning_rate_of_the_60m_run_is_the_papers_and_does_not_wrap():
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_every_config_dry_runs(name, capsys):
-    training.cli([str(ROOT / 'config' / name), '--dry_run'])
+    training.cli(configurator.load(ROOT / 'train.py', [str(ROOT / 'config' / name), '--dry_run']))
     out = capsys.readouterr().out
     assert 'dry run: nothing was trained' in out and 'tokens a step' not in out
     planned = re.search(r'planned peak of all tensors ([\d.]+) GB', out)[1]
@@ -140,21 +161,30 @@ def test_every_key_has_a_comment_and_the_design_names_are_there():
     # Frozen, so that a new key is a decision: add it here, and say in its comment what it costs.
     expected = """out_dir init_from overwrite seed max_iters dry_run dataset block_size batch_size
         gradient_accumulation_steps model n_layer n_head n_kv_head n_embd n_inner vocab_size
-        learning_rate warmup_iters lr_decay_iters min_lr
-        weight_decay beta1 beta2 grad_clip method rank scale update_proj_gap refresh stagger
-        dropout merge_every train_rest lora_targets
-        psi compensation lazy moments residual quantize double_quant save_merged device dtype
-        state_bits basis_bits weight_bits offload per_layer checkpointing compile
-        coreset coreset_from coreset_norm coreset_weights coreset_clusters keep_small zo_directions
-        log_interval eval_interval eval_tokens save_interval sample_tokens tracker"""
+        learning_rate warmup_iters lr_decay_iters min_lr weight_decay beta1 beta2 grad_clip method
+        device dtype state_bits offload per_layer checkpointing compile coreset
+        log_interval eval_interval eval_tokens save_interval save_merged sample_tokens tracker"""
     assert keys == set(expected.split())
+    galore = 'rank update_proj_gap scale refresh stagger moments basis_bits'
+    for file, expected in {
+        'adam.py': '',
+        'galore.py': galore,
+        'methods/qgalore.py': galore + ' weight_bits lazy',
+        'methods/fira.py': galore,
+        'methods/apollo.py': 'rank update_proj_gap scale tensorwise',
+        'loqt.py': 'rank scale update_proj_gap psi compensation refresh stagger moments quantize double_quant',
+        'lora.py': 'rank scale quantize double_quant dropout merge_every train_rest lora_targets',
+        'coreset.py': 'coreset_from coreset_norm coreset_weights coreset_clusters keep_small zo_directions',
+    }.items():
+        assert set(configurator.options(ROOT / file)) == set(expected.split()), file
 
 
 # ---- stopping and going on -----------------------------------------------------------------------------------------
 
 
 def start(out_dir, data, *flags):
-    command = [sys.executable, '-u', 'train.py', *TINY, f'--dataset={data}', f'--out_dir={out_dir}', *flags]
+    words = tiny(f'--dataset={data}', f'--out_dir={out_dir}', *flags)
+    command = [sys.executable, '-u', 'train.py', *words]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -278,8 +308,9 @@ def test_two_processes_equal_one(flags, tmp_path, data):
     flags = [*flags, '--gradient_accumulation_steps=4', '--learning_rate=1e-3', '--max_iters=8']
     alone = train(tmp_path / 'one', data, *flags)
     assert alone.returncode == 0, alone.stderr
-    words = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--standalone', 'train.py', *TINY]
-    both = run([*words, f'--dataset={data}', f'--out_dir={tmp_path / "two"}', *flags], env={'OMP_NUM_THREADS': '1'})
+    words = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--standalone', 'train.py']
+    flags = tiny(f'--dataset={data}', f'--out_dir={tmp_path / "two"}', *flags)
+    both = run([*words, *flags], env={'OMP_NUM_THREADS': '1'})
     assert both.returncode == 0, both.stderr
     a, b = weights(tmp_path / 'one/last'), weights(tmp_path / 'two/last')
     assert max((a[name] - b[name]).abs().max() for name in a) < 2e-6
@@ -331,28 +362,36 @@ def assert_one_sentence(done, *patterns, code=1):
 
 
 def test_missing_config_file_and_typos_are_all_reported_at_once(tmp_path, data):
-    out = run(['train.py', 'config/galore_laptp.py', '--learning_rat=1', '--rank=many', '--method=galor'])
+    out = run(['train.py', 'config/galore_laptp.py', '--learning_rat=1', '--batch_size=many', '--method=galor'])
     assert out.returncode == 2 and 'Traceback' not in out.stderr
-    for expected in ('did you mean config/galore_laptop.py', 'learning_rate', 'rank', 'galore'):
+    for expected in ('did you mean config/galore_laptop.py', 'learning_rate', 'batch_size', 'galore'):
         assert expected in out.stderr
 
 
 IMPOSSIBLE = {
-    '--rank=0': 'rank=0 is not a count: use 1 or more',
+    '--rank=0': 'rank=0 is too small: use 1 or more',
     '--model=13m': "model='13m' is not a size: use one of .*did you mean 130m",
     '--beta2=1': 'beta2=1.0 is not a decay rate',
-    '--learning_rate=-1': 'learning_rate=-1.0 is negative',
+    '--learning_rate=-1': 'learning_rate=-1.0 is too small: use 0 or more',
     '--method=adamw --per_layer --grad_clip=1': 'set grad_clip=0 or per_layer=False',
-    '--residual=fira --per_layer --grad_clip=1': 'set grad_clip=0 or per_layer=False',
+    '--method=fira --per_layer --grad_clip=1': 'set grad_clip=0 or per_layer=False',
+    '--method=apollo --per_layer --grad_clip=1': 'set grad_clip=0 or per_layer=False',
     '--lr_decay_iters=1': 'ends before warmup_iters=2',
     '--device=cuda': 'torch sees no CUDA device',
-    '--seed=-1': 'seed=-1 is negative',
+    '--seed=-1': 'seed=-1 is too small: use 0 or more',
     '--per_layer --compile': 'set one of them to False',
     '--method=loqt --compile': 'set --compile=False',
-    '--method=loqt --basis_bits=4': "basis_bits, lazy and residual are galore's",
-    '--psi=-1': 'psi=-1.0 is negative: use 0 or more',
+    '--method=qgalore --compile': 'weight_bits=8 .* set --compile=False',
+    '--method=loqt --psi=-1': 'psi=-1.0 is too small: use 0 or more',
     '--scale=0': 'scale=0.0 would undo or hold every update: use more than 0',
     '--save_merged=False': "method='galore' packs none: leave it out",
+    # keys of another method, and words that have gone
+    '--method=loqt --basis_bits=4': "basis_bits is galore's: leave it out with method='loqt', or use --method=galore",
+    '--weight_bits=8': "weight_bits is qgalore's: leave it out with method='galore', or use --method=qgalore",
+    '--lazy=0.5': "lazy is qgalore's: leave it out with method='galore', or use --method=qgalore",
+    '--residual=fira': 'Fira is a method of its own: --method=fira',
+    '--method=apollo_mini': '--method=apollo --tensorwise --rank=1 --scale=11.3',
+    '--coreset_from=2': 'coreset_from says something with coreset alone: .* --coreset=grad',
 }
 
 
@@ -361,7 +400,7 @@ def test_impossible_combinations_name_the_flag_to_change(flags):
     if flags == '--device=cuda' and torch.cuda.is_available():
         pytest.skip('it is possible here')
     with pytest.raises(configurator.ConfigError, match=IMPOSSIBLE[flags]):
-        configurator.load(ROOT / 'train.py', [*TINY, *flags.split()], training.problems)
+        configurator.load(ROOT / 'train.py', tiny(*flags.split()), training.problems, moved=MOVED)
 
 
 def test_a_run_in_the_same_folder_is_refused_until_told_what_to_do(finished, data):
@@ -526,13 +565,14 @@ def test_a_tracker_gets_every_row(kind, tmp_path, data):
         assert 'finished' in out.stdout
 
 
-def test_compile_off_says_why_and_goes_on(monkeypatch, capsys):
+def test_compile_off_says_why_and_goes_on(monkeypatch, capsys, data):
     def no_compiler(model):
         raise RuntimeError('no compiler here\nand more')
 
     monkeypatch.setattr(torch, 'compile', no_compiler)
     model = object()
-    assert build.try_compile(model, None, None) is model
+    config = configurator.load(ROOT / 'train.py', tiny(f'--dataset={data}'))
+    assert build.try_compile(model, training.Tokens(data, 'train', 32), config, 'cpu') is model
     assert capsys.readouterr().out == 'compile off: RuntimeError: no compiler here\n'
 
 
@@ -541,6 +581,8 @@ def test_help_lists_every_key_with_its_comment():
     assert out.returncode == 0
     for name in configurator.keys(ROOT / 'train.py'):
         assert f'--{name}' in out.stdout
+    for method in ('galore', 'loqt', 'lora', 'qgalore', 'fira', 'apollo'):
+        assert f'\n--method={method}' in out.stdout
     assert 'config/galore_laptop.py' in out.stdout
 
 

@@ -1,0 +1,75 @@
+"""
+memest.py's command line: its own flags, and those of train.py beside them. Nothing here needs torch.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import configurator
+
+TRAIN = str(Path(__file__).resolve().parent.parent / 'train.py')
+
+FLAGS = {
+    'gpu_gb': (float, 24, 'the card, in GiB'),
+    'fit': (bool, '', 'every method, the largest batch that fits, and the flags to type'),
+    'gpus': (int, 4, 'what each of several GPUs holds'),
+    'tp': (int, 2, 'with --gpus: size of the tensor-parallel groups'),
+    'instant': (bool, '', 'by the formula, without a trace'),
+    'json': (bool, '', 'numbers instead of a table'),
+    'plot': (str, 'plan.png', 'memory over three steps, as a picture'),
+    'hf': (str, 'path/to/config.json', "transformers' own model instead: see python memest.py --hf --help"),
+}
+
+
+def read(argv, moved):
+    """-> memest.py's own flags as a dict, and the config that the other words make of train.py's keys; None with
+    --hf, which has keys of its own. Prints the help, or what is wrong, and exits. moved: as in configurator.load."""
+    if any(word.partition('=')[0] == '--hf' for word in argv):
+        return {}, None
+    if not argv or '--help' in argv or '-h' in argv:
+        print(help_text())
+        sys.exit(0)
+    try:
+        own, rest = split(argv)
+    except ValueError as error:
+        sys.exit(f'error: {error}')
+    return own, configurator.load_or_exit(TRAIN, [*rest, '--dry_run'], moved=moved)
+
+
+def help_text():
+    lines = ['python memest.py CONFIG [--key=value ...], keys as train.py has them, and of its own:\n']
+    for name, (kind, example, meaning) in FLAGS.items():
+        lines.append(f'  {f"--{name}" if kind is bool else f"--{name}={example}":28} {meaning}')
+    return '\n'.join([*lines, f"  {'--model=llmem':28} LLMem's published equations instead"])
+
+
+def split(argv):
+    """-> (memest.py's own flags as a dict, the other words). Raises ValueError for a bad one."""
+    own, rest = {}, []
+    for word in argv:
+        name, equals, value = word.removeprefix('--').partition('=')
+        name = name.replace('-', '_')
+        if word == '--model=llmem':
+            own['llmem'] = True
+            continue
+        if word.startswith('--gpu') and name not in FLAGS:
+            raise ValueError(f'--{name} is unknown: use --gpu_gb=24, the card in GiB, or --gpus=4, how many')
+        if not word.startswith('--') or name not in FLAGS:
+            rest.append(word)
+            continue
+        kind, example, _ = FLAGS[name]
+        try:
+            own[name] = True if kind is bool else kind(value)
+        except ValueError:
+            raise ValueError(f'--{name}={value} is not a number: use for example --{name}={example}') from None
+        if kind in (int, float) and not 0 < own[name] < math.inf:
+            raise ValueError(f'--{name}={value} is not a size: use more than 0, for example --{name}={example}')
+        if bool(equals) == (kind is bool) or (kind is str and not value):
+            raise ValueError(f'{word} is not how it is typed: use --{name}{f"={example}" if example else ""}')
+    tables = [name for name in ('fit', 'gpus', 'llmem') if name in own]
+    if tables and {'json', 'plot', 'instant'} & set(own):
+        raise ValueError(f'--{tables[0]} prints a table of its own: leave out --json, --plot and --instant')
+    if 'plot' in own and 'instant' in own:
+        raise ValueError('--plot draws a trace, and --instant makes none: leave out one of them')
+    return own, rest
