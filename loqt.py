@@ -205,8 +205,8 @@ def merge(layer):
     layer.forget('rest')
     layer.keep('P', P.to(layer.B.dtype))
     Q = P.T @ old if layer.started else None  # (r, r)
-    del P
-    B, parts = compensate(W, layer.read('P', torch.float32), layer)  # P as forward will see it
+    P = [layer.read('P', torch.float32)]  # (m, r), as forward will see it; handed over, so that it can be freed there
+    B, parts = compensate(W, P.pop(), layer)
     layer.B.copy_(B)
     for part, tensor in parts.items():
         layer.register_buffer('W' + part, tensor)

@@ -34,7 +34,7 @@ from memory.cuda import CONTEXT
 from memory.fit import MARGIN, PCI_EXPRESS, fit, seconds_per_token
 from memory.formula import Plan, UnknownMethod, estimate
 from model import ModelError
-from plumbing.build import build_on_meta
+from plumbing.build import build_on_meta, shape_of
 from plumbing.parallel import device_and_dtype
 
 __all__ = ['Plan', 'estimate', 'fit', 'trace']
@@ -60,7 +60,7 @@ def answer(argv, own, config):
 
         return hf.main(argv)
     configurator.check_or_exit(config, train.__file__, train.problems)
-    shape = build_on_meta(config)[0].config
+    shape = shape_of(config)
     if 'fit' in own:
         print_fit(config, shape, own)
     elif 'llmem' in own:

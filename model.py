@@ -1,14 +1,14 @@
 """
-LLaMA in one file: RMSNorm, rotary embeddings, SwiGLU, grouped-query attention, Hugging Face's layout in and out.
+LLaMA in one file: RMSNorm, rotary embeddings, SwiGLU, grouped-query attention; loads and saves Hugging Face folders.
 
     model = LLaMA(ModelConfig(**SIZES['60m']))            # random weights, N(0, 0.02)
-    loss = model(tokens, targets)                         # tokens, targets: (B, T) int64 -> mean loss in nats a token
+    loss = model(tokens, targets)                         # tokens, targets: (B, T) int64 -> mean loss in nats per token
     logits = model(tokens)                                # (B, T, vocab)
     model = LLaMA.from_pretrained('path/to/folder')       # config.json + model.safetensors (or its sharded index)
     model.save_pretrained('path/to/folder')
 
 Letters: B batch, T tokens in a window, D n_embd, H heads, K key/value heads, d head_dim, V vocab_size.
-Linear weights are (out, in). Modules carry Hugging Face's names: a state dict differs by the prefix `model.` alone.
+Linear weights are (out, in). Modules have Hugging Face's names; state dicts differ only in the prefix `model.`.
 """
 
 import math
@@ -29,20 +29,18 @@ class ModelError(Exception):
 class ModelConfig:
     n_layer: int = 8
     n_head: int = 8
-    n_kv_head: int = 0  # 0: as many as n_head; fewer is grouped-query attention
+    n_kv_head: int = 0  # 0: n_head; fewer: grouped-query attention
     n_embd: int = 512
     n_inner: int = 1376  # width of the SwiGLU layer
     vocab_size: int = 32000
-    block_size: int = 256  # longest window; sets the length of the rotary tables and nothing else
+    block_size: int = 256  # longest window; only the length of the rotary tables depends on it
     head_dim: int = 0  # 0: n_embd / n_head
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # Llama 3's: the keys of ROPE_SCALING; None: none
-    tie_embeddings: bool = False  # head and embedding are one matrix
-    max_positions: int = (
-        0  # longest window the weights are made for, which training on shorter ones keeps; 0: block_size
-    )
-    bos_token_id: int | None = None  # these two only pass through, for whoever reads the folder next
+    rope_scaling: dict | None = None  # Llama 3's, a dict with the keys ROPE_SCALING; None: no scaling
+    tie_embeddings: bool = False  # head and embedding share one matrix
+    max_positions: int = 0  # longest window the weights support, kept when training on shorter ones; 0: block_size
+    bos_token_id: int | None = None  # these two are unused here, only saved for other readers of the folder
     eos_token_id: int | list | None = None
 
     def __post_init__(self):
@@ -84,7 +82,7 @@ ROPE_SCALING = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_p
 
 
 class Linear(nn.Linear):
-    """y = x W^T, no bias. W is multiplied in the activations' dtype, so that a CPU may store bf16 and compute fp32."""
+    """y = x W^T, no bias. W is cast to the activations' dtype, so that a CPU can store bf16 and compute in fp32."""
 
     def __init__(self, n_in, n_out, **kw):
         super().__init__(n_in, n_out, bias=False, **kw)
@@ -121,7 +119,8 @@ def rotary_tables(config, device=None):
     d = config.head_dim
     frequency = config.rope_theta ** (-torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)  # (d/2,)
     if config.rope_scaling:
-        # Waves longer than the old context are slowed by `factor`, short ones stay, those between are blended.
+        # Low frequencies, whose period exceeds the old context, are divided by `factor`; high ones stay; those in
+        # between are interpolated.
         s = config.rope_scaling
         turns = s['original_max_position_embeddings'] * frequency / (2 * math.pi)  # full turns within the old context
         keep = (turns - s['low_freq_factor']) / (s['high_freq_factor'] - s['low_freq_factor'])
@@ -132,7 +131,9 @@ def rotary_tables(config, device=None):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_{i + d/2}) by its position's angle: Hugging Face's half-split layout. x: (B, H, T, d)."""
+    """Rotate each pair (x_i, x_{i + d/2}), Hugging Face's half-split layout, by its position's angle.
+
+    x: (B, H, T, d)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -147,7 +148,7 @@ class KVCache:
         self.length = 0
 
     def extend(self, i, k, v):
-        """Append k, v (B, K, T, d) to layer i and return all of its keys and values."""
+        """Append k, v (B, K, T, d) to those of layer i and return all of them."""
         end = self.length + k.shape[2]
         self.k[i, :, :, self.length : end] = k
         self.v[i, :, :, self.length : end] = v
@@ -228,9 +229,9 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v = cache.extend(i, k, v)
-            if cache.length:  # query t sees the cached keys and its own first t
+            if cache.length:  # query t sees all cached keys and the new keys 0 to t
                 mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
-        # Grouped queries (H > K) share a key; the flag is off where it is not needed since some kernels refuse it.
+        # enable_gqa lets several query heads share a key head (H > K). Some kernels refuse it, so only where needed.
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
         )  # (B, H, T, d)
@@ -264,24 +265,24 @@ class Block(nn.Module):
 def arithmetic(device, dtype):
     """The dtype to compute in. A CPU without bf16 instructions multiplies bf16 hundreds of times slower than fp32."""
     if torch.device(device).type == 'cpu' and dtype == torch.bfloat16:
-        # The two names are x86's; where torch reports neither, fp32 is right and merely not the fastest.
+        # Both names are x86's. Where torch reports neither, fp32 is correct, if not the fastest.
         cpu = torch.cpu.get_capabilities()
         return dtype if cpu.get('amx_bf16') or cpu.get('avx512_bf16') else torch.float32
     return dtype
 
 
 class LLaMA(nn.Module):
-    """The model. `device` and `dtype` are those of the weights; under `torch.device('meta')` nothing is allocated
-    until `materialise`, which makes the weights one module at a time, so that a 7B is born in its own 13 GB.
+    """The model. `device` and `dtype` are those of the weights. Built under `torch.device('meta')` it allocates nothing
+    until `materialise`, which creates the weights module by module, so that a 7B needs no more than its own 13 GB.
 
-    linear: what the blocks' layers are made with, called as Linear is. A method that keeps its weights in few bits has
-    a module of its own; it says `dense_weight()`, and takes one with `set_weight(W)`, both (out, in)."""
+    linear: the class of the blocks' linear layers, called like Linear. A method that packs its weights passes its own,
+    which returns the dense W (out, in) from `dense_weight()` and takes one with `set_weight(W)`."""
 
     def __init__(self, config, device=None, dtype=None, linear=Linear):
         super().__init__()
         kw = dict(device=device, dtype=dtype)
         self.config = config
-        self.checkpointing = False  # True: keep only each block's input and run the block again in backward
+        self.checkpointing = False  # True: keep only each block's input and recompute the block in backward
         self.compute_dtype = None  # None: `arithmetic` chooses
         self.embed_tokens = Embedding(config.vocab_size, config.n_embd, **kw)
         self.layers = nn.ModuleList(Block(config, linear, **kw) for _ in range(config.n_layer))
@@ -291,7 +292,7 @@ class LLaMA(nn.Module):
         self.set_block_size(config.block_size, device)
 
     def set_block_size(self, block_size, device=None):
-        """Longest window from now on: the rotary tables are the only thing that depends on it."""
+        """Change the longest window. Only the rotary tables depend on it."""
         self.config.block_size = block_size
         cos, sin = rotary_tables(self.config, device)
         self.register_buffer('cos', cos, persistent=False)
@@ -317,26 +318,26 @@ class LLaMA(nn.Module):
         return self.compute_dtype or arithmetic(self.head.device, self.head.dtype)
 
     def n_params(self, embeddings=True):
-        """Number of parameters; without embeddings, of those that multiply (the head stays), as FLOP counts want."""
+        """Number of parameters. embeddings=False, for FLOP counts: without the embedding table, but with the head."""
         n = sum(math.prod(shape) for _, shape, _ in self.dense_weights())
         return n if embeddings or self.config.tie_embeddings else n - self.embed_tokens.weight.numel()
 
     def dense_weights(self):
-        """Yield (name, shape, function that gives the whole tensor) of each weight of a plain LLaMA."""
+        """Yield (name, shape, function that returns the dense tensor) for each weight of a plain LLaMA."""
         for prefix, module in self.named_modules():
-            if hasattr(module, 'dense_weight'):  # kept in few bits, or in factors
+            if hasattr(module, 'dense_weight'):  # packed, or with low-rank factors
                 yield prefix + '.weight', (module.out_features, module.in_features), module.dense_weight
             else:
                 for name, p in module.named_parameters(prefix, recurse=False):
                     yield name, tuple(p.shape), p.detach
 
     def flops_per_token(self, T):
-        """FLOPs of forward and backward a token: 6 a weight, 12 D T a layer for attention (PaLM, 2204.02311)."""
+        """FLOPs per token, forward and backward: 6 per weight, 12 D T per layer for attention (PaLM, 2204.02311)."""
         c = self.config
         return 6 * self.n_params(embeddings=False) + 12 * c.n_layer * c.n_head * c.head_dim * T
 
     def embed(self, tokens, start=0):
-        """tokens (B, T), the first at position `start` -> what the blocks take: x (B, T, D), cos and sin (T, d/2)."""
+        """tokens (B, T), the first at position `start` -> the blocks' inputs: x (B, T, D), cos and sin (T, d/2)."""
         end, dtype = start + tokens.shape[1], self.activation_dtype
         if end > self.config.block_size:
             raise ModelError(f'{end} tokens do not fit the window of {self.config.block_size}: raise block_size')
@@ -344,13 +345,13 @@ class LLaMA(nn.Module):
         return x, self.cos[start:end].to(dtype), self.sin[start:end].to(dtype)
 
     def forward(self, tokens, targets=None, cache=None, weights=None):
-        """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> the mean loss over targets that are not -100, each
-        example's multiplied by its number in weights (B,), if those are given."""
+        """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> the mean loss over targets that are not -100.
+        weights (B,), if given, multiply the loss of each example."""
         start = cache.length if cache is not None else 0
         x, cos, sin = self.embed(tokens, start)
         for i, layer in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
-                # what is random in a block (LoRA's dropout) has a seed of its own: no generator state to keep
+                # LoRA's dropout, the only random operation in a block, has its own seed: no generator state to save
                 x = checkpoint(layer, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, cos, sin, cache, i)
@@ -364,7 +365,7 @@ class LLaMA(nn.Module):
         x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # (B T, D), (B T,)
         return HeadLoss.apply(x, self.head, targets, torch.is_grad_enabled(), weights)
 
-    # ---- Hugging Face folders: plumbing/hf.py, which imports this file ----
+    # ---- Hugging Face folders: plumbing/hf.py, imported late because it imports this file ----
 
     @classmethod
     def from_pretrained(cls, folder, *options, **more):

@@ -1,15 +1,15 @@
 """
-Text out of a checkpoint of ours or any Hugging Face LLaMA folder, as it is made.
+Generate text from a checkpoint of ours or any Hugging Face LLaMA folder, and print it token by token.
 
-    python sample.py out/galore_laptop                              # its best checkpoint goes on from a newline
+    python sample.py out/galore_laptop                              # the best checkpoint continues a newline
     python sample.py out/galore_laptop --prompt='def main(' --tokens=300 --temperature=0.5
     python sample.py path/to/SmolLM2-135M --prompt='The capital of France is' --top_p=0.9
     echo 'import os' | python sample.py out/galore_laptop --prompt=-
     python sample.py out/loqt_13b_4090 --save_to=out/merged         # also write it as a Hugging Face folder
-    python sample.py out/lora_run --save_adapter=out/adapter        # also write LoRA's A and B as PEFT's folder
-    python sample.py out/adapter                                    # such a folder, on the base it names
+    python sample.py out/lora_run --save_adapter=out/adapter        # also write LoRA's A and B as a PEFT folder
+    python sample.py out/adapter                                    # a PEFT folder, with the base model it names
 
-570 tokens a second for the laptop model on two CPU cores: with a key-value cache a token costs one forward.
+570 tokens a second for the laptop model on two CPU cores: with the key-value cache, a token costs one forward pass.
 """
 
 import sys
@@ -33,22 +33,22 @@ from plumbing.checkpoint import CheckpointError
 from plumbing.hf import AdapterError, weights_folder
 
 # ---- config ----------------------------------------------------------------------------------------------------------
-checkpoint = ''  # folder of a run (its best/ or last/ is taken) or of weights; may be typed without --checkpoint=
-prompt = '\n'  # what the text goes on from; - reads it from standard input
-tokens = 200  # how many tokens to make, at most: an end-of-text token stops
-samples = 1  # how many texts to make, one after the other
+checkpoint = ''  # folder of a run (its best/, else last/, is used) or of weights; --checkpoint= may be left out
+prompt = '\n'  # text to continue; - reads it from standard input
+tokens = 200  # maximum number of new tokens; an end-of-text token stops earlier
+samples = 1  # number of texts to generate, one after the other
 temperature = 0.8  # below 1 safer, above 1 wilder; 0 always takes the likeliest token
 top_k = 0  # choose among the k likeliest tokens only; 0: all
-top_p = 1.0  # choose among the likeliest tokens that together have this probability
-save_to = ''  # write the model there as a Hugging Face folder, packed weights as whole ones; '': no
-save_adapter = ''  # write what LoRA learnt there as a folder that `peft` reads; '': no
+top_p = 1.0  # choose among the likeliest tokens whose probabilities sum to this
+save_to = ''  # also write the model to this Hugging Face folder, packed weights as dense ones; '': no
+save_adapter = ''  # also write LoRA's A and B to this folder, in peft's format; '': no
 seed = 1  # the same seed gives the same text
-device = 'auto'  # 'auto' | 'cpu' | 'cuda': auto takes cuda where there is one
+device = 'auto'  # 'auto' | 'cpu' | 'cuda': auto uses cuda if it is available
 # ---- end of config ---------------------------------------------------------------------------------------------------
 
 
 def problems(config):
-    """Combinations that cannot work, a sentence each."""
+    """One sentence for each key that cannot work."""
     found = []
     if not config.checkpoint:
         found.append('no checkpoint: type python sample.py FOLDER, for instance out/galore_laptop')
@@ -69,7 +69,7 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         return int(logits.argmax())
     logits, order = (logits.float() / temperature).sort(descending=True)
     p = logits.softmax(0)  # (V,)
-    p[p.cumsum(0) - p >= top_p] = 0  # a token stays if those before it do not reach top_p: the likeliest always does
+    p[p.cumsum(0) - p >= top_p] = 0  # keep a token if the likelier ones sum to less than top_p; the first always stays
     if top_k:
         p[top_k:] = 0
     return int(order[torch.multinomial(p, 1, generator=generator)])
@@ -77,12 +77,12 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 @torch.no_grad()
 def generate(model, ids, n, eot=None, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Yield up to n token ids that go on from `ids`, a list; stops after the end-of-text id."""
+    """Yield up to n token ids that continue the list `ids`; stop after the end-of-text id."""
     device, window = model.head.device, model.config.block_size
-    ids, cache = list(ids) or [eot or 0], None  # some tokenizers make nothing of a newline
+    ids, cache = list(ids) or [eot or 0], None  # some tokenizers encode a newline as no token at all
     for _ in range(n):
         if cache is None or cache.length == window:
-            # Start, or the window is full: go on with its later half, which is read again at its new positions.
+            # Fill a new cache: at the start, and when the window is full, from its second half at new positions.
             fresh = ids[-window:] if cache is None else ids[-(window // 2) :]
             cache = KVCache(model.config, device=device, dtype=model.activation_dtype)
         logits = model(torch.tensor([fresh], device=device), cache=cache)[0, -1]  # (V,)
@@ -103,7 +103,7 @@ def main(config):
         hf.load_adapter(model, config.checkpoint)
     else:
         if config.save_adapter:
-            base_of(folder)  # says at once where there is none
+            base_of(folder)  # raises here, before the model is loaded, if there is no adapter
         model = load_model(folder, device, factors=bool(config.save_adapter))
     model.set_block_size(min(model.config.block_size, 4096), device)  # a cache of 128k positions would be gigabytes
     tok = tokenizer.load(folder)
@@ -120,10 +120,10 @@ def main(config):
     for i in range(config.samples):
         if config.samples > 1:
             print(f'---- sample {i + 1}')
-        how = (config.temperature, config.top_k, config.top_p, generator)
-        made = generate(model, ids, config.tokens, tok.eot, *how)
+        options = (config.temperature, config.top_k, config.top_p, generator)
+        new_ids = generate(model, ids, config.tokens, tok.eot, *options)
         print(prompt, end='', flush=True)
-        for piece in tok.decode_stream(token for token in made if token != tok.eot):
+        for piece in tok.decode_stream(token for token in new_ids if token != tok.eot):
             print(piece, end='', flush=True)
         print()
 

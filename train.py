@@ -3,8 +3,8 @@ Train a LLaMA on the machine you own, with GaLore, LoQT or AdamW, from scratch o
 
     python train.py config/galore_laptop.py                      # two CPU cores, about three minutes, code-like samples
     python train.py config/galore_laptop.py --max_iters=100      # flags win over the file
-    python train.py config/galore_laptop.py --init_from=resume   # go on where it stopped, bit for bit
-    python train.py config/galore_7b_4090.py --dry_run           # resolve, count, plan; nothing is trained
+    python train.py config/galore_laptop.py --init_from=resume   # continue where it stopped, bit for bit
+    python train.py config/galore_7b_4090.py --dry_run           # plan the memory and print it; nothing is trained
     python -m torch.distributed.run --nproc_per_node=8 train.py config/galore_1b.py            # eight cards
     python train.py --help                                       # every key below
 """
@@ -41,59 +41,59 @@ from plumbing.hf import AdapterError
 # ---- config ----------------------------------------------------------------------------------------------------------
 # run
 out_dir = 'out/run'  # folder for checkpoints (last/, best/) and metrics.csv
-init_from = 'scratch'  # 'scratch', 'resume' (go on from out_dir/last), a Hugging Face folder, or a name on its hub
-overwrite = False  # let a run from scratch replace the checkpoints that an earlier one left in out_dir
-seed = 1  # of the weights, the order of the data and stochastic rounding; the same seed gives the same run
-max_iters = 1000  # optimizer steps in all
+init_from = 'scratch'  # 'scratch', 'resume' (continue from out_dir/last), a Hugging Face folder, or a name on its hub
+overwrite = False  # let a run from scratch replace the checkpoints of an earlier run in out_dir
+seed = 1  # for initial weights, data order and stochastic rounding; the same seed gives the same run
+max_iters = 1000  # optimizer steps in total
 dry_run = False  # resolve the configuration, build on the meta device, print the plan and stop
 
 # data
-dataset = 'pystdlib'  # a folder in data/, or a path to one, that prepare.py has filled; pystdlib fills itself
-block_size = 256  # tokens in a training window; attention's time grows with its square
+dataset = 'pystdlib'  # folder in data/, or path to a folder, filled by prepare.py; pystdlib is prepared automatically
+block_size = 256  # tokens in a training window; attention time grows with its square
 batch_size = 8  # windows in a micro-batch: as many as fit, since activations take the memory
-gradient_accumulation_steps = 1  # micro-batches in a step, of all processes together; exact in every mode
+gradient_accumulation_steps = 1  # micro-batches in a step, counted over all processes; exact in every mode
 
 # model
-model = '9m'  # shape of the GaLore and LoQT papers: 9m 20m 35m 40m 60m 71m 100m 130m 250m 350m 1b 3b 7b 13b
-n_layer = 0  # transformer blocks; 0 here and below: what `model` has
+model = '9m'  # shape from the GaLore and LoQT papers: 9m 20m 35m 40m 60m 71m 100m 130m 250m 350m 1b 3b 7b 13b
+n_layer = 0  # transformer blocks; 0 here and below: the value from `model`
 n_head = 0  # attention heads
 n_kv_head = 0  # key and value heads, fewer than n_head for grouped-query attention; 0: n_head
 n_embd = 0  # width
 n_inner = 0  # width of the SwiGLU layer, usually 8/3 of n_embd
-vocab_size = 0  # rows of embedding and head; 0: what the data set's tokenizer has
+vocab_size = 0  # rows of embedding and head; 0: the size of the data set's tokenizer
 
 # learning
-learning_rate = 1e-3  # peak; GaLore wants about ten times AdamW's, since its update is multiplied by scale
-warmup_iters = 100  # steps of linear rise from 0
-lr_decay_iters = 0  # step at which the cosine reaches min_lr, and stays; 0: max_iters
-min_lr = -1.0  # learning rate at the end; -1: a tenth of learning_rate
-weight_decay = 0.0  # decoupled, on matrices only, times the learning rate
-beta1 = 0.9  # Adam's memory of gradients
-beta2 = 0.999  # Adam's memory of squared gradients
-grad_clip = 0.0  # largest global gradient norm (of the projected gradients under GaLore); 0: no clipping
+learning_rate = 1e-3  # peak; GaLore needs about ten times AdamW's, since its update is multiplied by scale
+warmup_iters = 100  # steps of linear warm-up from 0
+lr_decay_iters = 0  # step at which the cosine decay reaches min_lr and stays there; 0: max_iters
+min_lr = -1.0  # final learning rate; -1: a tenth of learning_rate
+weight_decay = 0.0  # decoupled, applied to matrices only, multiplied by the learning rate
+beta1 = 0.9  # decay rate of Adam's first moment
+beta2 = 0.999  # decay rate of Adam's second moment
+grad_clip = 0.0  # maximum global gradient norm (of the projected gradients under GaLore); 0: no clipping
 
 # method
 method = 'galore'  # 'adamw' | 'galore' | 'loqt' | 'lora' | 'qgalore' | 'fira' | 'apollo': one file each
 
 # memory and speed
-device = 'auto'  # 'auto' | 'cpu' | 'cuda': auto takes cuda where there is one
+device = 'auto'  # 'auto' | 'cpu' | 'cuda': auto uses cuda if it is available
 dtype = 'auto'  # 'auto' | 'float32' | 'bfloat16': of the weights; auto: bfloat16 on cuda, else float32
-state_bits = 32  # 32 | 8: of Adam's moments; 8 is blockwise and saves 3/4 of them
-offload = False  # Adam's moments stay in main memory and visit the card once a step, while their layer is updated
+state_bits = 32  # 32 | 8: bits of Adam's moments; 8 is blockwise and saves 3/4 of their memory
+offload = False  # keep Adam's moments in main memory; each visits the card once a step, while its layer is updated
 per_layer = False  # update each weight inside backward and drop its gradient; saves a copy of the weights, same result
-checkpointing = False  # keep only each block's input and compute the block again in backward: a quarter slower here
-compile = False  # torch.compile: 15 s to start, then a sixth faster here; off, with the reason, where it fails
+checkpointing = False  # keep only each block's input and recompute the block in backward: measured a quarter slower
+compile = False  # torch.compile: 15 s to start, then measured a sixth faster; if it fails, the run goes on without it
 
 # choice of batches
-coreset = 'none'  # 'none' | 'random' | 'zo' | 'grad': choose each step's windows out of more (CoLM); random: by source
+coreset = 'none'  # 'none' | 'random' | 'zo' | 'grad': choose each step's windows from a pool (CoLM); random: by source
 
 # reports
 log_interval = 10  # steps between log lines
 eval_interval = 250  # steps between evaluations
 eval_tokens = 65536  # tokens of the val split to evaluate on: fixed windows, the same in every run
 save_interval = 0  # steps between checkpoints in last/; 0: at each evaluation
-save_merged = True  # checkpoints of loqt, lora hold the blocks as a plain model has them, too; False: packed, smaller
-sample_tokens = 48  # tokens of a sample to print at each evaluation; 0: none
+save_merged = True  # checkpoints of loqt and lora also hold the blocks as dense weights; False: packed only, smaller
+sample_tokens = 48  # tokens of the sample printed at each evaluation; 0: no sample
 tracker = 'none'  # 'none' | 'wandb' | 'trackio' | 'tensorboard': imported only if asked for
 # ---- end of config ---------------------------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ FIXED = ('model', *SHAPE, 'method', 'state_bits', 'dtype')
 
 
 def problems(config):
-    """Combinations that cannot work, a sentence each; those of the method and of coreset.py among them."""
+    """One sentence for each combination that cannot work, including what the method and coreset.py find."""
     c, world = config, int(os.environ.get('WORLD_SIZE', 1))
     found = at_least(c, 1, 'max_iters', 'block_size', 'batch_size', 'gradient_accumulation_steps')
     found += at_least(c, 1, 'log_interval', 'eval_interval', 'eval_tokens')
@@ -137,7 +137,7 @@ def problems(config):
 
 
 def learning_rate_at(step, config):
-    """Linear warm-up from 0, half a cosine down to min_lr, and min_lr from then on. Depends on nothing but the step."""
+    """Linear warm-up from 0, cosine decay to min_lr, constant afterwards. A function of the step alone."""
     c = config
     low = c.min_lr if c.min_lr >= 0 else c.learning_rate / 10
     end = c.lr_decay_iters or c.max_iters
@@ -151,7 +151,7 @@ def learning_rate_at(step, config):
 
 @torch.no_grad()
 def evaluate(model, data, config, here):
-    """Mean loss in nats a token over the fixed evaluation windows, which processes share among them."""
+    """Mean loss in nats per token over the fixed evaluation windows, which are divided among the processes."""
     total = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens
     windows = data.evaluation(config.eval_tokens, config.batch_size)
     count = min(config.eval_tokens, len(data.tokens)) // (config.block_size * config.batch_size)
@@ -166,14 +166,14 @@ def evaluate(model, data, config, here):
 
 
 def print_sample(model, tok, config):
-    """A line of what the model would write by now."""
+    """Print one line of text that the model generates."""
     generator = torch.Generator().manual_seed(config.seed)
     made = sample.generate(model, tok.encode('\n'), config.sample_tokens, tok.eot, 0.8, 0, 1.0, generator)
     print('sample:', repr(tok.decode(list(made)))[1:-1], flush=True)
 
 
 def training_step(forward, optimizer, micro_batches, learning_rate, device):
-    """One optimizer step on a list of (x, y), or (x, y, weights): these lines drive every method. -> mean loss, a 0-dim
+    """One optimizer step on a list of (x, y) or (x, y, weights), the same for every method. -> mean loss, a 0-dim
     tensor."""
     optimizer.lr, total = learning_rate, 0.0
     for i, (x, y, *weights) in enumerate(micro_batches):
@@ -187,13 +187,13 @@ def training_step(forward, optimizer, micro_batches, learning_rate, device):
 
 
 def plan_memory(config, shape, device, dtype, compute_dtype=None):
-    """The memory.formula.Plan of a run, from a trace of the step above; shape: the ModelConfig."""
+    """The memory.formula.Plan of a run, from a trace of `training_step`. shape: the ModelConfig."""
     method, selection = method_of(config), colm.setup(config)
     return trace.plan_memory(config, shape, dtype, device, method, training_step, selection, compute_dtype)
 
 
 def plan_only(config):
-    """Resolve everything, build the model and the method on the meta device, print the plan. Needs no data yet."""
+    """Build the model and the optimizer on the meta device and print the plan. The data need not be prepared."""
     device, dtype = parallel.device_and_dtype(config)
     model, folder, meta = build_on_meta(config)
     setup(model, config)
@@ -203,7 +203,7 @@ def plan_only(config):
 
 
 def setup(model, config):
-    """The method's optimizer; what it refuses ends the run in its own words."""
+    """The method's optimizer. A ValueError that it raises ends the run with its message."""
     try:
         return method_of(config).setup(model, config)
     except ValueError as error:
@@ -216,7 +216,7 @@ def main(config):
     here = parallel.start(config)  # this process: rank, world, device, dtype
 
     # ---- data, model, method ----
-    folder = here.first(data_folder, config)  # the first process may prepare it
+    folder = here.first(data_folder, config)  # the first process may have to prepare it
     meta = read_meta(folder)
     train_data, val_data = (Tokens(folder, split, config.block_size) for split in ('train', 'val'))
     tok = tokenizer.load(folder)
@@ -231,7 +231,7 @@ def main(config):
     if here.rank == 0:
         report.print_plan(config, model, plan, folder, meta, here.device, __file__)
         warn_if_too_much(config, model, plan, here, begin)
-        checkpoint.clear(config, begin)  # what --overwrite replaces
+        checkpoint.clear(config, begin)  # delete what --overwrite replaces
     log = report.Log(config, model, plan, begin, here)
     files = tokenizer.files_of(folder, begin.weights)
     stop = report.CtrlC(here)
@@ -243,12 +243,12 @@ def main(config):
     step, best_val_loss = begin.step, begin.run['best_val_loss']
     while True:
         last_step = here.any(step >= config.max_iters or stop.asked)  # all processes leave at the same step
-        fresh = step > begin.step or step == 0  # a resumed run does not repeat what was done at this step
+        fresh = step > begin.step or step == 0  # a resumed run does not repeat the reports of its first step
         eval_now = (fresh and step % config.eval_interval == 0) or step >= config.max_iters
         save_now = step > begin.step and (step % save_interval == 0 or last_step)
         log_now = (fresh and step % config.log_interval == 0) or eval_now or save_now
 
-        # once in a while: read the losses back and print them (the one place that waits for the device)
+        # once in a while: read the losses back and print them (the only place that waits for the device)
         if log_now:
             log.training(step, colm.summary(selection, log.parts) if log.parts else '')
 
@@ -267,7 +267,7 @@ def main(config):
                 run = {'step': step, 'best_val_loss': best_val_loss, 'seconds': log.seconds()}
                 checkpoint.save_all(config, model, optimizer, selection, files, run, begin, better)
 
-        # once in a while: what the model would write by now
+        # once in a while: print a sample
         if eval_now and config.sample_tokens and step > 0 and here.rank == 0:
             print_sample(model, tok, config)
 
@@ -296,14 +296,14 @@ def main(config):
 
 
 def warn_if_too_much(config, model, plan, here, begin):
-    """Say before a run starts that this card is too small for it, and which flags save most."""
+    """Warn before a run starts that the plan exceeds this card, and name the flags that save most."""
     if here.on_cuda and plan.card > (room := torch.cuda.get_device_properties(here.device).total_memory):
         advice = fit.memory_advice(config, model.config, problems, FIXED * bool(begin.saved_at))
         print(f'warning: the plan is more than the {room / 1e9:.2f} GB of this card; try {advice}')
 
 
 def cli(config):
-    """main(config), ending with one sentence where it cannot go on."""
+    """Run main(config). An error that the user can fix ends it with one sentence instead of a traceback."""
     configurator.check_or_exit(config, __file__, problems)
     try:
         main(config)
@@ -316,7 +316,7 @@ def cli(config):
     except OSError as error:
         where = f'{error.filename or config.out_dir} could not be written or read ({error.strerror})'
         sys.exit(f'error: {where if error.strerror else error}')
-    except (RuntimeError, MemoryError) as error:  # a GPU's out-of-memory has a type of its own, a CPU's has not
+    except (RuntimeError, MemoryError) as error:  # running out of memory has its own type on a GPU, not on a CPU
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or 'allocate memory' in str(error):
             kept = FIXED * (config.init_from == 'resume')
             sys.exit(f'error: {fit.explain_out_of_memory(config, error, problems, kept)}')

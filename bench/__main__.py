@@ -1,13 +1,13 @@
 """
-What every method costs and keeps, measured side by side in one run: tables in results/bench.md, a picture beside them.
+Time and memory of every method, measured side by side in one run: tables in results/bench.md, a picture beside them.
 
     python -m bench                                          # all of it, about 25 minutes on two CPU cores
-    python -m bench --only=training --training_sizes=60m:2   # one part, printed; files are written when all is measured
+    python -m bench --only=training --training_sizes=60m:2   # one part, printed; files are written only by a full run
     python -m bench --only=refresh --refresh_sizes=350m:2
 
-Methods take turns, one step each, and a number is the median over the rounds: what slows the machine for a while slows
-all of them, so the ratios stand. Beside ours are torch's AdamW, bitsandbytes, transformers and, where it is installed,
-the authors' own package (pip install --no-deps galore-torch).
+Methods take turns, one step each, and a number is the median over the rounds: whatever slows the machine for a while
+slows all of them, so the ratios stay valid. Ours are compared with torch's AdamW, bitsandbytes, transformers and, if it
+is installed, the authors' own package (pip install --no-deps galore-torch).
 """
 
 import os
@@ -26,50 +26,46 @@ from model import SIZES
 from plumbing.build import ROOT
 
 # ---- config ----------------------------------------------------------------------------------------------------------
-only = (
-    'all'  # 'all' | 'optimizers' | 'training' | 'stall' | 'states' | 'refresh' | 'memory' | 'merge' | 'nf4' | 'peaks'
-)
-out = 'results/bench.md'  # file for the tables when all is measured, with the picture beside it; '': none
+only = 'all'  # 'all' | 'optimizers' | 'training' | 'stall' | 'states' | 'refresh' | 'memory' | 'merge' | 'nf4' |
+#                'peaks': the part to measure
+out = 'results/bench.md'  # file for the tables of a full run, with the picture beside it; '': none
 amortised_over = 200  # T: steps between two refreshes of a basis, over which the cost of one is spread
 
-# Sizes are names of model.SIZES with the number of blocks to take, as in 130m:12; without a number it is all of them.
+# A size is a name in model.SIZES and a number of blocks, as in 130m:12; without a number, all blocks.
 # optimizers: steps on given gradients, without a model
-optimizer_sizes = '60m:1 130m:1 350m:1 1b:1'  # whose blocks' matrices
+optimizer_sizes = '60m:1 130m:1 350m:1 1b:1'  # models whose block matrices are updated
 repeats = 15  # timed steps of each method
-seconds = 3.0  # a method that has used so many sits out the later rounds; each has 3 steps and one refresh at least
+seconds = 3.0  # a method that has used this many skips further rounds; each has at least 3 steps and one refresh
 
 # training, stall: whole training steps on random tokens
 training_sizes = '130m:12 1b:6'  # models for whole steps
 rounds = 3  # timed steps of each method
 batch_size = 8  # windows of 256 tokens in a step
-memory_gb = 20  # methods that take more than this together are measured in groups, each with torch's AdamW in it
+memory_gb = 20  # methods are measured in groups that take at most this together, each with torch's AdamW in it
 stall_sizes = '130m:1 1b:1'  # models for the stall: few blocks, since whole periods of steps are timed
-periods = 2  # periods of refreshes to time; of each step in them the faster time counts
+periods = 2  # refresh periods to time; each step counts with its fastest time
 
 # states: bytes of whole models, nothing is timed
-state_sizes = '60m 130m 350m 1b'  # models whose states at two bytes a number are counted
-claim_sizes = '1b 7b'  # models for the paper's percentages: 8-bit states, all memory of training
-real_sizes = '60m 130m 350m 1b'  # those that take real steps on real tensors; others are traced on fake ones
+state_sizes = '60m 130m 350m 1b'  # models whose states are counted, at two bytes per number
+claim_sizes = '1b 7b'  # models for the paper's percentages: 8-bit states, total training memory
+real_sizes = '60m 130m 350m 1b'  # models that take real steps; the others are traced on fake tensors
 
 # refresh, memory: the gradients of a real run
 refresh_sizes = '350m:2 1b:1'  # models that give the gradients
 rank = 0  # of the bases; 0: the paper's for the size
-steps = 120  # training steps at most; it ends as soon as every shape of gradient has its refreshes
+steps = 120  # maximum training steps; a run ends once every shape of gradient has its refreshes
 refreshes = 12  # refreshes to compare with the SVD, for each shape
-minutes = 2.0  # for each model; a shape that has no two refreshes by then gets them
+minutes = 2.0  # time limit of each model, but every shape gets at least two refreshes
 update_proj_gap = 50  # T
-memory_sizes = '350m:2'  # models whose gradients in memory are counted
+memory_sizes = '350m:2'  # models whose live gradients are counted
 
 # merge: LoQT
-merge_sizes = '130m 1b'  # whose layers merge
+merge_sizes = '130m 1b'  # models whose layers are merged
 # ---- end of config ---------------------------------------------------------------------------------------------------
 
 
-# ---- measuring -------------------------------------------------------------------------------------------------------
-
-
 def problems(config):
-    """Sizes that are none, before anything is measured."""
+    """One sentence for each mistyped size."""
     found = []
     for key, text in vars(config).items():
         for word in text.split() if key.endswith('_sizes') else ():
@@ -81,29 +77,12 @@ def problems(config):
     return found
 
 
-# ---- the authors' package --------------------------------------------------------------------------------------------
-
-
-# ---- optimizers ------------------------------------------------------------------------------------------------------
-
-
-# ---- training --------------------------------------------------------------------------------------------------------
-
-
-# ---- states ----------------------------------------------------------------------------------------------------------
-
-
-# ---- real gradients --------------------------------------------------------------------------------------------------
-
-
-# ---- tables and picture ----------------------------------------------------------------------------------------------
-
-# name -> function that gives the rows, heading, what is measured (keys of the config in braces), head of the table
+# {name: (function that returns the rows, heading, description with keys of the config in braces, head of the table)}
 PARTS = optimizers.PARTS | whole_steps.PARTS | states.PARTS | gradients.PARTS | merges.PARTS
 
 
 def draw(rows, png):
-    """Two panels: what a training step and an optimizer's step take, over torch's fused AdamW."""
+    """Two panels: the time of a training step and of an optimizer's step, relative to torch's fused AdamW."""
     try:
         import matplotlib
     except ImportError:
@@ -143,10 +122,9 @@ def main(config):
         '',
         f'Made by `python {shlex.join(["-m", "bench", *sys.argv[1:]])}` with torch {torch.__version__} on '
         f'{torch.get_num_threads()} CPU threads that multiply fp32 matrices at {matmul_rate() / 1e9:.0f} GFLOP/s. '
-        'Methods take turns, times are medians. For all of them alike, glibc keeps freed memory (mallopt): otherwise '
-        'the page faults of every large tensor are measured, too. MB made in a step are storages made in it and alive '
-        'at once; '
-        'weights and states that were there before do not count.',
+        'Methods take turns, times are medians. For all methods alike, glibc keeps freed memory (mallopt): otherwise '
+        'the page faults of every large tensor would be measured, too. MB made in a step: the peak of the storages '
+        'that a step creates; weights and states that existed before do not count.',
         '',
     ]
     print(lines[2], flush=True)
@@ -162,7 +140,7 @@ def main(config):
         part = [f'## {heading}', '', text.format(**vars(config)), '', *table(head, rows[name]), '']
         print('\n'.join(part), f'{name}: {(time.perf_counter() - started) / 60:.1f} minutes', sep='\n', flush=True)
         lines += part
-        if write:  # after each part: what is measured is not lost
+        if write:  # after each part, so that an interrupted run keeps its tables
             with open(path, 'w') as f:
                 f.write('\n'.join(lines))
     png = os.path.splitext(path)[0] + '.png'

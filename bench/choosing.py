@@ -1,5 +1,5 @@
 """
-What choosing a batch costs: facility location alone, its share of a training step, the memory of 64 out of 256.
+The cost of choosing a batch: facility location alone, its share of a training step, the memory of 64 out of 256.
 
     python -m bench.choosing                     # about five minutes on one CPU core; writes results/choosing.md
 """
@@ -26,7 +26,7 @@ def distances(n, seed=0):
 
 
 def measure_greedy():
-    """Milliseconds from a ready matrix; and submodlib's objective on 100 problems, where that is installed."""
+    """Milliseconds of facility location on a given similarity matrix."""
     rows = []
     for n, k, asked in ((128, 64, 5), (256, 64, None), (1024, 256, 100)):
         similarity = distances(n).max() - distances(n)
@@ -40,6 +40,7 @@ def measure_greedy():
 
 
 def measure_agreement():
+    """Our objective over submodlib's on 100 random problems, if that is installed."""
     try:
         from submodlib import FacilityLocationFunction
     except ImportError:
@@ -58,7 +59,7 @@ def measure_agreement():
 
 
 def measure_share():
-    """Seconds of a step that chooses 64 of 256 windows, and what of them is choosing."""
+    """Seconds of a step that chooses 64 of 256 windows, and the share of choosing."""
     rows = []
     for layers in (4, 12):
         config = run_config('20m', layers, '--method=adamw', f'--block_size={T}', '--batch_size=16')
@@ -91,7 +92,7 @@ def measure_share():
 
 
 def measure_memory():
-    """The most bytes of a step, weights and moments included: 64 of 256 against 256, each in one micro-batch."""
+    """Peak bytes of a step, weights and moments included: 64 chosen of 256 windows against all 256."""
     rows = []
     for name, accumulate in (('in one micro-batch', 1), ('in micro-batches of 16', 0)):
         for layers in (4, 12):
@@ -123,29 +124,28 @@ PARTS = (
     (
         measure_greedy,
         'Facility location',
-        'CPU time from a ready matrix of distances between random points; asked: less than.',
+        'CPU time on a given matrix of distances between random points. Asked: an upper limit in ms.',
         ['n, k', 'ms, median', 'ms, best', 'asked'],
     ),
     (
         measure_agreement,
         'Against submodlib-py',
-        "The greedy objective over that of its LazyGreedy; where two gains are equal, the sets may differ.",
+        "Our greedy objective over submodlib's (LazyGreedy); where two gains are equal, the sets may differ.",
         ['problems', 'largest relative difference', 'equal sets'],
     ),
     (
         measure_share,
         'Choosing 64 of 256 windows, as a share of the step',
         f'CPU seconds, windows of {T} tokens, vocabulary 4,096, micro-batches of 16, AdamW. Forward: the pool through '
-        'all blocks but the last, without which nothing can be compared: at a ratio of four it alone is 4 x 2 of the '
-        '4 x 2 + 6 operations a weight and token of such a step, 57 %.',
-        ['model', 'feature', 'choosing', 'of it the forward', 'training', 'choosing, of the step',
-         'of it beyond the forward'],
+        'all blocks but the last, which every comparison needs: at a ratio of four it alone takes 4 x 2 of the '
+        '4 x 2 + 6 operations per weight and token of such a step, 57 %.',
+        ['model', 'feature', 'choosing', 'its forward', 'training', 'share of choosing', 'share without its forward'],
     ),
     (
         measure_memory,
         'Memory of a step with 64 of 256 windows',
-        'MB of weights, moments, gradients and all that a step makes; the choice is made in micro-batches of the same '
-        'size. Asked: at most 0.50 of 256 at once.',
+        'MB of weights, moments, gradients and everything that a step creates; the choice uses micro-batches of the '
+        'same size. Asked: at most 0.50 of the memory of 256 at once.',
         ['model', 'trained', '64 of 256', '256', 'ratio'],
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The gradients of a real run: how good a new basis is, and how many are alive at once."""
+"""The gradients of a real run: how good a new basis is, and how many gradients are alive at once."""
 
 import functools
 import itertools
@@ -15,7 +15,7 @@ from plumbing.build import build_model, data_folder
 
 
 def real_run(config, size, blocks, *flags):
-    """-> a function of t that takes step t of a run on pystdlib, and its optimizer."""
+    """-> a function that takes step t of a run on pystdlib, its model and its optimizer."""
     base = ['--batch_size=4', f'--update_proj_gap={config.update_proj_gap}', f'--max_iters={config.steps}']
     base += ['--learning_rate=5e-3', '--warmup_iters=20', f'--rank={config.rank or rank_of(size)}']
     run = run_config(size, blocks, *base, *flags)
@@ -33,7 +33,7 @@ def real_run(config, size, blocks, *flags):
 
 
 def measure_refresh(config):
-    """Each new P of a run against the SVD's of the same gradient, and both timed."""
+    """Compare each new P of a run with the SVD's P for the same gradient, and time both."""
     rows = []
     for size, blocks in sizes(config.refresh_sizes):
         # (m, n) -> list of (energy kept by the new P, by the old one, by the SVD's, seconds, seconds of the SVD)
@@ -82,8 +82,8 @@ def measure_refresh(config):
 
 
 def watch(model, optimizer):
-    """-> [most bytes of full gradients, of projected ones], kept up whenever a gradient is complete, before and after
-    the optimizer has had it."""
+    """-> [peak bytes of full gradients, of projected ones], updated whenever a gradient is complete, before and after
+    the optimizer takes it."""
     kinds, most = (list(model.parameters()), list(getattr(optimizer, 'placeholder', {}).values())), [0, 0]
 
     def count():
@@ -133,16 +133,16 @@ PARTS = {
     'refresh': (
         measure_refresh,
         'A new P on real gradients',
-        'Training on pystdlib, T {update_proj_gap}: how much of the gradient energy that the SVD would keep a new P '
-        'keeps, and the old one would have; both are timed on the same gradient.',
+        'Training on pystdlib, T {update_proj_gap}: the gradient energy that a new P keeps, and that the old P would '
+        "have kept, as a share of the SVD's. The new P and the SVD are timed on the same gradient.",
         ['model', 'gradient', 'rank', 'refreshes', "energy kept, of the SVD's: mean", 'least', 'by the old P', 'ms',
          'ms of the SVD', 'time'],
     ),
     'memory': (
         measure_memory,
         'Gradients alive at once',
-        'Training on pystdlib, fp32, batch 1 x 256, a step without a refresh: the most there are whenever one of them '
-        'is complete.',
+        'Training on pystdlib, fp32, batch 1 x 256, a step without a refresh: the peak over all moments at which a '
+        'gradient is complete.',
         ['model', 'method', 'most MB of full gradients', 'in largest matrices', 'MB of projected ones',
          'MB made in a step'],
     ),

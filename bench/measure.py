@@ -1,4 +1,4 @@
-"""What the parts of the bench measure with: sizes by name, clocks, bytes, tables. Nothing here is timed by itself."""
+"""The tools of the bench: sizes by name, clocks, bytes, tables."""
 
 import ctypes
 import functools
@@ -15,9 +15,9 @@ import train
 from memory.record import LiveBytes
 from model import SIZES, LLaMA, ModelConfig
 
-RANKS = {'60m': 128, '130m': 256, '350m': 256, '1b': 512, '7b': 1024}  # the paper's; of others a quarter of the width
+RANKS = {'60m': 128, '130m': 256, '350m': 256, '1b': 512, '7b': 1024}  # the paper's; else a quarter of the width
 WINDOW = 256  # tokens
-NEVER = 10**9  # steps to the next refresh, where a part makes refreshes itself or leaves them out
+NEVER = 10**9  # update_proj_gap for parts that trigger refreshes themselves or leave them out
 
 
 def sizes(text):
@@ -27,8 +27,8 @@ def sizes(text):
 
 
 def named(size, blocks):
-    all_of_them = SIZES[size]['n_layer']
-    return size if blocks == all_of_them else f'{size}, {blocks} of {all_of_them} blocks'
+    total = SIZES[size]['n_layer']
+    return size if blocks == total else f'{size}, {blocks} of {total} blocks'
 
 
 def rank_of(size):
@@ -36,23 +36,24 @@ def rank_of(size):
 
 
 def keep_freed_memory():
-    """glibc hands every large freed tensor back to the system, which maps and zeroes the next one page by page: most of
-    all the embedding's 98 MB gradient, in all a seventh of a step of 130m:1 on 512 tokens. Freed memory stays here
-    instead, for all methods alike."""
+    """Make glibc keep freed memory, for all methods alike. By default it returns every large freed tensor to the
+    system, which maps and zeroes the next one page by page: a seventh of the time of a step of 130m:1 on 512 tokens,
+    most of it for the embedding's 98 MB gradient."""
     if platform.libc_ver()[0] == 'glibc':
         ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def clear():
-    """Between two models it does go back, since pieces of all sizes would add up."""
+    """Return freed memory to the system: between two models, since pieces of all sizes would add up."""
     gc.collect()
     if platform.libc_ver()[0] == 'glibc':
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def unhook(optimizer):
-    """A parameter holds our optimizer in its hook, where gc does not see it, and is held by it: neither would go."""
+    """Remove the hooks of our optimizer. Autograd stores them in C++, invisible to Python's garbage collector, so the
+    optimizer and its parameters would never be freed."""
     parameters = [p for group in optimizer.param_groups for p in group['params']]
     for p in (*parameters, *getattr(optimizer, 'placeholder', {}).values()):
         if p._post_accumulate_grad_hooks:
@@ -66,7 +67,8 @@ def timed(step):
 
 
 def interleaved(methods, repeats, seconds=math.inf, least=3):
-    """{name: median seconds of methods[name]()}, one step each in every round."""
+    """{name: median seconds of methods[name]()}. Each method takes one step per round; after `least` rounds, those that
+    have used up `seconds` are skipped."""
     spent = {name: [] for name in methods}
     for i in range(repeats):
         for name, step in methods.items():
@@ -76,10 +78,10 @@ def interleaved(methods, repeats, seconds=math.inf, least=3):
 
 
 def made_in(step):
-    """Bytes of what step() makes, at their most; what was there before does not count, though it changes in place."""
+    """Peak bytes of the storages that step() creates. Existing ones do not count, even if they change in place."""
     with LiveBytes() as live:
         for t in gc.get_objects():
-            if type(t) in (torch.Tensor, torch.nn.Parameter):  # isinstance would wake lazy objects of all kinds
+            if type(t) in (torch.Tensor, torch.nn.Parameter):  # isinstance would load lazy objects
                 live.seen[t.untyped_storage()] = 0
         t = None
         step()
@@ -88,13 +90,13 @@ def made_in(step):
 
 @functools.cache
 def matmul_rate():
-    """FLOP/s of a large fp32 product, the best of several: what this machine can do for anybody."""
+    """FLOP/s of a large fp32 product, the best of several: the practical peak of this machine."""
     a, b = torch.randn(4096, 4096), torch.randn(4096, 4096)
     return 2 * 4096**3 / min(timed(lambda: a @ b) for _ in range(6))
 
 
 def state_tensors(optimizer):
-    """Each tensor that an optimizer keeps, as (name, tensor)."""
+    """Yield (name, tensor) for each tensor in an optimizer's state."""
     for state in optimizer.state.values():
         yield from ((name, t) for name, t in state.items() if torch.is_tensor(t))
         if 'projector' in state:  # galore-torch's
@@ -102,14 +104,14 @@ def state_tensors(optimizer):
 
 
 def state_bytes(optimizer):
-    """Of the storages, each once: a slice of a matrix keeps all of the matrix."""
+    """Bytes of an optimizer's state, each storage counted once: a slice keeps its whole matrix in memory."""
     storages = [t.untyped_storage() for _, t in state_tensors(optimizer)]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def run_config(size, blocks, *flags):
-    """train.py's configuration of a model of some blocks. Flags that the method among them does not know are left out,
-    so that one list serves all methods."""
+    """train.py's configuration for a model with this many blocks. Flags that the method does not have are left out, so
+    that one list serves all methods."""
     flags = [f'--model={size}', f'--n_layer={blocks}', f'--rank={rank_of(size)}', f'--block_size={WINDOW}', *flags]
     known = vars(configurator.load(train.__file__, [flag for flag in flags if flag.startswith('--method=')]))
     flags = [flag for flag in flags if flag.removeprefix('--').partition('=')[0] in known]
@@ -126,7 +128,7 @@ def block_matrices(model):
 
 
 def cell(value):
-    """Numbers with three digits or more, whatever their size; what is not there is empty."""
+    """A table cell: floats with about three digits, empty for None and NaN."""
     if value is None or value != value:
         return ''
     if isinstance(value, float):

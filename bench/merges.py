@@ -1,7 +1,8 @@
-"""The parts of the bench that measure LoQT: the time of a merge, the bytes of a model, the peak of a step that merges.
+"""
+The parts of the bench that measure LoQT: the time of a merge, the bytes of a model, the peak of a step that merges.
 
-python -m bench --only=merge
-python -m bench --only=nf4 --real_sizes='60m 130m'
+    python -m bench --only=merge
+    python -m bench --only=nf4 --real_sizes='60m 130m'
 """
 
 import functools
@@ -34,12 +35,12 @@ ASKED = {'60m': 0.234, '130m': 0.486, '350m': 0.970, '1b': 3.145}  # GiB of LoQT
 
 
 def official(layer, rounds):
-    """A merge as the authors' LoQT does it, written out from its description: SVD in fp32, the pseudo-inverse by
-    another one, and in each round a quantisation of all of W by bitsandbytes. -> what is lost, as a share of W."""
+    """A merge as in the authors' LoQT, reimplemented from its description: an SVD in fp32, another for the
+    pseudo-inverse, and in each round a quantisation of all of W by bitsandbytes. -> the error's norm over W's."""
 
     def rounded(A):
-        packed, how = kernels().quantize_4bit(A.reshape(-1), blocksize=64, quant_type='nf4')
-        return kernels().dequantize_4bit(packed, how).view(A.shape)
+        packed, state = kernels().quantize_4bit(A.reshape(-1), blocksize=64, quant_type='nf4')
+        return kernels().dequantize_4bit(packed, state).view(A.shape)
 
     W, P = short_side_first(layer.dense_weight(torch.float32)), layer.read('P', torch.float32)  # (m, n), (m, r)
     U, _, _ = torch.linalg.svd(short_side_first(layer.G).float(), full_matrices=False)
@@ -55,7 +56,8 @@ def official(layer, rounds):
 
 
 def measure_merge(config):
-    """A bf16 layer of each shape, with a gradient whose spectrum falls as those of real runs do: our merge, theirs."""
+    """Our merge and the authors' of a bf16 layer of each shape, with a gradient whose spectrum decays as in real
+    runs."""
     rows = []
     for size, _ in sizes(config.merge_sizes):
         rank = rank_of(size)
@@ -68,7 +70,7 @@ def measure_merge(config):
             layer.G = G.clone()
             loqt.merge(layer)  # from now on there is an old P to start from
             new = loqt.LoQTLinear(n, m, rank=rank, dtype=torch.bfloat16)
-            new.set_weight(torch.randn(m, n))  # not yet on the 16 values, as a weight is that has been trained
+            new.set_weight(torch.randn(m, n))  # like a trained weight, not on NF4's 16 values
             new.G, W = G.clone(), new.dense_weight(torch.float32)
             lost = {'theirs': official(new, new.compensation)}
             loqt.merge(new)
@@ -93,7 +95,7 @@ def measure_merge(config):
 
 
 def measure_packed(config):
-    """Bytes that weights and states take after a step, of real tensors where there is room and time."""
+    """Bytes of weights and states after a step: of real tensors for `real_sizes`, else of fake ones."""
     rows = []
     for size in config.state_sizes.split():
         flags = ['--method=loqt', '--state_bits=8', f'--rank={rank_of(size)}', '--dtype=bfloat16', '--batch_size=1']
@@ -105,7 +107,7 @@ def measure_packed(config):
             x = torch.randint(0, vocabulary, (1, 8))
             train.training_step(model, optimizer, [(x, x)], 1e-3, 'cpu')
             weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-            states, how = sum(t.nbytes for _, t in state_tensors(optimizer)), 'real'
+            states, kind = sum(t.nbytes for _, t in state_tensors(optimizer)), 'real'
             unhook(optimizer)
             del model, optimizer
         else:
@@ -113,15 +115,15 @@ def measure_packed(config):
                 model = build_model(run, '', vocabulary, torch.bfloat16, 'meta', linear=loqt.linear(run))
             options = dict(compute_dtype=torch.bfloat16, linear=loqt.linear(run))
             plan = trace_step(model.config, torch.bfloat16, run, loqt.setup, train.training_step, **options)
-            weights, states, how = plan.weights, plan.states, 'fake'
+            weights, states, kind = plan.weights, plan.states, 'fake'
         clear()
         both = (weights + states) / 2**30
-        rows.append([size, how, weights, states, f'{both:.3f}', ASKED.get(size, math.nan)])
+        rows.append([size, kind, weights, states, f'{both:.3f}', ASKED.get(size, math.nan)])
     return rows
 
 
 def measure_peaks(config):
-    """The most that a step makes, without and with merges."""
+    """Peak bytes that a step creates, without and with merges."""
     rows, tau = [], 30
     for size, blocks in sizes(config.memory_sizes):
         for name, flags in (
@@ -140,7 +142,7 @@ def measure_peaks(config):
                 batches = [(torch.randint(0, 1000, (1, 256)),) * 2 for _ in range(n)]
                 merging = any(layer.collect for layer in optimizer.layers.values())
                 step = functools.partial(train.training_step, model, optimizer, batches, 1e-3, 'cpu')
-                if t > 1 and (merging or t < 5):  # the first step makes what stays
+                if t > 1 and (merging or t < 5):  # the first step also creates what stays
                     peaks[merging] = max(peaks[merging], made_in(step))
                 else:
                     step()
@@ -159,10 +161,10 @@ PARTS = {
     'merge': (
         measure_merge,
         'A merge of one layer (LoQT)',
-        'Five rounds of compensation, NF4 without double quantisation. Theirs is what the official code does, '
-        'written out in merges.py: an SVD for P, a pseudo-inverse by another, five quantisations. The last column '
-        'is the most that our merge makes, in matrices of the size of W in fp32, a copy of the gradient among '
-        'them. Lost: what the merged layer lacks of W, as a share of its norm.',
+        'Five rounds of compensation, NF4 without double quantisation. Theirs is the procedure of the official code, '
+        'reimplemented in merges.py: an SVD for P, another for the pseudo-inverse, five quantisations. The last column '
+        "is the peak of what our merge creates, in fp32 matrices of W's size, including a copy of the gradient. Lost: "
+        "the norm of the merged layer's error over the norm of W.",
         ['size', 'layer', 'rank', 'ms', 'ms of theirs', 'time', 'lost', 'lost by theirs', 'made, in matrices'],
     ),
     'nf4': (
@@ -174,8 +176,8 @@ PARTS = {
     'peaks': (
         measure_peaks,
         'The peak of a step that merges (LoQT)',
-        'fp32, 256 tokens a micro-batch: the most MB that a step makes, and by how many of its largest fp32 matrices a '
-        'step with merges exceeds one without.',
+        'fp32, 256 tokens per micro-batch: the peak MB that a step creates, and by how many of its largest fp32 '
+        'matrices a step with merges exceeds one without.',
         ['model', 'merges', 'MB, ordinary step', 'MB, with merges', 'MB of the largest matrix', 'more, in those'],
     ),
 }

@@ -14,7 +14,7 @@ from methods.apollo import ApolloAdamW
 from methods.fira import FiraAdamW
 from model import SIZES
 
-BASELINE, AUTHORS = 'torch AdamW, fused', 'galore-torch 1.0'  # what the others are divided by
+BASELINE, AUTHORS = 'torch AdamW, fused', 'galore-torch 1.0'  # the others are divided by these
 
 
 def galore_adamw(parameters, rank, kind=GaLoreAdamW, **options):
@@ -41,7 +41,7 @@ def has_bases(name):
 
 
 def set_due(optimizer, parameters):
-    """The next step gives these parameters new bases."""
+    """Make the next step refresh the bases of these parameters."""
     for p in parameters:
         if 'projector' in optimizer.state[p]:  # galore-torch's
             optimizer.state[p]['projector'].ortho_matrix = None
@@ -50,7 +50,8 @@ def set_due(optimizer, parameters):
 
 
 def given_steps(name, gradients, rank):
-    """-> optimizer, and functions: a step of it on these gradients, one with all bases due, one with the last alone."""
+    """-> optimizer, and three functions: a step on these gradients, one that refreshes all bases, one that refreshes
+    only the last."""
     matrices = [torch.nn.Parameter(0.02 * torch.randn_like(G)) for G in gradients]
     optimizer = OPTIMIZERS[name](matrices, rank)
 
@@ -90,7 +91,8 @@ def measure_optimizers(config):
         refresh = {name: max(all_due.get(name, 0) - plain[name], 0) for name in names}
         mean = {name: plain[name] + refresh[name] / T for name in names}
         for name in names:
-            # The stall is a whole model's, `copies` of ours: galore-torch refreshes all layers at once, ours in turns.
+            # The stall of a whole model, `copies` times these blocks: galore-torch refreshes all layers in one step,
+            # ours take turns.
             copies, at_once = depth / blocks, math.ceil(7 * depth / T)
             extra = copies * refresh[name]
             if name in last_due:
@@ -109,9 +111,9 @@ PARTS = {
         measure_optimizers,
         'The optimizer alone, on given gradients',
         "The blocks' matrices alone ({optimizer_sizes}), fp32, the paper's ranks: a step without a refresh, a refresh "
-        'of all bases, a step with its share of one at T {amortised_over}. The last column is of a model with all its '
-        'blocks: galore-torch refreshes all of them in one step, ours take turns. galore-torch keeps its bases as '
-        'slices of square matrices, which stay whole.',
+        'of all bases, a step with its share of a refresh at T {amortised_over}. The last column is for a model with '
+        'all its blocks: galore-torch refreshes all of them in one step, ours take turns. galore-torch keeps its bases '
+        'as slices of square matrices, which stay in memory as a whole.',
         ['size', 'optimizer', 'ms', 'ms a refresh', 'ms amortised', f'over {BASELINE}', 'over galore-torch',
          'MB made in a step', 'MB of states', 'slowest step over mean'],
     ),

@@ -1,4 +1,4 @@
-"""What ours is held against: the authors' package, bitsandbytes, transformers."""
+"""What our methods are compared with: the authors' package, bitsandbytes, transformers."""
 
 import functools
 
@@ -10,18 +10,18 @@ from model import SIZES, ModelConfig
 
 @functools.cache
 def galore_torch():
-    """The package, or None: no requirement of ours, since nothing but these tables needs it."""
+    """The package, or None if it is missing: it is not in our requirements, since only these tables need it."""
     try:
         import galore_torch.galore_projector
-    except ImportError as error:  # it also imports helpers of transformers, which may move
+    except ImportError as error:  # also if transformers has moved the helpers that it imports
         print(f'galore-torch: {error}; its rows are left out, pip install --no-deps galore-torch', flush=True)
         return None
     return galore_torch
 
 
 def galore_torch_adamw(projected, others, rank):
-    """Its AdamW, with bases of the layout that its SVD leaves, slices of square matrices: steps between two refreshes
-    cost the same with any basis, and the SVDs of the first step, minutes at 1b, are spared."""
+    """galore-torch's AdamW, with random bases in the layout of its SVD, slices of square matrices. Steps between two
+    refreshes cost the same with any basis, and this avoids the SVDs of the first step, which take minutes at 1b."""
     options = dict(rank=rank, update_proj_gap=NEVER, scale=0.25, proj_type='std')
     groups = [{'params': projected, **options}] + [{'params': others}] * bool(others)
     optimizer = galore_torch().GaLoreAdamW(groups, lr=1e-3, no_deprecation_warning=True)

@@ -12,14 +12,14 @@ import sys
 
 
 def read(run, x, y):
-    """The points of column y over column x in run/metrics.csv, where both are there."""
+    """[(x, y)] of two columns of run/metrics.csv, without rows that lack one of them."""
     path = os.path.join(run, 'metrics.csv') if os.path.isdir(run) else run
     with open(path, newline='') as f:
         return [(float(row[x]), float(row[y])) for row in csv.DictReader(f) if row[x] and row[y]]
 
 
 def draw(runs, png, x='step', y='val_loss', labels=None, title=None):
-    """One line a run: y over x, both columns of metrics.csv."""
+    """One line per run: y over x, both columns of metrics.csv."""
     import matplotlib
 
     matplotlib.use('Agg')  # a file, no window
@@ -41,12 +41,12 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='+', help='folders of runs, or metrics.csv files')
     parser.add_argument('--png', default='loss.png', help='the file to write (default: loss.png)')
-    parser.add_argument('--x', default='step', choices=columns[:3], help='what goes along (default: step)')
-    parser.add_argument('--y', default='val_loss', choices=columns[3:], help='what goes up (default: val_loss)')
-    words = parser.parse_args()
+    parser.add_argument('--x', default='step', choices=columns[:3], help='column of the x axis (default: step)')
+    parser.add_argument('--y', default='val_loss', choices=columns[3:], help='column of the y axis (default: val_loss)')
+    args = parser.parse_args()
     try:
-        draw(words.runs, words.png, words.x, words.y)
-        print(f'written: {words.png}')
+        draw(args.runs, args.png, args.x, args.y)
+        print(f'written: {args.png}')
     except ModuleNotFoundError:
         sys.exit('error: plot.py needs matplotlib: pip install -r requirements-extra.txt')
     except OSError as error:
@@ -54,4 +54,4 @@ if __name__ == '__main__':
             f'error: {error.filename}: {error.strerror}: name folders of runs of train.py, and a --png to write to'
         )
     except (KeyError, ValueError, IndexError, TypeError) as error:
-        sys.exit(f'error: {error!r}: name folders of runs of train.py, each with a metrics.csv that has {words.y}')
+        sys.exit(f'error: {error!r}: name folders of runs of train.py, each with a metrics.csv that has {args.y}')

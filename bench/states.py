@@ -1,4 +1,4 @@
-"""Bytes of states, and of all memory of training, against AdamW's."""
+"""Bytes of optimizer states, and of all training memory, compared with AdamW's."""
 
 import torch
 
@@ -14,7 +14,7 @@ SMALL = ['--state_bits=8', '--basis_bits=4']
 
 
 def real_states(size, *flags):
-    """-> the states of a whole bf16 model that GaLore has trained for two steps, as (name, tensor)."""
+    """-> the optimizer states of a whole bf16 model after two steps of GaLore, as [(name, tensor)]."""
     run = run_config(size, SIZES[size]['n_layer'], '--dtype=bfloat16', '--per_layer=True', *flags)
     model = build_model(run, '', SIZES[size]['vocab_size'], torch.bfloat16, 'cpu')
     optimizer = galore.setup(model, run)
@@ -27,7 +27,7 @@ def real_states(size, *flags):
 
 
 def planned(size, *flags, dtype='bfloat16'):
-    """The plan of a whole model's training: 2,048 tokens a step, blocks computed again in backward."""
+    """The memory plan of a whole model: 2,048 tokens a step, blocks recomputed in backward."""
     flags = [f'--dtype={dtype}', '--checkpointing=True', '--batch_size=1', '--block_size=2048', *flags]
     run = run_config(size, SIZES[size]['n_layer'], *flags)
     model_config = ModelConfig(**SIZES[size] | {'block_size': run.block_size})
@@ -47,7 +47,7 @@ def measure_states(config):
         if size in real:
             numbers = sum(t.numel() for name, t in real_states(size) if name in ('M', 'V', 'P'))
         else:
-            numbers = planned(size, dtype='float32').states // 4  # all of them are fp32 then
+            numbers = planned(size, dtype='float32').states // 4  # all of them are fp32
         n = on_meta(size, SIZES[size]['n_layer']).n_params()
         how = 'real' if size in real else 'fake'
         compare('states of GaLore at 2 bytes a number', size, how, 2 * numbers, 4 * n)
@@ -58,7 +58,7 @@ def measure_states(config):
         how = 'real' if size in real else 'fake'
         compare('states of GaLore in 8 bits, bases in 4', size, how, ours, 4 * n, '82.5 %' if size == '7b' else '')
         adamw = planned(size, '--method=adamw')
-        adamw = adamw.total - adamw.states + 4 * n  # its moments at two bytes each, as the paper counts
+        adamw = adamw.total - adamw.states + 4 * n  # moments at two bytes per number, as the paper counts
         compare('all memory of training', size, 'fake', plan.total, adamw, '63.3 %' if size == '7b' else '')
     return rows
 
@@ -67,10 +67,11 @@ PARTS = {
     'states': (
         measure_states,
         'Bytes',
-        'Against AdamW in bf16, whose two moments take 4 bytes a parameter. All memory of training is the planned peak '
-        'at 1 x 2,048 tokens, bf16, blocks computed again in backward: ours with per_layer, 8-bit states and 4-bit '
-        "bases, AdamW's with all gradients, 2 bytes a parameter, and the moments above. Counted: weights, gradients, "
-        'states, activations, temporaries; what is not, memest.py says. Real: after two steps; fake: planned.',
+        'Compared with AdamW in bf16, whose two moments take 4 bytes per parameter. All memory of training is the '
+        'planned peak at 1 x 2,048 tokens, bf16, blocks recomputed in backward: ours with per_layer, 8-bit states and '
+        "4-bit bases, AdamW's with all gradients, 2 bytes per parameter, and the moments above. Counted: weights, "
+        'gradients, states, activations, temporaries; memest.py says what is not. Real: after two steps; fake: '
+        'planned.',
         ['what', 'model', 'tensors', 'bytes', "AdamW's", 'below it', "the paper's claim"],
     ),
 }  # fmt: skip

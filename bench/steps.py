@@ -1,4 +1,4 @@
-"""Whole training steps: what they take on average, and the slowest of them."""
+"""Whole training steps: their mean time, and the slowest of them."""
 
 import functools
 import importlib.util
@@ -32,12 +32,12 @@ from configurator import method_of
 from model import SIZES
 from plumbing.build import build_model
 
-TRAINERS = {  # name -> train.py's flags where the method is ours
+TRAINERS = {  # name -> train.py's flags if the method is ours
     BASELINE: None,
     'AdamW': ['--method=adamw'],
     'GaLore': ['--method=galore'],
     'GaLore, per_layer': ['--method=galore', '--per_layer=True'],
-    'GaLore, drop-in': ['--method=galore', '--compile=True'],  # with this, setup attaches nothing; nothing is compiled
+    'GaLore, drop-in': ['--method=galore', '--compile=True'],  # makes setup attach nothing; nothing is compiled
     AUTHORS: None,
     'transformers, torch AdamW, fused': None,
 }
@@ -62,13 +62,13 @@ def trainer(name, size, blocks, *flags):
 
     def step(x, y):
         train.training_step(forward, optimizer, [(x, y)], 1e-3, 'cpu')
-        optimizer.zero_grad()  # ours has none left
+        optimizer.zero_grad()  # ours has dropped its gradients already
 
     return model, optimizer, step
 
 
 def kept_bytes(name, size, blocks):
-    """Weights and states before anything is built; of GaLore's at most, with square bases."""
+    """Bytes of weights and states, before anything is built; an upper bound for GaLore, with square bases."""
     model = on_meta(size, blocks)
     n, projected = model.n_params(), block_matrices(model)
     if 'AdamW' in name:
@@ -80,11 +80,11 @@ def kept_bytes(name, size, blocks):
 def groups(names, size, blocks, limit):
     """The methods in groups that fit into `limit` bytes, the baseline in each."""
     baseline = kept_bytes(BASELINE, size, blocks)
-    room = limit - baseline - baseline / 3 - 3e9  # all gradients; activations
+    free = limit - baseline - baseline / 3 - 3e9  # less the baseline, all gradients and the activations
     found, held = [[BASELINE]], 0
     for name in names[1:]:
         held += kept_bytes(name, size, blocks)
-        if held > room and len(found[-1]) > 1:
+        if held > free and len(found[-1]) > 1:
             found.append([BASELINE])
             held = kept_bytes(name, size, blocks)
         found[-1].append(name)
@@ -92,7 +92,8 @@ def groups(names, size, blocks, limit):
 
 
 def refresh_seconds(size, x, y):
-    """Seconds to refresh the bases of one block, on its own gradients: by one step of our iteration, by their SVD."""
+    """Seconds to refresh the bases of one block on its own gradients: by our subspace iteration, by galore-torch's
+    SVD."""
     rank, ours, svd = rank_of(size), 0.0, {}
     model, _, step = trainer(BASELINE, size, 1)
     step(x, y)
@@ -102,7 +103,7 @@ def refresh_seconds(size, x, y):
         G = galore.short_side_first(p.grad)
         again = functools.partial(galore.orthonormal_basis, G, rank, previous=galore.orthonormal_basis(G, rank))
         ours += interleaved({'': again}, 3)['']
-        if galore_torch() and p.shape not in svd:  # one of each shape, since it takes long
+        if galore_torch() and p.shape not in svd:  # one per shape, since it takes long
             projector = galore_torch().galore_projector.GaLoreProjector(rank)
             side = 'right' if p.shape[0] >= p.shape[1] else 'left'
             svd[p.shape] = timed(functools.partial(projector.get_orthogonal_matrix, p.grad, rank, side))
@@ -142,7 +143,7 @@ def measure_training(config):
                 mean = plain[name] + refresh / T
                 stall = (plain[name] + refresh) / mean if name == AUTHORS else None
                 found[name] = plain[name], refresh / T, mean, mean / plain[BASELINE], made[name], kept[name], stall
-        authors = found[AUTHORS][3] if AUTHORS in found else math.nan  # over the baseline, as all ratios, of its group
+        authors = found[AUTHORS][3] if AUTHORS in found else math.nan  # over its group's baseline, as all ratios
         for name, (plain, refresh, mean, ratio, made, kept, stall) in found.items():
             speed = x.numel() / mean
             row = [named(size, blocks), name, 1000 * plain, 1000 * refresh, 1000 * mean, round(speed)]
@@ -152,13 +153,14 @@ def measure_training(config):
 
 
 def measure_stall(config):
-    """Layers take turns to refresh, as many a step as in the whole model at T: with few blocks the period is short."""
+    """Time each step of whole refresh periods. As many layers refresh in a step as in the whole model at T, so with few
+    blocks the period is short."""
     rows = []
     for size, blocks in sizes(config.stall_sizes):
         T = max(round(config.amortised_over * blocks / SIZES[size]['n_layer']), 1)
         model, optimizer, step = trainer('GaLore', size, blocks, f'--update_proj_gap={T}')
         tokens = torch.randint(SIZES[size]['vocab_size'], (config.batch_size, WINDOW))
-        step(tokens[:1], tokens[:1])  # makes the bases; from now on step t is like step t + T
+        step(tokens[:1], tokens[:1])  # makes the bases; after it, steps t and t + T refresh the same layers
         times = []
         for period in range(config.periods):
             print(f'stall: {size}: period {period + 1} of {config.periods}, {T} steps', flush=True)
@@ -178,19 +180,19 @@ PARTS = {
         measure_training,
         'Whole training steps',
         'Forward, backward and update on {batch_size} x 256 random tokens, fp32, vocabulary 32,000: a step without a '
-        'refresh, and the share of one at T {amortised_over}, timed on gradients of the model. MB made in a step: '
-        'gradients, activations and temporaries. Matmul: the share of the rate above that is reached by the FLOPs of '
-        "forward and backward that AdamW needs (GaLore's backward needs fewer). Ratios are taken within groups of "
-        'models that fit {memory_gb} GB together, each with the first row in it.',
+        'refresh, and its share of a refresh at T {amortised_over}, timed on gradients of the model. MB made in a '
+        "step: gradients, activations and temporaries. Matmul: FLOP/s, as a share of the rate above, if AdamW's "
+        "forward and backward are counted (GaLore's backward needs fewer). Ratios are taken within groups of models "
+        'that fit {memory_gb} GB together, each with the first row in it.',
         ['model', 'method', 'ms', 'ms of refreshes', 'ms amortised', 'tokens/s', f'over {BASELINE}',
          'over galore-torch', 'MB made in a step', 'MB of weights and states', 'matmul', 'slowest step over mean'],
     ),
     'stall': (
         measure_stall,
         'The slowest step of a training run',
-        'Whole steps of GaLore with layers that refresh in turns, as many a step as in the whole model at T '
-        '{amortised_over}; in a model of few blocks a step is short, and a refresh stands out more than in the whole '
-        'one. Each step of a period is timed {periods} times, and the least time counts.',
+        'Whole steps of GaLore with layers that take turns to refresh, as many per step as in the whole model at T '
+        '{amortised_over}. In a model of few blocks a step is short, so a refresh stands out more than in the whole '
+        'model. Each step of a period is timed {periods} times, and the fastest time counts.',
         ['model', 'steps in a period', 'refreshes a step', 'ms, mean', 'ms, slowest', 'slowest over mean'],
     ),
 }  # fmt: skip

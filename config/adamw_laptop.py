@@ -6,13 +6,13 @@
 
 out_dir = 'out/adamw_laptop'
 dataset = 'pystdlib'
-model = '9m'  # four blocks, made wider: with the data's 4,096 ids 3.3M parameters
+model = '9m'  # four blocks, made wider: 3.3M parameters with the data's 4,096 ids
 n_embd = 192
 n_head = 6
 n_inner = 512
 batch_size = 8
 max_iters = 750
-warmup_iters = 75  # a tenth
+warmup_iters = 75  # a tenth of the steps
 learning_rate = 2e-3  # best of those tried, see results/laptop.md
 method = 'adamw'
 eval_interval = 250

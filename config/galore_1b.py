@@ -9,12 +9,12 @@ rank is the paper's 512 (table 2); the authors' script has 1024.
 out_dir = 'out/galore_1b'
 dataset = 'c4'
 model = '1b'
-batch_size = 16  # as many as fit: 512 / batch_size micro-batches make the same step
+batch_size = 16  # as many as fit; a step is 512 windows in any case
 gradient_accumulation_steps = 512 // batch_size
 max_iters = 100_000
-warmup_iters = 10_000  # a tenth
-learning_rate = 0.01  # constant over the sizes, since the update is scaled by 0.25 and normalised by Adam
-min_lr = 0.001  # a tenth
+warmup_iters = 10_000  # a tenth of the steps
+learning_rate = 0.01  # the same for all sizes, since Adam normalises the update and scale multiplies it by 0.25
+min_lr = 0.001  # a tenth of the peak
 method = 'galore'
 rank = 512
 scale = 0.25

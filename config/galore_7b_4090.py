@@ -1,10 +1,10 @@
 """LLaMA-7B on one 24 GB card: 8-bit states in a subspace, one full gradient at a time, blocks recomputed.
 
 16 windows x 256 tokens x 32 micro-batches = 131,072 tokens a step; 150,000 steps = 19.66B tokens.
-Everything as in galore_7b.py but for what makes it fit: a planned peak of 19.80 GB = 18.4 GiB, of it weights 13.5,
-projected gradients while accumulating 3.2, each block's input 1.1, 4-bit bases 0.5. The 8-bit moments, 3.8 GB in main
-memory, visit the card once a step; with --offload=False they stay on it, and the plan is 23.6 GB. Planned, not
-measured, since no such card was at hand, and CUDA's context comes on top; two whole steps of it ran on a CPU, see
+As galore_7b.py, except for what makes it fit: a planned peak of 19.80 GB = 18.4 GiB, of which weights take 13.5,
+projected gradients during accumulation 3.2, the blocks' inputs 1.1, 4-bit bases 0.5. The 8-bit moments, 3.8 GB in main
+memory, visit the card once a step; with --offload=False they stay on it, and the plan is 23.6 GB. This was planned, not
+measured, since no such card was available, and CUDA's context comes on top. Two whole steps ran on a CPU, see
 results/galore_7b.md.
     python data/c4/prepare.py --tokenizer=t5-base --tokens=20000000000
     python train.py config/galore_7b_4090.py
@@ -19,7 +19,7 @@ max_iters = 150_000
 warmup_iters = 15_000
 learning_rate = 0.005
 min_lr = 0.0005
-grad_clip = 1.0  # of the projected gradients, which accumulation holds in any case; weights move when the norm is known
+grad_clip = 1.0  # of the projected gradients, which accumulation keeps anyway; updates wait until the norm is known
 method = 'galore'
 rank = 1024
 scale = 0.25

@@ -7,13 +7,13 @@
 
 out_dir = 'out/galore_laptop'
 dataset = 'pystdlib'
-model = '9m'  # four blocks, made wider: with the data's 4,096 ids 3.3M parameters
+model = '9m'  # four blocks, made wider: 3.3M parameters with the data's 4,096 ids
 n_embd = 192
 n_head = 6
 n_inner = 512
-batch_size = 8  # small: on so few tokens, more steps teach more than larger ones
+batch_size = 8  # small: with so few tokens, more steps help more than larger batches
 max_iters = 750
-warmup_iters = 75  # a tenth
+warmup_iters = 75  # a tenth of the steps
 learning_rate = 1e-2  # best of those tried, see results/laptop.md
 method = 'galore'
 rank = 48  # a quarter of the width, as in the paper

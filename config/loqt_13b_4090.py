@@ -1,9 +1,9 @@
 """LLaMA-13B on one 24 GB card with LoQT: NF4 weights with double quantisation, 8-bit states, per-layer updates.
 
 8 windows x 256 tokens x 64 micro-batches = 131,072 tokens a step; 150,000 steps = 19.66B tokens.
-As loqt_13b.py, in smaller micro-batches. Planned peak of 20.69 GB, not measured on a card;
-with --offload=False 26.5 GB, and without accumulation that, too, fits, since per_layer then keeps no gradient.
-Two whole steps of it ran on a CPU, see results/loqt_13b.md.
+As loqt_13b.py, with smaller micro-batches. Planned peak of 20.69 GB, not measured on a card.
+--offload=False raises it to 26.5 GB, but fits without accumulation, since per_layer then keeps no gradients.
+Two whole steps ran on a CPU, see results/loqt_13b.md.
     python data/c4/prepare.py --tokenizer=t5-base --tokens=20000000000
     python train.py config/loqt_13b_4090.py
 """
@@ -22,7 +22,7 @@ rank = 1024
 scale = 0.5
 update_proj_gap = 200  # tau
 psi = 1.2
-compensation = 1  # a further round codes all of W again; the paper's is 5
+compensation = 1  # every round quantises all of W again; the paper has 5
 moments = 'keep'
 double_quant = True
 state_bits = 8
@@ -30,7 +30,7 @@ offload = True  # 5.8 GB of moments in main memory, since the factors' gradients
 per_layer = True
 dtype = 'bfloat16'
 checkpointing = True
-save_merged = False  # packed checkpoints: with whole blocks each takes 26 GB more
+save_merged = False  # packed checkpoints only: dense blocks would add 26 GB to each
 log_interval = 1
 eval_interval = 500
 save_interval = 50

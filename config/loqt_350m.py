@@ -8,12 +8,12 @@
 out_dir = 'out/loqt_350m'
 dataset = 'c4'
 model = '350m'
-batch_size = 64  # as many as fit: 512 / batch_size micro-batches make the same step
+batch_size = 64  # as many as fit; a step is 512 windows in any case
 gradient_accumulation_steps = 512 // batch_size
 max_iters = 60_000
-warmup_iters = 6_000  # a tenth
+warmup_iters = 6_000  # a tenth of the steps
 learning_rate = 0.01
-min_lr = 0.001  # a tenth
+min_lr = 0.001  # a tenth of the peak
 method = 'loqt'
 rank = 256
 scale = 0.5

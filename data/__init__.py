@@ -2,4 +2,4 @@
 
 
 class DataError(Exception):
-    """Data that is missing, broken or of no use here; the message is one sentence that says what to do."""
+    """Data that is missing, broken or unusable; the message is one sentence that says what to do."""

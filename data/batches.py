@@ -4,9 +4,9 @@ Batch t as a pure function of (seed, t, rank, world size): nothing to save, and 
     data = Tokens('data/pystdlib', 'train', block_size=256)
     x, y, sources = data.batch(seed=1, t=0, batch_size=8)       # x, y: (8, 256) int64; y is x one token later
 
-An epoch is a permutation of all windows of block_size tokens, without replacement, its grid shifted by a new random
-offset, so that a second epoch cuts the text elsewhere. What prepare.py writes: train.bin and val.bin, token ids as
-uint16 or uint32, documents grouped by source, and meta.json, which counts them.
+An epoch is a random permutation of all windows of block_size tokens. Each epoch shifts their grid by a new random
+offset, so that it cuts the text in other places. prepare.py writes train.bin and val.bin, token ids as uint16 or
+uint32 with documents grouped by source, and meta.json, which holds the counts.
 """
 
 import json
@@ -33,7 +33,7 @@ def read_meta(folder):
 
 
 class Tokens:
-    """The token file of one split. Raises DataError where it is missing, truncated or too short."""
+    """The token file of one split. Raises DataError if it is missing, truncated or too short."""
 
     def __init__(self, folder, split, block_size):
         self.path, self.block_size = os.path.join(folder, f'{split}.bin'), block_size
@@ -50,10 +50,11 @@ class Tokens:
         self.tokens = np.memmap(self.path, dtype=meta['dtype'], mode='r')
         self.sources = [source['name'] for source in meta['sources']]
         self.source_ends = np.cumsum([source[f'{split}_tokens'] for source in meta['sources']])
-        # A window with its targets is block_size + 1 tokens; about a block's worth of starts is left to the shift.
+        # A window with its targets takes block_size + 1 tokens. One window is given up, so that the offset of the grid
+        # can vary by up to block_size.
         self.windows = max((n - 1) // block_size - 1, 1)
         self.shifts = min(block_size, n - self.windows * block_size)
-        self.order = {}  # epoch -> (its permutation, its shift); a cache, computed again after a resume
+        self.order = {}  # {(seed, epoch): (permutation, offset)} of the last epoch used; a cache, not saved
 
     def epoch(self, seed, epoch):
         if (seed, epoch) not in self.order:
@@ -64,20 +65,20 @@ class Tokens:
     def batch(self, seed, t, batch_size, rank=0, world=1):
         """Batch t -> x, y (batch_size, block_size) int64 and the source index of each window, (batch_size,) int64.
 
-        Processes split the stream: rank r of W at t reads what one process reads at t W + r."""
+        Processes share one stream: at t, rank r of W reads what a single process reads at t W + r."""
         first = (t * world + rank) * batch_size
         starts = []
-        for i in range(first, first + batch_size):  # a batch may reach into the next epoch
-            order, shift = self.epoch(seed, i // self.windows)
-            starts.append(int(order[i % self.windows]) * self.block_size + shift)
+        for i in range(first, first + batch_size):  # a batch may span two epochs
+            order, offset = self.epoch(seed, i // self.windows)
+            starts.append(int(order[i % self.windows]) * self.block_size + offset)
         return self.read(starts)
 
     def evaluation(self, n_tokens, batch_size):
-        """Yield (x, y, sources) of fixed windows spread evenly over the file, n_tokens in all or what there is."""
-        there = (len(self.tokens) - 1) // self.block_size
-        n = max(min(n_tokens // self.block_size, there), 1)
+        """Yield (x, y, sources) of fixed windows spread evenly over the file, n_tokens in total or the whole file."""
+        available = (len(self.tokens) - 1) // self.block_size
+        n = max(min(n_tokens // self.block_size, available), 1)
         for i in range(0, n, batch_size):
-            yield self.read([j * there // n * self.block_size for j in range(i, min(i + batch_size, n))])
+            yield self.read([j * available // n * self.block_size for j in range(i, min(i + batch_size, n))])
 
     def read(self, starts):
         rows = np.stack([self.tokens[s : s + self.block_size + 1] for s in starts]).astype(np.int64)  # (B, T + 1)
@@ -85,7 +86,7 @@ class Tokens:
             where = starts[int(rows.max(axis=1).argmax())]
             reason = f'token id {rows.max()} near position {where} is beyond the vocabulary of {self.vocab_size}'
             raise DataError(f'{self.path}: {reason}: the file is broken, run its prepare.py again')
-        middles = np.array(starts) + self.block_size // 2  # a window belongs to the source of its middle
+        middles = np.array(starts) + self.block_size // 2  # a window belongs to the source of its middle token
         sources = torch.from_numpy(np.searchsorted(self.source_ends, middles, side='right'))
         rows = torch.from_numpy(rows)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), sources

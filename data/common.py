@@ -3,12 +3,13 @@ What the prepare.py scripts share: read text, choose a tokenizer, write the file
 
     tok = common.choose_tokenizer('bpe', texts, vocab_size=4096)
     with common.Writer('data/mine', tok, made_by='my script') as out:
-        out.add('poems', 'train', 'the text of one document')     # source, split, text: in any order, any number
+        out.add('poems', 'train', 'the text of one document')     # source, split, text: any number, in any order
         out.add('poems', 'val', 'another')
     # now the folder holds train.bin, val.bin, meta.json and, for bpe and hf, tokenizer.json
 
-train.bin and val.bin are bare token ids, uint16 where they fit. All documents of a source stand together, in the order
-of meta.json's `sources`, and each ends with the end-of-text id. The whole text is never in memory, only a document.
+train.bin and val.bin are raw token ids, as uint16 if they fit. Documents are grouped by source, in the order of
+`sources` in meta.json, and each ends with the end-of-text id. Documents are read one at a time: the whole text is never
+in memory.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from data import DataError, tokenizer  # noqa: E402
 
 FORMAT = 1
 SPLITS = ('train', 'val')
-BATCH_CHARACTERS = 4_000_000  # encoded at a time: about 1M tokens, as Python lists some 40 MB
+BATCH_CHARACTERS = 4_000_000  # encoded at a time: about 1M tokens, some 40 MB as Python lists
 PIECE_CHARACTERS = 500_000  # a longer document is encoded in pieces, so that one huge file also uses all cores
 
 
@@ -49,7 +50,7 @@ def read_text(path):
 
 
 def split_of(name, val_share):
-    """'train' or 'val' by a hash of the name: a file keeps its side when others are added, on every machine."""
+    """'train' or 'val' by a hash of the name: a file stays in its split when others are added, on every machine."""
     return 'val' if int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < val_share * 2**32 else 'train'
 
 
@@ -64,12 +65,12 @@ def choose_tokenizer(spec, texts, vocab_size):
         if spec == 'bytes':
             return tokenizer.Bytes()
         if spec == 'bpe':
-            # In pieces, as a single text of 200 MB takes the library a minute and 15 GB.
+            # In pieces, since a single text of 200 MB takes the library a minute and 15 GB.
             pieces = (piece for text in texts for piece, _ in cut(text))
             bar = tqdm(pieces, 'train bpe', unit=' texts', unit_scale=True, delay=2, leave=False)
             tok = tokenizer.train_bpe(bar, vocab_size)
             if tok.vocab_size < vocab_size:
-                print(f'note: the text has repeated pairs for {tok.vocab_size:,} ids only, not for {vocab_size:,}')
+                print(f'note: the text has repeated pairs for only {tok.vocab_size:,} ids, not for {vocab_size:,}')
             return tok
         if spec.startswith('tiktoken:'):
             return tokenizer.from_tiktoken(spec.removeprefix('tiktoken:'))
@@ -83,10 +84,10 @@ def choose_tokenizer(spec, texts, vocab_size):
 
 
 class Writer:
-    """Collects documents in a hidden folder beside the result, and puts them in place only when all of them are there.
+    """Collects documents in a hidden subfolder, and moves the files into place only when all documents are written.
 
-    limits={'train': N}: take whole documents until there are N tokens, then let the rest go (see .full).
-    total: bytes to come, for the progress bar. More keywords go into meta.json."""
+    limits={'train': N}: take whole documents until there are N tokens, then ignore the rest (see .full).
+    total: bytes expected, for the progress bar. Further keywords are written to meta.json."""
 
     def __init__(self, folder, tok, made_by, limits=None, total=None, **extra):
         if tok.eot is None:
@@ -150,7 +151,7 @@ class Writer:
             self.bytes[split] += size
             self.bar.update(len(ids) if self.limits else size)
             chunks.setdefault((source, split), []).append(ids)
-        # One file a source and split, opened only to append: there may be more sources than file handles.
+        # One file per source and split, opened only to append: there may be more sources than file handles.
         for (source, split), lists in chunks.items():
             with open(self._part(source, split), 'ab') as f:
                 for ids in lists:
@@ -195,12 +196,13 @@ class Writer:
         if self.tok.json is not None:
             (self.work / 'tokenizer.json').write_text(self.tok.json, encoding='utf-8')
             names.append('tokenizer.json')
-        if self.tok.kind == 'bpe':  # what transformers' AutoTokenizer needs to know besides
+        if self.tok.kind == 'bpe':  # transformers' AutoTokenizer needs a second file
             config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': tokenizer.EOT}
             (self.work / 'tokenizer_config.json').write_text(json.dumps(config) + '\n', encoding='utf-8')
             names.append('tokenizer_config.json')
         (self.work / 'meta.json').write_text(json.dumps(self.meta, indent=1) + '\n', encoding='utf-8')
-        # Old meta.json away first, new one last: a crash in between leaves a folder that is plainly not prepared.
+        # Remove the old meta.json first and write the new one last: after a crash in between, the folder counts as not
+        # prepared.
         if (self.folder / 'meta.json').exists():
             (self.folder / 'meta.json').unlink()
             for name in {'tokenizer.json', 'tokenizer_config.json'} - set(names):
@@ -210,8 +212,8 @@ class Writer:
 
 
 def cut(text, size=None):
-    """(piece, is it the last) of a long text, cut where a line ends and the next starts with no space: every tokenizer
-    here splits there anyway, so the ids are those of the whole text."""
+    """Yield (piece, whether it is the last) of a long text. Cuts only after a newline that no space follows: every
+    tokenizer here splits there anyway, so the ids are the same as for the whole text."""
     size = size or PIECE_CHARACTERS
     begin, boundary = 0, re.compile(r'\n(?=\S)')
     while len(text) - begin > size and (match := boundary.search(text, begin + size)):
@@ -221,7 +223,7 @@ def cut(text, size=None):
 
 
 def made_by(script):
-    """The command, as one would type it in the repository's root."""
+    """The command, as typed in the repository's root."""
     return shlex.join(['python', f'data/{script}/prepare.py', *sys.argv[1:]])
 
 
@@ -255,10 +257,10 @@ def parser(doc):
 
 
 def run(main):
-    """main() with every error the user can put right as one sentence on stderr and exit code 1, without a traceback."""
+    """Run main(). An error that the user can fix becomes one sentence on stderr and exit code 1, with no traceback."""
     try:
         main()
-    except (DataError, OSError) as e:  # OSError: disk full, no permission, ...: its own text says it
+    except (DataError, OSError) as e:  # an OSError (disk full, no permission, ...) explains itself
         sys.exit(f'error: {e}')
     except KeyboardInterrupt:
-        sys.exit('interrupted: what was prepared before is still as it was')
+        sys.exit('interrupted: data prepared earlier is unchanged')

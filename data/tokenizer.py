@@ -3,12 +3,13 @@ Text to token ids and back. `load(folder)` reads what data/NAME/prepare.py wrote
 
     tok = tokenizer.load('data/pystdlib')
     tok.encode('def f(x):')       # [483, 287, ...], never a special token: '<|endoftext|>' in a text is plain text
-    tok.decode(ids)               # ids that are half a character become U+FFFD
-    tok.vocab_size, tok.eot       # number of ids, and the one that ends a document (None where there is none)
+    tok.decode(ids)               # incomplete characters become U+FFFD
+    tok.vocab_size, tok.eot       # number of ids, and the one that ends a document (None if there is none)
 
 Four kinds: 'bytes' (no training, no file), 'bpe' (ours, trained on your text by train_bpe), 'tiktoken:NAME' (gpt2,
-cl100k_base, ...) and 'hf' (anybody's tokenizer.json). Our BPE is saved in the Hugging Face format, so that transformers
-can read it, and run by tiktoken, which encodes three times faster; the tests prove that both give the same ids.
+cl100k_base, ...) and 'hf' (any published tokenizer.json). Our BPE is saved in the Hugging Face format, so that
+transformers can read it, but run by tiktoken, which encodes three times faster; the tests check that both give the same
+ids.
 """
 
 import codecs
@@ -22,8 +23,9 @@ class TokenizerError(ValueError):
     """A tokenizer that cannot be read or made; the message says what to do."""
 
 
-# GPT-4's split, with two changes: numbers in twos, since a small vocabulary has no room for all threes, and whitespace
-# in runs of at most 128, since an unbounded \s+ overflows the regex stack of tiktoken on a file with a million spaces.
+# GPT-4's pattern with two changes: digits in groups of two, since a small vocabulary has no room for all groups of
+# three, and whitespace in runs of at most 128, since an unbounded \s+ overflows tiktoken's regex stack on a file with a
+# million spaces.
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r'|\s{0,128}[\r\n]+|\s{1,128}(?!\S)|\s{1,128}'
@@ -31,7 +33,7 @@ PATTERN = (
 
 
 class Bytes:
-    """UTF-8 bytes as they are, and one id more for the end of a text. Also what the other byte-level kinds share."""
+    """UTF-8 bytes, and one extra id for the end of a text. Also the base class of the other byte-level kinds."""
 
     kind, json, vocab_size, eot = 'bytes', None, 257, 256
 
@@ -48,7 +50,7 @@ class Bytes:
         return self.decode_bytes(ids).decode('utf-8', 'replace')
 
     def decode_stream(self, ids):
-        """Text piece by piece as the ids arrive; a character that spans several ids waits for the last of them."""
+        """Yield text as the ids arrive; a character that spans several ids waits for the last of them."""
         decoder = codecs.getincrementaldecoder('utf-8')('replace')
         for i in ids:
             if piece := decoder.decode(self.decode_bytes([i])):
@@ -58,7 +60,7 @@ class Bytes:
 
 
 class Tiktoken(Bytes):
-    """Any byte-level BPE that tiktoken can run: its own named ones, and ours."""
+    """Any byte-level BPE that tiktoken can run: its own encodings, and ours."""
 
     def __init__(self, encoding, kind, json=None):
         self.encoding, self.kind, self.json = encoding, kind, json
@@ -76,12 +78,12 @@ class Tiktoken(Bytes):
     def _bytes_of(self, i):
         try:
             return self.encoding.decode_single_token_bytes(i)
-        except KeyError:  # a model's head may be padded beyond the vocabulary, and an untrained one samples from there
+        except KeyError:  # a head may be padded beyond the vocabulary, and an untrained model samples such ids
             return '\ufffd'.encode()
 
 
 class HF:
-    """Anybody's tokenizer.json, run by `tokenizers`. It gives no bytes, so the stream compares decoded prefixes."""
+    """Any tokenizer.json, run by `tokenizers`. That decodes to text, not bytes, so the stream compares prefixes."""
 
     kind = 'hf'
 
@@ -94,13 +96,13 @@ class HF:
             self.hf = tokenizers.Tokenizer.from_str(self.json)
         except Exception as e:  # the library raises bare Exceptions
             raise TokenizerError(f'{path} is not a tokenizer that the tokenizers library can read ({e})') from e
-        # Published files often carry truncation to 512 tokens: silently fatal to training data.
+        # Published files often set truncation to 512 tokens, which would silently cut the training documents.
         self.hf.no_truncation()
         self.hf.no_padding()
-        self.hf.encode_special_tokens = True  # that is: encode their names as plain text
+        self.hf.encode_special_tokens = True  # True means: encode their names as plain text
         vocab = self.hf.get_vocab(with_added_tokens=True)
         self.eot = find_eot(os.path.dirname(path), self.hf, max(vocab.values()) + 1) if eot is None else eot
-        # The ids that a text can become: not T5's 100 sentinels at the end, which the paper's 32,000 rows leave out.
+        # Only ids that text can produce: not T5's 100 sentinels at the end, which the paper's 32,000 rows leave out.
         special = {token.content for token in self.hf.get_added_tokens_decoder().values() if token.special}
         self.vocab_size = max(i for name, i in vocab.items() if name not in special or i == self.eot) + 1
 
@@ -114,7 +116,7 @@ class HF:
         return self.hf.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def decode_stream(self, ids):
-        """Decode with the last finished piece as context, as many decoders treat a text's first token differently."""
+        """Decode with the last finished piece as context: many decoders treat the first token of a text differently."""
         context, fresh = [], []
         for i in ids:
             fresh.append(int(i))
@@ -135,7 +137,7 @@ def find_eot(folder, hf, vocab_size):
             continue
         config = read_json(path)
         eot, token = config.get('eos_token_id'), config.get('eos_token')
-        if isinstance(eot, list):  # LLaMA 3: the end of the text first, then the ends of a turn
+        if isinstance(eot, list):  # LLaMA 3: end of text first, then the end-of-turn ids
             eot = eot[0] if eot else None
         if isinstance(token, dict):
             token = token.get('content')
@@ -172,14 +174,13 @@ def from_tiktoken(name):
 
 
 def from_bpe(text):
-    """Our own tokenizer.json (its text), run by tiktoken: our ids follow the order of the merges, so they are ranks."""
+    """Our own tokenizer.json, given as text, run by tiktoken. Our ids are in merge order, so they are its ranks."""
     import tiktoken
 
     try:
         saved = json.loads(text)
-        pattern = saved['pre_tokenizer']['pretokenizers'][0]['pattern'][
-            'Regex'
-        ]  # the file's own, whatever PATTERN is today
+        # The file's own pattern: PATTERN may have changed since.
+        pattern = saved['pre_tokenizer']['pretokenizers'][0]['pattern']['Regex']
         specials = {token['content']: token['id'] for token in saved['added_tokens']}
         byte_of = byte_alphabet()
         ranks = {bytes(byte_of[c] for c in t): i for t, i in saved['model']['vocab'].items() if t not in specials}
@@ -192,7 +193,7 @@ def from_bpe(text):
 
 
 def byte_alphabet():
-    """GPT-2's printable stand-ins, character -> byte: a printable byte stands for itself, the rest from U+0100 on."""
+    """GPT-2's map of characters to bytes: printable bytes are their own character, the others start at U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(rest)}
@@ -201,8 +202,8 @@ def byte_alphabet():
 def train_bpe(texts, vocab_size, path=None):
     """Train a byte-level BPE on an iterable of texts, save it as `path` (a tokenizer.json) if given, and return it.
 
-    The end-of-text token is id 0, the 256 bytes are ids 1 to 256, so any text can be encoded. A pair seen once is never
-    merged: a short text yields fewer ids than asked for."""
+    The end-of-text token is id 0, the 256 bytes are ids 1 to 256, so any text can be encoded. A pair seen only once is
+    never merged, so a short text yields fewer ids than requested."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 257:
@@ -255,7 +256,7 @@ def load(folder):
 
 
 def files_of(*folders):
-    """What a folder with weights carries beside them, name -> bytes: the tokenizer, and what its source says of it."""
+    """{name: bytes} of the tokenizer's files, to be saved beside weights; the first folder that has a file counts."""
     names = [
         'meta.json',
         'tokenizer.json',

@@ -1,4 +1,4 @@
-"""From a configuration to a data folder and a model: what happens once, before the loop of train.py."""
+"""From a configuration to a data folder and a model: done once, before train.py's loop."""
 
 import difflib
 import os
@@ -18,21 +18,21 @@ from plumbing.hf import AdapterError, PackedError, first_line, read_json, weight
 from plumbing.parallel import device_and_dtype
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SHAPE = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner', 'vocab_size')  # keys that override what `model` has
+SHAPE = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner', 'vocab_size')  # keys that override the shape of `model`
 
 
 def data_folder(config, prepare=True):
-    """The data set's folder; pystdlib's, which needs no network, is prepared on the spot."""
+    """The data set's folder. pystdlib, which needs no network, is prepared here if it is missing."""
     name = config.dataset
     folder = name if os.path.isdir(name) and '/' in name.replace(os.sep, '/') else os.path.join(ROOT, 'data', name)
     if not os.path.isdir(folder):
-        here = os.path.join(ROOT, 'data')
-        have = sorted(d for d in os.listdir(here) if os.path.exists(os.path.join(here, d, 'prepare.py')))
-        near = difflib.get_close_matches(name, have, 1)
+        parent = os.path.join(ROOT, 'data')
+        known = sorted(d for d in os.listdir(parent) if os.path.exists(os.path.join(parent, d, 'prepare.py')))
+        near = difflib.get_close_matches(name, known, 1)
         raise DataError(
             f'no data set {name}'
             + (f' (did you mean {near[0]}?)' if near else '')
-            + f': use one of {", ".join(have)}, or a path to a folder that prepare.py filled'
+            + f': use one of {", ".join(known)}, or a path to a folder that prepare.py filled'
         )
     if prepare and name == 'pystdlib' and not os.path.exists(os.path.join(folder, 'meta.json')):
         print('preparing data/pystdlib', flush=True)
@@ -41,9 +41,9 @@ def data_folder(config, prepare=True):
 
 
 def check_tokenizer(model_folder, data_folder):
-    """Raise where model and data were made with different tokenizers: the ids of one are noise to the other."""
+    """Raise DataError if model and data have different tokenizers: the ids of one mean nothing to the other."""
 
-    def identity(folder):  # kind, and the vocabulary where there is a file of it; None where nothing is known
+    def identity(folder):  # the vocabulary if the folder has one, else the tokenizer's kind; None if unknown
         meta, vocabulary = (os.path.join(folder, name) for name in ('meta.json', 'tokenizer.json'))
         kind = tokenizer.read_json(meta).get('tokenizer') if os.path.exists(meta) else None
         if kind in ('bpe', 'hf') and not os.path.exists(vocabulary):
@@ -60,31 +60,40 @@ def check_tokenizer(model_folder, data_folder):
 
 
 def build_model(config, data, vocab_size, dtype, device, source=None, linear=Linear):
-    """The model on `device`: from the Hugging Face folder `source`, or new where there is none. linear: the module that
-    the method wants the blocks made of."""
+    """The model on `device`: loaded from the Hugging Face folder `source`, or new if that is None. linear: the class of
+    the blocks' linear layers."""
     if source:
         check_tokenizer(source, data)
         if config.init_from != 'resume' and read_json(os.path.join(source, 'config.json')).get('packed_weights'):
             raise PackedError(source)
         built = LLaMA.from_pretrained(source, dtype=dtype, device=device, block_size=config.block_size, linear=linear)
     else:
-        shape = SIZES[config.model] | {'vocab_size': vocab_size, 'block_size': config.block_size}
-        shape |= {key: getattr(config, key) for key in SHAPE if getattr(config, key)}
         with torch.device('meta'):
-            built = LLaMA(ModelConfig(**shape), dtype=dtype, linear=linear)
+            built = LLaMA(new_shape(config, vocab_size), dtype=dtype, linear=linear)
         if device != 'meta':
             built.materialise(device, config.seed)
-    if built.config.vocab_size < vocab_size:
-        raise ModelError(
-            f'the data has {vocab_size} token ids, the model {built.config.vocab_size}: '
-            f'use --vocab_size={vocab_size}, or prepare the data with the tokenizer of the model'
-        )
+    check_vocabulary(built.config, vocab_size)
     built.checkpointing = config.checkpointing
     return built
 
 
+def new_shape(config, vocab_size):
+    """The ModelConfig of a new model: what `model` has, unless other keys say otherwise."""
+    shape = SIZES[config.model] | {'vocab_size': vocab_size, 'block_size': config.block_size}
+    return ModelConfig(**shape | {key: getattr(config, key) for key in SHAPE if getattr(config, key)})
+
+
+def check_vocabulary(shape, vocab_size):
+    if shape.vocab_size < vocab_size:
+        raise ModelError(
+            f'the data has {vocab_size} token ids, the model {shape.vocab_size}: '
+            f'use --vocab_size={vocab_size}, or prepare the data with the tokenizer of the model'
+        )
+    return shape
+
+
 def try_compile(model, data, config, device):
-    """torch.compile where it works, tried on a batch; where it does not, say why and go on without."""
+    """The compiled model, tried on one batch. If that fails, print why and return the model as it is."""
     try:
         x, y, _ = data.batch(config.seed, 0, config.batch_size)
         compiled = torch.compile(model)
@@ -97,14 +106,27 @@ def try_compile(model, data, config, device):
 
 
 def layers_of(config):
-    """The module that the blocks of a model are made of: the method's own where it has one."""
+    """The class of the blocks' linear layers: the method's own if it has one."""
     module = method_of(config)
     return module.linear(config) if hasattr(module, 'linear') else Linear
 
 
 def build_on_meta(config):
-    """The model of a configuration on the meta device, its data's folder and meta (None where it is not prepared)."""
+    """-> the model on the meta device, the data folder, and that folder's meta.json (None if it is not prepared)."""
     _, dtype = device_and_dtype(config)
+    folder, meta, vocab_size, source = where_from(config)
+    return build_model(config, folder, vocab_size, dtype, 'meta', source, layers_of(config)), folder, meta
+
+
+def shape_of(config):
+    """The ModelConfig of that model. A new one is not built for it: on the meta device torch would import its compiler,
+    which takes as long as torch itself."""
+    _, _, vocab_size, source = where_from(config)
+    return build_on_meta(config)[0].config if source else check_vocabulary(new_shape(config, vocab_size), vocab_size)
+
+
+def where_from(config):
+    """-> the data's folder, its meta (None: not prepared), the vocabulary's size, the folder with weights or None."""
     folder = os.path.join(ROOT, 'data', config.dataset)
     try:
         folder = data_folder(config, prepare=False)
@@ -117,13 +139,13 @@ def build_on_meta(config):
     if config.init_from not in ('scratch', 'resume') and not os.path.isdir(config.init_from):
         raise Stop(f"init_from='{config.init_from}' is no folder here, and a dry run downloads nothing")
     source = None if config.init_from in ('scratch', 'resume') else weights_folder(config.init_from)
-    return build_model(config, folder, vocab_size, dtype, 'meta', source, layers_of(config)), folder, meta
+    return folder, meta, vocab_size, source
 
 
 def load_model(folder, device, factors=False):
-    """The model in a folder. Where its weights are packed, the method of the run that packed them unpacks them.
+    """The model in a folder. If its weights are packed, its layers are those of the method that packed them.
 
-    factors: leave them packed even where there are whole ones, too."""
+    factors: load the packed weights even if the folder has dense ones, too."""
     stored = read_json(os.path.join(folder, 'config.json'))
     if not (stored.get('packed_weights') or factors):
         return LLaMA.from_pretrained(folder, device=device)
@@ -138,9 +160,9 @@ def load_model(folder, device, factors=False):
 
 
 def base_of(folder):
-    """The model that LoRA's A and B in a run's folder belong to, by path or name.
+    """Path or name of the base model of a LoRA run.
 
-    Raises AdapterError where they are not all that the run trained."""
+    Raises AdapterError if the run changed more than A and B, so that an adapter alone would not reproduce it."""
     run = find(folder)[1] if os.path.exists(os.path.join(folder, 'run.json')) else {'config': {}}
     c = SimpleNamespace(**run['config'])
     if getattr(c, 'method', '') != 'lora':

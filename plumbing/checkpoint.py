@@ -23,8 +23,8 @@ class CheckpointError(Stop):
 
 def save(folder, model, optimizer, run, extra_files, selection=None):
     """Write weights, `optimizer.pt`, `coreset.pt` if there is a selection, and `run.json` (a dict of plain values) to
-    `folder`, replacing what was there only when all is on disk. `extra_files` (the tokenizer's), name -> bytes, make
-    the folder complete in itself."""
+    `folder`. An earlier checkpoint there is replaced only when everything is on disk. `extra_files` are the tokenizer's
+    {name: bytes}, so that the folder is complete."""
     new = folder + '.new'
     try:
         shutil.rmtree(new, ignore_errors=True)
@@ -38,7 +38,7 @@ def save(folder, model, optimizer, run, extra_files, selection=None):
             with open(os.path.join(new, name), 'wb') as f:
                 f.write(content)
         swap(new, folder)
-    except Exception as error:  # OSError here, safetensors' and torch's own types for the same full disk
+    except Exception as error:  # a full disk is an OSError, or an error type of safetensors or torch
         if not os.path.exists(folder) and os.path.exists(folder + '.old'):
             os.rename(folder + '.old', folder)
         shutil.rmtree(new, ignore_errors=True)
@@ -50,7 +50,7 @@ def save(folder, model, optimizer, run, extra_files, selection=None):
 
 
 def copy(folder, target):
-    """Make `target` the same checkpoint as `folder`, by hard links where the file system has them: no bytes written."""
+    """Copy the checkpoint `folder` to `target`, by hard links if the file system has them, which writes no data."""
     new = target + '.new'
     shutil.rmtree(new, ignore_errors=True)
     os.makedirs(new)
@@ -66,7 +66,7 @@ def swap(new, folder):
     """Rename the complete folder `new` to `folder`; until then the old one exists, as `folder` or `folder.old`."""
     for name in [*os.listdir(new), '.'] if os.name == 'posix' else []:
         handle = os.open(os.path.join(new, name), os.O_RDONLY)
-        os.fsync(handle)  # a rename that reaches the disk before the bytes would leave an empty file after a power cut
+        os.fsync(handle)  # if the rename reached the disk before the data, a power cut would leave an empty file
         os.close(handle)
     old = folder + '.old'
     if os.path.exists(folder):
@@ -90,7 +90,7 @@ def advice_for_broken(path):
 
 
 def find(folder):
-    """-> the folder to read, and its run.json as a dict."""
+    """-> the folder to read, `folder` or `folder.old`, and its run.json as a dict."""
     for path in (folder, folder + '.old'):
         if os.path.isdir(path):
             try:
@@ -104,7 +104,7 @@ def find(folder):
 
 
 def in_todays_keys(c):
-    """A run's configuration, changed in place where it was written before methods had options of their own."""
+    """Convert, in place, the configuration of a run from before methods had options of their own."""
     if 'residual' not in c:
         return
     if c['method'].startswith('apollo'):
@@ -128,7 +128,7 @@ def load_optimizer(path, optimizer):
 
 
 def load_selection(path, selection):
-    """Fill a selection's state from path/coreset.pt; a run that did without one so far has none."""
+    """Fill a selection's state from path/coreset.pt, which is missing if the run had no selection so far."""
     file = os.path.join(path, 'coreset.pt')
     try:
         if find(path)[1].get('config', {}).get('coreset', 'none') != 'none':
@@ -143,8 +143,8 @@ def load_selection(path, selection):
 
 @dataclass
 class Begin:
-    """Where a run starts from. weights: the folder they come from, None for new ones; adapter: a PEFT folder to fill
-    LoRA's A and B from; saved_at: the checkpoint that a resumed run goes on from; run: its run.json."""
+    """Where a run starts from. weights: folder to load them from, None for new ones; adapter: PEFT folder to load
+    LoRA's A and B from; saved_at: the checkpoint that a resumed run continues; run: its run.json."""
 
     weights: str | None = None
     adapter: str | None = None
@@ -156,7 +156,7 @@ class Begin:
         return self.run['step']
 
     def restore(self, model, optimizer, selection):
-        """What does not come with the weights."""
+        """Load what is not part of the weights: the adapter, the optimizer's and the selection's state."""
         if self.adapter:
             load_adapter(model, self.adapter)
         if self.saved_at:
@@ -167,9 +167,9 @@ class Begin:
 
 def begin(config, fixed, fixed_coreset=()):
     """-> Begin. fixed: keys that a resumed run must not change, since they fix the shape or the meaning of the saved
-    tensors; fixed_coreset: those of them that count only where both runs choose their batches.
+    tensors; fixed_coreset: more such keys, checked only if the run chooses its batches before and after.
 
-    Raises Stop, with what to type, where the run cannot begin so."""
+    Raises Stop, saying what to type, if the run cannot begin."""
     last, best = os.path.join(config.out_dir, 'last'), os.path.join(config.out_dir, 'best')
     if config.init_from == 'resume':
         saved_at, run = find(last if exists(last) or not exists(best) else best)
@@ -188,18 +188,18 @@ def begin(config, fixed, fixed_coreset=()):
     adapter = source if read_adapter(source) else None
     if adapter and config.method != 'lora':
         raise Stop(f'{source} is an adapter: use --method=lora, or python sample.py {source} --save_to=DIR first')
-    return Begin(weights_folder(source), adapter)  # the folder of a run of ours will do, too
+    return Begin(weights_folder(source), adapter)  # source may also be the out_dir of one of our runs
 
 
 def clear(config, begin):
-    """Remove what --overwrite lets a new run replace."""
+    """Remove the checkpoints that --overwrite lets a new run replace."""
     if config.overwrite and not begin.saved_at:
         for name in ('last', 'best'):
             remove(os.path.join(config.out_dir, name))
 
 
 def check_fixed(config, was, saved_at, fixed, fixed_coreset):
-    """Raise Stop where the configuration differs from the saved run's in a fixed key; 'auto' takes the saved value."""
+    """Raise Stop if the configuration differs from the saved run's in a fixed key; 'auto' takes the saved value."""
     if 'none' not in (config.coreset, was.get('coreset', 'none')):
         fixed = (*fixed, *fixed_coreset)
     for key in fixed:
@@ -212,11 +212,11 @@ def check_fixed(config, was, saved_at, fixed, fixed_coreset):
 
 
 def save_all(config, model, optimizer, selection, files, run, begin, better):
-    """out_dir/last, and out_dir/best where the model is `better` than all before. files: the tokenizer's, by name."""
+    """Save out_dir/last, and out_dir/best if the model is `better` than all before. files: see `save`."""
     last, best = os.path.join(config.out_dir, 'last'), os.path.join(config.out_dir, 'best')
     settings = {key: value for key, value in vars(config).items() if not key.startswith('_')}
     if begin.saved_at:
-        settings['init_from'] = begin.run['config']['init_from']  # what the run began from: its adapter belongs to that
+        settings['init_from'] = begin.run['config']['init_from']  # its first source, on which a LoRA adapter rests
     run = run | {'config': settings}
     if better:  # best first: a crash between the two is repaired by the next evaluation
         save(best, model, optimizer, run, files, selection)

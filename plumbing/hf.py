@@ -1,9 +1,9 @@
 """
-Folders in and out: Hugging Face's layout of a model, and PEFT's of an adapter.
+Load and save folders: models in Hugging Face's layout, adapters in PEFT's.
 
     model = hf.load('path/to/folder')       # config.json + model.safetensors, or its sharded index -> a LLaMA
     hf.save(model, 'path/to/folder')
-    hf.save_adapter(model, folder, base)    # LoRA's A and B as the folder that `peft` reads
+    hf.save_adapter(model, folder, base)    # LoRA's A and B as a folder that `peft` reads
 """
 
 import json
@@ -25,11 +25,11 @@ class PackedError(ModelError):
 
 
 def load(folder, dtype=None, device='cpu', block_size=None, linear=Linear):
-    """The model in a Hugging Face folder: LLaMA, Mistral, SmolLM2 and whatever shares their layout.
+    """The model in a Hugging Face folder: LLaMA, Mistral, SmolLM2 and others of their layout.
 
-    dtype None keeps the file's own; block_size None takes the longest window the model was made for. Tensors are
-    read one at a time, straight into place. Raises ModelError where a file is missing, broken or asks for more than
-    is here."""
+    dtype None keeps that of the file; block_size None takes the longest window the model was made for. Tensors are
+    read one at a time, straight into place. Raises ModelError if a file is missing or broken, or the model is one
+    that LLaMA cannot represent."""
     stored = read_json(os.path.join(folder, 'config.json'))
     config = config_from_hf(stored, folder)
     if block_size is not None and block_size > config.block_size:
@@ -41,7 +41,7 @@ def load(folder, dtype=None, device='cpu', block_size=None, linear=Linear):
     for name, read in tqdm(stored_tensors(folder), 'reading weights', len(wanted), delay=3, leave=False, disable=None):
         name = name.removeprefix('model.')
         if (name == 'lm_head.weight' and config.tie_embeddings) or name.endswith('rotary_emb.inv_freq'):
-            continue  # a copy of the embedding; a table we compute
+            continue  # a copy of the embedding; a table that rotary_tables computes
         if name not in wanted:
             raise ModelError(f'{folder} holds a tensor this model has no place for: {name}')
         tensor = read()
@@ -60,7 +60,7 @@ def load(folder, dtype=None, device='cpu', block_size=None, linear=Linear):
         module = model.get_submodule(name.rpartition('.')[0])
         if not hasattr(module, 'set_weight'):
             raise PackedError(folder)
-        module.to_empty(device=device, recurse=False)  # the method's own state fills it
+        module.to_empty(device=device, recurse=False)  # filled later, from optimizer.pt
         del wanted[name]
     if wanted:
         raise ModelError(f'{folder} lacks {len(wanted)} of the model\'s tensors, the first {next(iter(wanted))}')
@@ -70,7 +70,8 @@ def load(folder, dtype=None, device='cpu', block_size=None, linear=Linear):
 
 def save(model, folder, shard_bytes=4 * 2**30, merged=True):
     """Write config.json and model.safetensors, or shards of at most `shard_bytes` with their index: a GPU's weights
-    pass through main memory one file at a time. merged=False leaves out what the method packs and saves itmodel."""
+    pass through main memory one file at a time. merged=False leaves out weights that the method packs and saves
+    itself."""
     from safetensors.torch import save_file
 
     os.makedirs(folder, exist_ok=True)
@@ -92,7 +93,7 @@ def save(model, folder, shard_bytes=4 * 2**30, merged=True):
         file = 'model.safetensors' if n == 1 else f'model-{i + 1:05d}-of-{n:05d}.safetensors'
         tensors = {name: whole() for name, whole in shard.items()}
         save_file(tensors, os.path.join(folder, file), metadata={'format': 'pt'})
-        shutil.copymode(os.path.join(folder, 'config.json'), os.path.join(folder, file))  # not for the owner alone
+        shutil.copymode(os.path.join(folder, 'config.json'), os.path.join(folder, file))  # not only the owner's
         files |= dict.fromkeys(shard, file)
     if n > 1:
         with open(os.path.join(folder, 'model.safetensors.index.json'), 'w') as f:
@@ -134,8 +135,8 @@ def stored_tensors(folder):
 
 
 def config_from_hf(hf, folder='config.json'):
-    """ModelConfig of a Hugging Face config (a dict). Raises ModelError, by name, for what LLaMA cannot represent."""
-    # Each of these changes the arithmetic; loading such a model regardless would give wrong numbers without a word.
+    """ModelConfig of a Hugging Face config (a dict). Raises ModelError, naming the key that LLaMA cannot represent."""
+    # Each of these changes the arithmetic; loading such a model anyway would silently give wrong numbers.
     for key, allowed in (
         ('model_type', ('llama', 'mistral')),
         ('hidden_act', ('silu',)),
@@ -160,7 +161,7 @@ def config_from_hf(hf, folder='config.json'):
             n_embd=hf['hidden_size'],
             n_inner=hf['intermediate_size'],
             vocab_size=hf['vocab_size'],
-            # within its window a sliding-window model (Mistral 7B v0.1) is an ordinary one
+            # within its window, a sliding-window model (Mistral 7B v0.1) has ordinary attention
             block_size=min(block_size, hf.get('sliding_window') or block_size),
             head_dim=hf.get('head_dim') or 0,
             norm_eps=hf.get('rms_norm_eps', 1e-6),
@@ -175,7 +176,7 @@ def config_from_hf(hf, folder='config.json'):
 
 
 def config_to_hf(c, dtype=torch.float32):
-    """The dict that Hugging Face writes as config.json for a LlamaForCausalLM; both spellings of the rotary keys."""
+    """The dict that Hugging Face writes as config.json for a LlamaForCausalLM, the rotary keys in both spellings."""
     rope = {'rope_type': 'llama3', **c.rope_scaling} if c.rope_scaling else {'rope_type': 'default'}
     return {
         'architectures': ['LlamaForCausalLM'],
@@ -211,12 +212,12 @@ class AdapterError(ValueError):
 
 
 def is_lora(module):
-    return hasattr(module, 'dense_weight') and hasattr(module, 'A')  # a lora.LoRALinear, by what it has
+    return hasattr(module, 'dense_weight') and hasattr(module, 'A')  # recognises a lora.LoRALinear without importing it
 
 
 def adapters(model, prefix='base_model.model.model.'):
-    """Yield (PEFT's name, parameter) of all A and B. prefix: what PEFT puts before the names of a LlamaForCausalLM, and
-    what that puts before ours."""
+    """Yield (PEFT's name, parameter) for each A and B. prefix: PEFT's, and that of LlamaForCausalLM, before our
+    names."""
     for name, layer in model.named_modules():
         if is_lora(layer) and len(layer.A):
             yield f'{prefix}{name}.lora_A.weight', layer.A
@@ -224,7 +225,7 @@ def adapters(model, prefix='base_model.model.model.'):
 
 
 def save_adapter(model, folder, base):
-    """Write A and B as the folder `peft.PeftModel.from_pretrained` reads. base: the model they belong to, by path."""
+    """Write A and B as a folder that `peft.PeftModel.from_pretrained` reads. base: path or name of the base model."""
     from safetensors.torch import save_file
 
     tensors = {name: p.detach().cpu().contiguous() for name, p in adapters(model)}
@@ -239,8 +240,8 @@ def save_adapter(model, folder, base):
 
 
 def read_adapter(folder):
-    """-> the dict in the folder's adapter_config.json, or None where there is none. Raises AdapterError for what
-    LoRALinear does not compute."""
+    """-> the folder's adapter_config.json as a dict, or None if there is none. Raises AdapterError if it asks for
+    something that LoRALinear does not compute."""
     path = os.path.join(folder, 'adapter_config.json')
     if not os.path.exists(path):
         return None
@@ -260,9 +261,9 @@ def read_adapter(folder):
 
 @torch.no_grad()
 def load_adapter(model, folder):
-    """Fill A and B of the model's LoRALinears from a PEFT folder; layers it says nothing of keep theirs.
+    """Fill A and B of the model's LoRALinears from a PEFT folder; layers missing there keep theirs.
 
-    Raises AdapterError where shapes or scale differ."""
+    Raises AdapterError if shapes or scale differ."""
     from safetensors.torch import load_file
 
     stored, ours = read_adapter(folder), dict(adapters(model))
@@ -278,7 +279,7 @@ def load_adapter(model, folder):
 
 
 def weights_folder(path):
-    """The folder with weights: `path` itself, or the best/ or last/ of a run."""
+    """The folder with weights: `path` itself, the best/ or last/ of a run, or the base of an adapter."""
     for folder in (path, os.path.join(path, 'best'), os.path.join(path, 'last'), os.path.join(path, 'last.old')):
         if os.path.exists(os.path.join(folder, 'config.json')):
             return folder
@@ -286,13 +287,13 @@ def weights_folder(path):
         base = adapter.get('base_model_name_or_path') or ''
         if os.path.exists(os.path.join(base, 'config.json')):
             return base
-        there = f'{path}/adapter_config.json'
-        raise ModelError(f"{path} is an adapter of '{base}', no folder here: fetch that and write its path to {there}")
+        file = f'{path}/adapter_config.json'
+        raise ModelError(f"{path} is an adapter of '{base}', no folder here: fetch that and write its path to {file}")
     raise ModelError(f'{path} holds no config.json, best/ or last/: name the out_dir of a run or a Hugging Face folder')
 
 
 def download(name):
-    """A model of the Hugging Face hub, as a local folder."""
+    """Download a model from the Hugging Face hub. -> its local folder."""
     from huggingface_hub import snapshot_download
 
     try:

@@ -1,4 +1,4 @@
-"""One process, or several under torchrun: which of them this is, on which device, in which dtype."""
+"""One process, or several under torchrun: the rank, device and dtype of this one."""
 
 import os
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Here:
             print(*words, flush=True)
 
     def first(self, function, *arguments):
-        """function(*arguments) on the first process while the others wait, then on them: it may prepare something."""
+        """Call function(*arguments) on the first process, where it may prepare something, before the others call it."""
         if self.rank == 0:
             found = function(*arguments)
         if self.world > 1:
@@ -35,7 +35,7 @@ class Here:
         return found
 
     def any(self, flag):
-        """Is it true of any process? All of them must ask at the same point."""
+        """True if `flag` is true on any process. All processes must call this at the same point."""
         if self.world == 1:
             return bool(flag)
         vote = torch.tensor(float(flag), device=self.device)
@@ -48,14 +48,14 @@ class Here:
 
 
 def device_and_dtype(config):
-    """What 'auto' stands for here: -> device, dtype of the weights."""
+    """Resolve 'auto' on this machine. -> device, dtype of the weights."""
     device = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
     dtype = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'auto': None}[config.dtype]
     return device, dtype or (torch.bfloat16 if device == 'cuda' else torch.float32)
 
 
 def start(config):
-    """-> Here; under torchrun also the process group, NCCL on CUDA and gloo on a CPU. A dry run is one process."""
+    """-> Here. Under torchrun, also start the process group: NCCL on CUDA, gloo on a CPU."""
     world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
     device, dtype = device_and_dtype(config)
     torch.set_float32_matmul_precision('high')

@@ -1,4 +1,4 @@
-"""What a run tells the world: metrics.csv, a tracker if asked for, memory, use of the machine, what to type next."""
+"""What a run reports: log lines, metrics.csv, a tracker if asked for, memory, MFU, and what to type next."""
 
 import atexit
 import csv
@@ -34,7 +34,7 @@ PEAK_FLOPS = {
 def mfu(flops_per_second, device):
     """Model FLOPs utilisation as text."""
     name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else 'CPU'
-    known = not re.search(r'Laptop|Max-Q|NVL|SUPER|\bTi\b|\bD\b', name)  # variants of a card, with other peaks
+    known = not re.search(r'Laptop|Max-Q|NVL|SUPER|\bTi\b|\bD\b', name)  # these variants of a card have other peaks
     peak = next((peak for card, peak in PEAK_FLOPS.items() if known and re.search(rf'\b{card}\b', name)), None)
     return f'{100 * flops_per_second / peak:.1f}%' if peak else 'N/A'
 
@@ -56,8 +56,8 @@ def clock(seconds):
 
 
 class Metrics:
-    """metrics.csv, a row for each log line or evaluation, and the tracker. The head is the first row's, and grows where
-    a later row has more columns. A resumed run drops the rows that it will write again."""
+    """metrics.csv, one row per log line or evaluation, and the tracker. The header has the first row's columns and
+    grows if a later row has more. A resumed run drops the rows that it will write again."""
 
     def __init__(self, path, first_step=0, tracker=None):
         self.path, self.tracker, self.rows, self.head = path, tracker, [], []
@@ -90,7 +90,7 @@ class Metrics:
 def make_tracker(kind, out_dir, config):
     """A function (values, step) that sends to wandb, trackio or tensorboard; None for 'none'.
 
-    Raises ImportError, in a sentence, where the package is not installed: it is imported only here."""
+    The package is imported only here. Raises ImportError, in one sentence, if it is not installed."""
     if kind == 'none':
         return None
     module = 'torch.utils.tensorboard' if kind == 'tensorboard' else kind
@@ -113,7 +113,7 @@ def make_tracker(kind, out_dir, config):
 
 
 def resume_command(extra=()):
-    """What the user typed, with --init_from=resume, ready to be typed."""
+    """The command that the user typed, with --init_from=resume, ready to paste."""
     processes = int(os.environ.get('WORLD_SIZE', 1))
     launch = (
         ['-m', 'torch.distributed.run', f'--nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE")}']
@@ -135,14 +135,14 @@ def resume_command(extra=()):
 
 
 def print_plan(config, model, plan, folder, meta, device, script):
-    """What is about to happen, with the arithmetic. meta is None where the data is not there yet (a dry run)."""
+    """Print what the run is about to do, with the arithmetic. meta: None if the data is not prepared yet (dry run)."""
     c, total = config, tokens_per_step(config)
     print(configurator.as_text(config, script))
     print(f'model: {model.n_params():,} parameters in {str(model.head.dtype).removeprefix("torch.")} on {device}')
     print(f'memory: planned peak of all tensors {plan}')
     if plan.moment:
         shown = f', {plan.card / 1e9:.2f} GB as nvidia-smi shows it' if plan.context else ''
-        print(f'memory: that is in {plan.moment}{shown}; python memest.py has the details')
+        print(f'memory: the peak is in {plan.moment}{shown}; python memest.py has the details')
     epochs = ''
     if meta:
         counts = f'{meta["train_tokens"]:,} train and {meta["val_tokens"]:,} val tokens, {len(meta["sources"])} sources'
@@ -163,21 +163,21 @@ def tokens_per_step(config):
 
 
 class Log:
-    """What a run says while it goes on: log lines, metrics.csv, a tracker, and the `name: value` lines at its end.
+    """The reports of the loop: log lines, metrics.csv, a tracker, and the `name: value` lines at the end.
 
     `note` keeps each step's loss and metrics on the device; `training` reads them back and prints. All processes call
-    all methods, the first one prints and writes."""
+    all methods, but only the first one prints and writes."""
 
     def __init__(self, config, model, plan, begin, here):
         self.config, self.here, self.plan, self.before, self.first_step = config, here, plan, begin.run, begin.step
         self.flops_per_token = model.flops_per_token(config.block_size)
         self.losses, self.metrics, self.rates, self.parts = [], {}, [], []
         self.numbers, self.row, self.val_loss, self.busy = {}, None, None, 0.0
-        # Python and torch are part of the process on a CPU; what the model takes is there already.
-        there = plan.weights + plan.states * bool(begin.saved_at)
-        self.at_start = 0 if here.on_cuda else max(memory(here.device) - there, 0)
+        # On a CPU the process holds Python and torch, too. Subtract the part of the plan that is allocated by now.
+        allocated = plan.weights + plan.states * bool(begin.saved_at)
+        self.at_start = 0 if here.on_cuda else max(memory(here.device) - allocated, 0)
         if not here.on_cuda:
-            here.say(f'memory: {(self.at_start + plan.total) / 1e9:.2f} GB with what Python and torch take themselves')
+            here.say(f'memory: {(self.at_start + plan.total) / 1e9:.2f} GB including Python and torch themselves')
         if here.rank == 0:
             os.makedirs(config.out_dir, exist_ok=True)
             settings = {key: value for key, value in vars(config).items() if not key.startswith('_')}
@@ -186,7 +186,7 @@ class Log:
         self.started = self.ticked = time.time()
 
     def note(self, loss, optimizer, *parts):
-        """Keep a step's loss and what the optimizer measured; nothing is read back here. parts: of the choice."""
+        """Keep a step's loss and the optimizer's metrics without reading them back. parts: a selection's kept_share."""
         self.losses.append(loss)
         self.rates.append(optimizer.lr)
         self.parts += parts
@@ -194,8 +194,9 @@ class Log:
             self.metrics.setdefault(name, []).append(value)
 
     def training(self, step, more=''):
-        """A log line of the steps since the last one, `more` at its end; here a process waits for its device. Raises
-        Stop where a loss is not finite."""
+        """Print a log line on the steps since the last one, with `more` at its end. Waits for the device.
+
+        Raises Stop if a loss is not finite."""
         self.row = {'step': step, 'tokens': step * tokens_per_step(self.config)}
         if self.losses:
             values = self.read_back(step)
@@ -220,7 +221,7 @@ class Log:
         self.row |= {'seconds': self.seconds(), 'memory': memory(self.here.device)}
 
     def read_back(self, step):
-        """{name: a float for each step since the last line}, of loss and metrics, in one transfer."""
+        """{name: [one float per step since the last line]} of loss and metrics, in a single transfer."""
         names = ['loss', *self.metrics]
         columns = [torch.stack(values).to(self.losses[0]) for values in (self.losses, *self.metrics.values())]
         average_(columns[0])
@@ -242,17 +243,17 @@ class Log:
             stop_not_finite(f'val loss {val_loss}', step, (self.rates or [c.learning_rate])[-1], c)
 
     def write_row(self):
-        """The row that `training` began and `evaluation` went on with; then the clock of the steps runs again."""
+        """Write the row that `training` began and `evaluation` extended, and restart the clock of the steps."""
         if self.here.rank == 0:
             self.csv.log(**self.row)
         self.ticked = time.time()
 
     def seconds(self):
-        """Of all sessions of the run."""
+        """Duration of the run, earlier sessions included."""
         return self.before['seconds'] + time.time() - self.started
 
     def end(self, step, stop):
-        """One `name: value` a line, for grep."""
+        """Print one `name: value` per line, for grep."""
         c, here = self.config, self.here
         if step < c.max_iters:
             last = os.path.join(c.out_dir, 'last')
@@ -277,7 +278,7 @@ class Log:
 
 
 class CtrlC:
-    """Ctrl-C and SIGTERM let the step finish and save; a second one does not wait."""
+    """On Ctrl-C or SIGTERM, finish the step, save and stop; a second one stops at once."""
 
     def __init__(self, here):
         self.here, self.signals = here, []
@@ -304,7 +305,7 @@ class CtrlC:
 
 
 def check_finite(model, optimizer, step, config):
-    """Raise Stop where a weight or a scale of packed ones is not finite: saving it would spoil the checkpoint."""
+    """Raise Stop if a weight, or a scale of packed weights, is not finite: saving it would ruin the checkpoint."""
     scales = [t for s in optimizer.state.values() for name, t in s.items() if name.endswith(('scale', 'absmax'))]
     scales += [t for t in model.buffers() if t.is_floating_point()]
     finite = [t.isfinite().all().to(model.head.device) for t in (*model.parameters(), *scales)]
@@ -313,7 +314,8 @@ def check_finite(model, optimizer, step, config):
 
 
 def stop_not_finite(what, step, rate, config, more=''):
-    """Going on would only spoil the weights, and saving them the checkpoint: say how to go on from the good one."""
+    """Raise Stop, saying how to continue from the last good checkpoint. Training on would ruin the weights, saving them
+    the checkpoint."""
     lower = f'--learning_rate={config.learning_rate / 2:g}'
     last = os.path.join(config.out_dir, 'last')
     if os.path.isdir(last) or os.path.isdir(last + '.old'):

@@ -1,9 +1,9 @@
 """
-Batches of 64 chosen out of 256 against batches of 64, 128 and 256, five seeds each: makes coreset.md and coreset.png.
+Batches of 64 chosen from 256 against batches of 64, 128 and 256, five seeds each: makes coreset.md and coreset.png.
 
     python -m bench.runs.coreset    # an hour or less on one CPU core; finished runs are kept
     python -m bench.runs.coreset --math=path/to/folder      # with train.jsonl, lines of {source, instruction, output}
-    python -m bench.runs.coreset --report                   # the tables alone, of the runs there are
+    python -m bench.runs.coreset --report                   # only the tables, from the finished runs
 """
 
 import argparse
@@ -25,7 +25,7 @@ from model import LLaMA, ModelConfig
 STEPS, WARM, SEEDS, RATE, CAP = 32, 400, 5, 1e-3, 1.0
 SHAPE = dict(n_layer=3, n_head=4, n_embd=64, n_inner=176, block_size=T)
 KEPT = dict(keep_small=CAP)
-# name: (the batch's size, sources used: 'kept' | 'shares' | 'none', options of Coreset, or the name of another rule)
+# name: (batch size, use of sources: 'kept' | 'shares' | 'none', options of Coreset or the name of a rule in other_rule)
 METHODS = {
     'random 64': (64, 'none', dict(feature='random')),
     'stratified 64': (64, 'shares', dict(feature='random')),
@@ -44,7 +44,7 @@ METHODS = {
     'gradient clusters, one at random each': (64, 'none', 'clusters'),
     'grad over sqrt(V), stratified': (64, 'shares', 'moment'),
 }
-DATA = {  # what is run on what
+DATA = {  # data set -> methods
     'redundant': ['random 64', 'full 256', 'grad, unit, no sources', 'grad, Adam + l1', 'zo m=1 (the paper)',
                   'zo m=16', 'random 128', 'grad, unit, cluster weights'],
     'unlike': ['random 64', 'keep small + random', 'full 256', 'grad, unit', 'zo m=1 (the paper)', 'stratified 64'],
@@ -61,45 +61,47 @@ HEADINGS = {
 }
 INTRODUCTION = [
     'Made by `python -m bench.runs.coreset --math=FOLDER` on one CPU core, torch 2.13.0: a LLaMA of 3 blocks, 64 wide,',
-    '512 token ids, windows of 24 tokens. From the same weights, 400 steps on random batches of 64, each method goes',
-    'on for 32 steps of AdamW at 1e-3, on the same pools of 256 windows; another seed is another row of pools. Losses',
-    'are nats a token of held-out windows: the mixture weighs sources by their share of the training data. +- is the',
-    'standard error over seeds. Gradient error: of the chosen mean gradient by the last V projection, against the',
-    'pool of what was compared, beside it that of a random batch. mixture*: of an eighth of the held-out windows, at',
-    'the CPU time that random 64 takes for all its steps. MB made: the most a step makes, choosing included, weights',
-    'and moments not. Times are CPU time on a machine that others used, too.',
+    '512 token ids, windows of 24 tokens. All methods start from the same weights, after 400 steps on random batches',
+    'of 64, and take 32 steps of AdamW at 1e-3 on the same pools of 256 windows; each seed has pools of its own.',
+    'Losses are in nats per token of held-out windows: the mixture weighs sources by their share of the training data.',
+    '+- is the standard error over seeds. Gradient error: the error of the chosen mean gradient of the last V',
+    'projection, relative to the mean over all windows that were compared, and in parentheses the error of a random',
+    'batch. mixture*: on an eighth of the held-out windows, at the CPU time that random 64 takes for all its steps.',
+    'MB made: the peak that a step creates, with choosing, without weights and moments. Times are CPU time on a shared',
+    'machine.',
     '',
-    'What was decided along the way: which runs come first and which are left out, after pilots and a look at the',
-    'first seed; the set unlike was added when a pilot on pystdlib had missed what was hoped for; seeds differ in',
-    'their pools alone, not in the weights they start from. Small sources may fill the whole batch here (keep_small',
-    "1; train.py's default is 0.5), and 32 steps are few: read differences of one or two errors as none.",
+    'Decided along the way: which runs come first and which are left out, after pilots and a look at the first seed.',
+    'The data set `unlike` was added after a pilot on pystdlib had shown less than was hoped for. Seeds differ only in',
+    "their pools, not in the initial weights. Small sources may fill the whole batch here (keep_small 1; train.py's",
+    'default is 0.5), and 32 steps are few: treat differences of one or two standard errors as none.',
 ]
 CONCLUSIONS = [
     '## What the gain comes from',
     '',
-    '**Repetition.** Where the pool holds near-duplicates, 64 chosen by gradients at unit length end below all 256,',
-    'per step, per second and with a quarter of the bytes: one copy of each text serves better than four noisy ones.',
-    'Weights by cluster size lower the error of the gradient to a third and lose half of the gain, since they bring',
-    "the repetition back. The paper's one direction is hardly better than a random batch; sixteen help, and cost",
-    'several times a step on all 256.',
+    '**Repetition.** If the pool holds near-duplicates, 64 windows chosen by gradients at unit length reach a lower',
+    'loss than all 256, per step, per second and with a quarter of the bytes: one copy of each text serves better than',
+    'four noisy ones. Weights by cluster size reduce the gradient error to a third and lose half of the gain, since',
+    "they bring the repetition back. The paper's one direction is hardly better than a random batch; sixteen help, but",
+    'cost several times as much as a step on all 256.',
     '',
-    '**Re-weighting.** Everything else that looks like a gain in the mean over sources is the rule that keeps small',
-    'sources whole. Where they are unlike the rest it carries 64 windows past the full 256 in the mean over sources,',
-    'and falls behind a random 64 on the mixture. Random windows with the same budgets do the same, within the error;',
-    'no feature adds anything to it. Where sources are alike, the packages of one library or the subjects of one',
-    'exam, re-weighting does not make up for the smaller batch: the full 256 stays ahead in the mean over sources,',
-    'too. (At a ratio of four the small sources of pystdlib and math fill the batch nearly or wholly by themselves,',
-    'so that little or nothing is left to choose.)',
+    '**Re-weighting.** Every other apparent gain in the mean over sources comes from the rule that keeps small sources',
+    'whole. If these are unlike the rest, 64 windows get ahead of the full 256 in the mean over sources, and fall',
+    'behind a random 64 on the mixture. Random windows with the same budgets do the same, within the error; no feature',
+    'adds anything. If sources are alike, as the packages of one library or the subjects of one exam are, re-weighting',
+    'does not make up for the smaller batch: the full 256 stays ahead in the mean over sources, too. (At a ratio of',
+    'four, the small sources of pystdlib and math fill the batch nearly or completely, so that little or nothing is',
+    'left to choose.)',
     '',
     '**Ordinary data, the mixture.** Tried against a random batch of the same size: budgets in proportion to the',
     'sources, gradients at unit length within them and across all sources, the same divided by the square root of',
-    "Adam's second moment, and one random member of each gradient cluster with its clipped size as weight. Gradients",
-    "lower the error of the last V projection's by a tenth, and the loss not at all. What may help are the budgets",
-    'alone, which look at nothing: twice their error on sources that are unlike each other, nothing elsewhere. Per',
-    'second every look at gradients is behind plain random batches, since it takes two thirds of a step.',
+    "Adam's second moment, and one random member of each gradient cluster, weighted by the clipped cluster size.",
+    "Gradients reduce the error of the last V projection's gradient by a tenth, and the loss not at all. What may help",
+    'is the budgets alone, which need no gradients: a gain of twice its standard error on sources that are unlike each',
+    'other, none elsewhere. Per second, every method that looks at gradients falls behind plain random batches, since',
+    'that takes two thirds of a step.',
     '',
-    'So: `--coreset=random` where small sources matter, `grad` where the log line shows a gradient error by cluster',
-    'size well below the random one, else nothing.',
+    'So: `--coreset=random` where small sources matter; `grad` where the log line shows a gradient error by cluster',
+    'size well below the random one; else nothing.',
 ]
 
 
@@ -113,7 +115,7 @@ def losses_of(model, x, y):
 
 
 def evaluate(model, windows, every=1):
-    """{mixture, macro, small, large}: held-out losses, by the sources' shares or in the mean over sources."""
+    """{mixture, macro, small, large}: held-out losses, weighted by the sources' shares or averaged over sources."""
     parts = [rows[::every] for rows in windows.held_out]
     of = np.repeat(np.arange(len(parts)), [len(rows) for rows in parts])
     rows = torch.from_numpy(np.concatenate(parts))
@@ -144,11 +146,11 @@ def warm_start(name, windows):
 
 
 def other_rule(rule, model, optimizer, x, y, sources, k, rng):
-    """Choices that coreset.py does not make: indices, and weights or None."""
+    """Rules that coreset.py does not have. -> indices, and weights or None."""
     if rule == 'loss':
         return losses_of(model, x, y).topk(k).indices, None
     found = coreset.features(model, x, y, 'grad', BATCH)
-    if rule == 'moment':  # lengths as the optimizer sees them
+    if rule == 'moment':  # scaled as in Adam's step
         W = model.layers[-1].self_attn.v_proj.weight
         V = optimizer.state[W].get('V', torch.ones_like(W))
         G = torch.einsum('bto,bti->boi', found['D'], found['X']) / (V.sqrt() + 1e-8)  # (n, out, in)
@@ -156,12 +158,12 @@ def other_rule(rule, model, optimizer, x, y, sources, k, rng):
     K = coreset.gram(found['X'], found['D'])
     if rule == 'norm':
         return K.diagonal().topk(k).indices, None
-    # Clusters around the medoids, one at random of each, with the cluster's size as weight, cut at twice the mean:
-    # without the cut an unbiased estimate of the pool's gradient.
+    # Clusters around the medoids: one random member of each, weighted by the cluster's size. Without the clipping at
+    # twice the mean size, this would be an unbiased estimate of the pool's gradient.
     distance = coreset.unit_distance(K)
     medoids = coreset.facility_location(distance.max() - distance, k)
     nearest = distance[:, medoids].argmin(1)  # (n,)
-    nearest[medoids] = torch.arange(k)  # also where a twin of it is as near
+    nearest[medoids] = torch.arange(k)  # also if a duplicate is equally near
     members = [np.flatnonzero(nearest.numpy() == c) for c in range(k)]
     weights = torch.tensor([min(len(m), 2 * POOL / k) for m in members]).float()
     return torch.tensor([rng.choice(m) for m in members]), weights / weights.mean()
@@ -172,7 +174,7 @@ def path_of(name, method, seed):
 
 
 def run(name, method, seed, windows):
-    """One run as a dict of numbers; from its file where it ran before."""
+    """One run as a dict of numbers, read from its file if it is finished."""
     path = path_of(name, method, seed)
     if os.path.exists(path):
         with open(path) as f:
@@ -215,7 +217,7 @@ def run(name, method, seed, windows):
     curve.append([STEPS, spent, evaluate(model, windows, 8)['mixture']])
     found |= {'seconds': spent, 'selecting': selecting, 'curve': curve, 'kept': chooser.kept_share if chooser else 0.0}
     found['errors'] = np.mean(errors, 0).tolist() if errors else None
-    with LiveBytes() as live:  # of one more step: what it makes, weights and moments not counted
+    with LiveBytes() as live:  # what one more step creates, without weights and moments
         one_step(STEPS)
     found['made'] = live.peak
     with open(path + '.part', 'w') as f:
@@ -232,12 +234,12 @@ def mean(values):
 
 
 def at_seconds(runs, seconds):
-    """The mixture loss of each run's curve after so many seconds."""
+    """The mixture loss of each run after this many seconds, interpolated."""
     return [np.interp(seconds, [t for _, t, _ in r['curve']], [loss for *_, loss in r['curve']]) for r in runs]
 
 
 def finished(name):
-    """{method: {seed: its run}} of what is there."""
+    """{method: {seed: run}} of the finished runs."""
     found = {}
     for method in DATA[name]:
         for seed in range(100):
@@ -260,7 +262,7 @@ def table_of(runs):
         'mixture, over random 64',
         'gradient error (random)',
         'ms a step',
-        'of it choosing',
+        'share of choosing',
         "mixture* at random 64's seconds",
         'MB made',
     ]
@@ -302,7 +304,7 @@ PAIRS = [  # data, method, against
 
 
 def pairs(found):
-    """Differences of runs that share seed, weights and pools."""
+    """Lines of a table of differences between runs that share seed, initial weights and pools."""
     lines = ['| data | method | minus | seeds | mixture | mean over sources |', '|---|---|---|---|---|---|']
     for name, a, b in PAIRS:
         runs = found.get(name, {})
@@ -337,9 +339,9 @@ def draw(found, png):
 
 
 def report():
-    """coreset.md and coreset.png of the runs there are."""
+    """Make coreset.md and coreset.png from the finished runs."""
     found = {name: runs for name in DATA if (runs := finished(name))}
-    lines = ['# Batches chosen out of larger ones', '', *INTRODUCTION, '']
+    lines = ['# Batches chosen from larger ones', '', *INTRODUCTION, '']
     for name, runs in found.items():
         lines += [f'## {name}: {HEADINGS[name]}', '', *table_of(runs), '']
     lines += ['## Differences, seed by seed', '', *pairs(found), '', *CONCLUSIONS, '', '![losses](coreset.png)', '']
@@ -372,7 +374,7 @@ def main():
         'unlike': DATA['unlike'][4:],
         'math': DATA['math'][4:],
     }
-    # The decisive ones of all seeds first, the slowest last.
+    # The decisive runs of all seeds first, the slowest last.
     for seed, name, method in sorted(jobs, key=lambda job: (job[2] == 'zo m=16', job[2] in later[job[1]], job[0])):
         started = time.time()
         r = run(name, method, seed, windows[name])

@@ -1,4 +1,4 @@
-"""The data of coreset.py: texts, tokens, pools of windows."""
+"""The data of bench/runs/coreset.py: texts, tokens, pools of windows."""
 
 import json
 import os
@@ -14,11 +14,11 @@ from data.pystdlib import prepare as pystdlib
 from plumbing.build import ROOT
 
 OUT = os.path.join(ROOT, 'out', 'coreset')
-T, VOCABULARY, POOL, BATCH = 24, 512, 256, 64  # tokens of a window, token ids, windows of a pool and of a batch
+T, VOCABULARY, POOL, BATCH = 24, 512, 256, 64  # tokens in a window, token ids, windows in a pool and in a batch
 
 
 def texts_unlike():
-    """[(source, text)] of what comes with Python: its modules, and little of five other kinds of text."""
+    """[(source, text)] of files that come with Python: its modules, and a little of five other kinds of text."""
     root, found = Path(sysconfig.get_paths()['stdlib']), []
     kinds = {
         'python': sorted(root.glob('*.py')),
@@ -36,7 +36,7 @@ def texts_unlike():
 
 
 def prepare(name, math):
-    """The folder of a data set with a vocabulary of 512, or None where there is no such data."""
+    """The folder of a data set with a vocabulary of 512, or None if its source is missing."""
     folder = os.path.join(OUT, 'data', name)
     if os.path.exists(os.path.join(folder, 'meta.json')):
         return folder
@@ -61,8 +61,8 @@ def prepare(name, math):
 
 
 class Windows:
-    """All windows of a data set by source; every tenth is for evaluation. Sources of fewer than 40 windows are left
-    out; small ones are those below the average size."""
+    """All windows of a data set by source; every tenth is held out for evaluation. Sources of fewer than 40 windows are
+    left out; small sources are those below average size."""
 
     def __init__(self, folder):
         tokens = Tokens(folder, 'train', T)
@@ -82,8 +82,8 @@ class Windows:
         self.rows = np.concatenate(self.train)
 
     def pool(self, seed, step, redundant=False):
-        """x, y (256, T) and sources (256,) of a step, the same for all methods; redundant: 64 windows, copied unequally
-        often to 256, 3 % of the copies' tokens replaced at random."""
+        """x, y (256, T) and sources (256,) of a step, the same for all methods. redundant: 64 windows, repeated
+        unevenly to make 256, with 3 % of the tokens replaced at random."""
         rng = np.random.default_rng((seed, step))
         chosen = rng.choice(len(self.rows), POOL, replace=False)
         rows = self.rows[chosen]

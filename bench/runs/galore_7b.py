@@ -3,8 +3,8 @@ Real steps of the 24 GB config on a CPU with 24 GB of memory: 350m, 1b and LLaMA
 
     python -m bench.runs.galore_7b    # about 45 minutes on two cores; finished runs are kept in out/real
 
-Two optimizer steps, with a checkpoint and a new process between them. In the first every basis is made and two
-micro-batches are accumulated; in the second every basis is refreshed (T = 1) from a full gradient that lives alone.
+Two optimizer steps, with a checkpoint and a new process between them. The first makes every basis and accumulates two
+micro-batches; the second refreshes every basis (T = 1), each from the only full gradient in memory.
 """
 
 import os
@@ -15,8 +15,8 @@ import sys
 from plumbing.build import ROOT
 
 SIZES = {'350m': 256, '1b': 512, '7b': 1024}  # ranks
-# glibc keeps freed blocks of up to 32 MB for itself, by then in gaps that nothing fits: 3 GB at 7B. So they go back.
-# They come back zeroed, page by page: as large pages, where the system has them, faster.
+# By default glibc keeps freed blocks of up to 32 MB, which leave gaps that nothing fits: 3 GB at 7B. The threshold
+# returns them to the system. New blocks are then zeroed page by page, which is faster with huge pages, if available.
 MALLOC = 'MALLOC_MMAP_THRESHOLD_=1000000 GLIBC_TUNABLES=glibc.malloc.hugetlb=1'
 COMMON = 'config/galore_7b_4090.py --device=cpu --dataset=pystdlib --vocab_size=32000 --batch_size=1 --warmup_iters=0'
 COMMON += ' --update_proj_gap=1 --lr_decay_iters=100 --eval_tokens=256 --sample_tokens=0 --save_interval=1'
@@ -25,7 +25,7 @@ STEPS += ['--gradient_accumulation_steps=1 --max_iters=2 --init_from=resume']
 
 
 def run(words, log):
-    """-> command, and the text that one run under /usr/bin/time printed."""
+    """-> the command, and the output of its run under /usr/bin/time."""
     log = os.path.join(ROOT, log)
     os.makedirs(os.path.dirname(log), exist_ok=True)
     done = False
@@ -43,7 +43,7 @@ def run(words, log):
 
 
 def cells(text):
-    """Of a run's text: loss, seconds of each of its steps, clock of the process, peak resident and planned in GiB."""
+    """From a run's output: loss, seconds of each step, time of the process, resident and planned peak in GiB."""
     steps = re.findall(r'^step \d+/\d+ \| loss ([\d.]+).* (\d+) ms \|', text, re.M)
     clock = re.findall(r'Elapsed .*: ([\d:.]+)', text)[-1]
     peak = int(re.findall(r'Maximum resident set size \(kbytes\): (\d+)', text)[-1]) * 1024
@@ -58,11 +58,11 @@ def main():
         '',
         'Made by `python -m bench.runs.galore_7b` on two cores with 24 GB of memory, no GPU. All layers, bf16 weights,',
         '8-bit states, 4-bit bases, per_layer, checkpointing. The first step makes every basis and accumulates two',
-        'micro-batches of 256 tokens; then a checkpoint; a new process resumes from it, and its step refreshes every',
-        'basis (T = 1), each from a full gradient that lives alone. Nothing is offloaded: main memory is the card.',
-        'The plan of the first step is of a whole run with its flags: with T = 1 and two micro-batches later steps',
-        'would keep all full gradients between the two. Step 1 of the 7b shared the cores with other work, that of the',
-        '1b for a minute. 350m and 7b ran before GLIBC_TUNABLES (huge pages) was added to the commands.',
+        'micro-batches of 256 tokens and writes a checkpoint; a new process resumes from it, and its step refreshes',
+        'every basis (T = 1), each from the only full gradient in memory. Nothing is offloaded: main memory stands for',
+        'the card. The plan of the first step covers a whole run with its flags: with T = 1 and two micro-batches,',
+        'later steps would keep all full gradients between the two. Step 1 of the 7b shared the cores with other work,',
+        'step 1 of the 1b for a minute. 350m and 7b ran before GLIBC_TUNABLES (huge pages) was added to the commands.',
         '',
         '| model | step | loss | seconds of the step | of the process | peak resident | planned |',
         '|---|---|---|---|---|---|---|',

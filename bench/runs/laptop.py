@@ -12,13 +12,13 @@ from bench import plot
 from plumbing.build import ROOT
 
 TRIED = {'adamw': ['1e-3', '2e-3', '4e-3'], 'galore': ['5e-3', '1e-2', '2e-2']}
-# Embedding and head take GaLore's larger rate without its scale. With the full rank, GaLore is AdamW with that split:
-# what it gains over AdamW comes from the split, and what it loses to this comes from the rank.
+# Embedding and head take GaLore's larger learning rate without its scale. At full rank GaLore is AdamW with these two
+# rates: the control's gain over AdamW comes from the rates, and its lead over GaLore from the rank.
 CONTROL = '--rank=192'
 
 
 def run(method, rate, *flags):
-    """The final lines of one run as a dict; from its log where it ran before."""
+    """The final lines of one run as a dict, read from its log if it is finished."""
     out_dir = os.path.join('out', 'laptop', '_'.join([method, rate, *flags]).replace('--', ''))
     log = os.path.join(ROOT, out_dir, 'log.txt')
     if not os.path.exists(log):
@@ -27,7 +27,7 @@ def run(method, rate, *flags):
         print('python train.py', *words, flush=True)
         with open(log + '.part', 'w') as f:
             subprocess.run([sys.executable, 'train.py', *words], cwd=ROOT, stdout=f, check=True)
-        os.rename(log + '.part', log)  # one that was interrupted runs again
+        os.rename(log + '.part', log)  # an interrupted run starts again
     lines = read_lines(log)
     found = dict(line.split(': ', 1) for line in lines[-10:])
     found['sample'] = [line for line in lines if line.startswith('sample: ')][-1].removeprefix('sample: ')
@@ -61,15 +61,15 @@ def main():
         val = f'**{r["val_loss"]}**' if float(r['val_loss']) == best_control else r['val_loss']
         lines.append(f'| galore, {CONTROL.removeprefix("--")} | {rate} | {val} | {r["train_loss"]} |')
     ratio = losses[best['galore']] / losses[best['adamw']]
-    lines += ['', f"GaLore's best val loss over AdamW's best: {ratio:.4f} (to stay below 1.03).", '']
+    lines += ['', f"GaLore's best val loss over AdamW's best: {ratio:.4f} (required: below 1.03).", '']
     lines += [
         "GaLore updates embedding and head with its full rate, five times AdamW's best, and the blocks with a quarter",
-        'of that. The last rows have the same split and the full rank, so they are AdamW in a rotated basis with two',
-        'rates: they tell what part of the difference the rates make, and what part the subspace.',
+        'of that. The last rows have the same two rates at full rank, so they are AdamW in a rotated basis: they show',
+        'which part of the difference comes from the rates, and which from the subspace.',
         '',
     ]
     for method, key in best.items():
-        lines += [f'What {method} writes at the end: `{runs[key]["sample"]}`', '']
+        lines += [f'A sample of {method} at the end: `{runs[key]["sample"]}`', '']
     lines += ['![val loss](laptop.png)', '']
     with open(os.path.join(ROOT, 'results', 'laptop.md'), 'w') as f:
         f.write('\n'.join(lines))

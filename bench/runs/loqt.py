@@ -1,5 +1,5 @@
 """
-LoQT on the laptop config beside AdamW, GaLore and LoRA, with its parts on and off: makes loqt.md and loqt.png.
+LoQT on the laptop config, against AdamW, GaLore and LoRA, and with single parts changed: makes loqt.md and loqt.png.
 
     python -m bench.runs.loqt    # 22 runs, two at a time, 80 minutes on two CPU cores; finished ones are kept
 """
@@ -19,7 +19,7 @@ from bench.runs import laptop
 
 RATES = ['5e-3', '1e-2', '2e-2']
 LORA = ['--method=lora', '--rank=48', '--scale=0.667']  # alpha 32, as in the papers' baseline
-# heading, then (name, config, learning rates, flags); the best rate of each name counts
+# (name, config, learning rates, flags); each name counts with its best rate
 METHODS = [
     ('AdamW, full', 'adamw', ['1e-3', '2e-3', '4e-3'], []),
     ('AdamW in a rotated basis, two rates', 'galore', RATES, ['--rank=192']),
@@ -38,7 +38,7 @@ PARTS = [
 
 
 def share_of_merges():
-    """(seconds of all steps of the laptop run, seconds of its merges), in a process of their own."""
+    """(seconds of all steps of the laptop run, seconds of its merges), measured in a process of its own."""
     path = os.path.join(laptop.ROOT, 'out', 'laptop', 'share.json')
     if not os.path.exists(path):
         environment = {key: value for key, value in os.environ.items() if key != 'OMP_NUM_THREADS'}
@@ -101,10 +101,10 @@ def main():
         lines.append(f'| {name} | {rate} | {tried} | **{loss[best[name]]:.4f}** | {" | ".join(ratios)} |')
     lines += [
         '',
-        'Embedding, head and norms are trained by plain Adam in all of them. All but AdamW give them a larger rate',
-        'than the blocks, which suits this run; the second row has such rates and no low rank: a harder comparison.',
+        'All methods train embedding, head and norms by plain Adam. All but AdamW give them a larger rate than the',
+        'blocks, which helps in this run; the second row has such rates and no low rank: a harder comparison.',
         '',
-        f'## Its parts on and off, at learning rate {best_rate}',
+        f'## Single parts changed, at learning rate {best_rate}',
         '',
         '| | val loss | over the first row |',
         '|---|---|---|',

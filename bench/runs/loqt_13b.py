@@ -8,8 +8,8 @@ import os
 
 from bench.runs.galore_7b import ROOT, cells, run
 
-SIZES = {'13b': 1024}  # ranks; others of model.SIZES go, too
-# Two steps in one process. The first gives every layer its P; tau 1 and no turns: in the second each of them merges.
+SIZES = {'13b': 1024}  # ranks; other names in model.SIZES work, too
+# Two steps in one process. The first gives every layer its P; with tau 1 and no staggering, the second merges them all.
 WORDS = 'config/loqt_13b_4090.py --device=cpu --dataset=pystdlib --vocab_size=32000 --batch_size=1 --warmup_iters=0'
 WORDS += ' --gradient_accumulation_steps=1 --max_iters=2 --lr_decay_iters=100 --update_proj_gap=1 --psi=0'
 WORDS += ' --stagger=False --eval_tokens=256 --sample_tokens=0 --save_merged=False --overwrite'
@@ -22,8 +22,8 @@ def main():
         'Made by `python -m bench.runs.loqt_13b` on two cores and 24 GB of memory, no GPU. All layers, NF4 with double',
         'quantisation, 8-bit states, per_layer, checkpointing, one round of compensation, 256 tokens a step. In the',
         'first step every layer gets its first P, in the second every one merges; then a packed checkpoint is written.',
-        'Nothing is offloaded: main memory is the card. The plan has no merges but those of the first step. Steps on',
-        'so few tokens at the full learning rate show that it runs, not that it learns: warm-up is left out.',
+        'Nothing is offloaded: main memory stands for the card. The plan has only the merges of the first step. On so',
+        'few tokens, at the full learning rate without warm-up, the steps show that it runs, not that it learns.',
         '',
         '| model | loss of step 2 | seconds of the steps | of the process | peak resident | planned |',
         '|---|---|---|---|---|---|',

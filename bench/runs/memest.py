@@ -21,9 +21,9 @@ import train
 from memory.record import LiveBytes
 from plumbing.build import ROOT
 
-CACHE = os.path.join(ROOT, 'out', 'memest.json')  # traces that were made already; delete it after a change
+CACHE = os.path.join(ROOT, 'out', 'memest.json')  # finished traces; delete it after a change of the code
 RANK = {'60m': 128, '130m': 256, '350m': 256, '1b': 512, '7b': 1024, '13b': 1024}
-# flags that each method is tried with, from one size to the next another of them
+# flags to try each method with; successive sizes take successive ones
 TURNS = {
     'adamw': ['', '--per_layer --grad_clip=0', '--checkpointing', '--state_bits=8', '--dtype=float32', '--offload'],
     'galore': [
@@ -47,7 +47,7 @@ TURNS = {
 }  # fmt: skip
 BATCHES = [(1, 256, 4), (4, 1024, 1), (16, 256, 2), (32, 256, 1), (4, 256, 4)]  # windows, tokens, micro-batches
 
-# what, where it was published, GB there, how we run it
+# what, where it was published, the published GB, our flags
 PUBLISHED = [
     ('8-bit GaLore, 7B, at most 500 tokens', 'GaLore paper, figure 1', '22.0',
      '7b --state_bits=8 --per_layer --batch_size=1'),
@@ -100,12 +100,12 @@ def configurations():
 
 
 def tracked(config):
-    """Plan and real peak, in bytes of tensors, of 60 steps of a laptop config, in a process of its own."""
+    """Print plan and real peak, in bytes of tensors, of 60 steps of a laptop config. Needs a process of its own."""
     argv = [f'config/{config}.py', '--max_iters=60', '--warmup_iters=6', '--eval_interval=60', '--eval_tokens=8192']
     argv += ['--update_proj_gap=20', f'--out_dir=out/tracked_{config}', '--overwrite', '--sample_tokens=0']
     plans, planned = [], train.plan_memory
 
-    def unseen(*words, **kw):  # the trace's own tensors, which are fake, are not the run's
+    def unseen(*words, **kw):  # hides the fake tensors of the trace from LiveBytes
         with _disable_current_modes():
             plans.append(planned(*words, **kw))
         return plans[-1]
@@ -170,12 +170,12 @@ def formula_and_trace(cache):
 
 def published(cache):
     lines = [
-        '## Published beside planned',
+        '## Published and planned',
         '',
-        'Theirs keep gradients, moments and the loss in other ways, and on other allocators; "G" may be GB or GiB.',
-        'Ours: bf16 weights, rank 1024 at 7B and 13B, 512 at 1B, no (V, N) logits, R in place of G.',
+        'The published runs keep gradients, moments and the loss in other ways, on other allocators; "G" may be GB or',
+        'GiB. Ours: bf16 weights, rank 1024 at 7B and 13B, 512 at 1B, no (V, N) logits, R instead of G.',
         '',
-        '| what | published | there, G | planned: tensors, GB | reserved, GB | with CUDA, GB | GiB |',
+        '| what | source | published, G | planned: tensors, GB | reserved, GB | with CUDA, GB | GiB |',
         '|---|---|---|---|---|---|---|',
     ]
     for what, where, there, flags in PUBLISHED:
@@ -193,7 +193,7 @@ def published(cache):
 
 def times():
     config = configurator.load(ROOT + '/train.py', [ROOT + '/config/loqt_13b_4090.py', '--dry_run'])
-    memest.trace(load('--model=60m'))  # imports and codes
+    memest.trace(load('--model=60m'))  # warm up: imports, tables of codes
     started = time.perf_counter()
     memest.trace(config)
     seconds, started = time.perf_counter() - started, time.perf_counter()
@@ -218,7 +218,7 @@ def main():
         '# memest: formula, trace, real runs, published figures',
         '',
         'Made by `python -m bench.runs.memest` (torch 2.13.0+cpu). GB: 1e9 bytes, GiB: 2^30. Nothing here was measured',
-        'on a card: figures of a card are planned.',
+        'on a card: figures for a card are planned.',
     ]
     for part in (real_runs(), formula_and_trace(cache), published(cache), times()):
         lines += ['', *part]

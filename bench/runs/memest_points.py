@@ -1,13 +1,13 @@
 """
-Published measurements of peak memory beside what memory/hf.py predicts: makes memest_points.md.
+Published measurements of peak memory, compared with the predictions of memory/hf.py: makes memest_points.md.
 
     python -m bench.runs.memest_points --points=path/to/points.csv      # 10 minutes; --only=C,X for some ids
 
-Finished traces are kept in out/memest_points.json for as long as memest.py and memory/hf.py stay as they are.
+Finished traces are kept in out/memest_points.json until memest.py or memory/hf.py changes.
 
 Columns of the file: id, source, model, params_B, batch, seq, dtype, optimizer, ckpt, attn, extra, gpu, metric, value,
-unit, quality. The models are built here from their published shapes; nothing is downloaded. Rows that say too little of
-their run, or of a run that no trace of ours covers, are listed with the reason.
+unit, quality. The models are built here from their published shapes; nothing is downloaded. Rows that say too little
+about their run, or whose run our trace does not cover, are listed with the reason.
 """
 
 import argparse
@@ -122,8 +122,8 @@ CONFIGS = {
 
 OPTIMIZERS = {'adamw': 'adamw', 'adam': 'adam', 'sgd': 'sgd', 'rmsprop': 'rmsprop', 'adagrad': 'adagrad'}
 OPTIMIZERS |= {'paged_adamw_8bit': 'paged_adamw8bit', 'adamw_8bit': 'adamw8bit', 'adam8bit': 'adamw8bit'}
-# What nvidia-smi shows beside the allocator's segments, on cards of these years with CUDA 12, which loads kernels when
-# they are first used, counted from before the process started.
+# What nvidia-smi shows in addition to the allocator's segments, compared with before the process started: recent cards,
+# CUDA 12, which loads kernels when they are first used.
 NVML_CONTEXT = 200 << 20
 CONTEXT = 500 << 20
 KEPT = os.path.join(ROOT, 'out', 'memest_points.json')
@@ -148,49 +148,50 @@ def config_of(row):
 
 
 def recipe(row):
-    """-> group, config's name, trace_hf's arguments, the plan's field and what is added to it; Unknown with the reason.
+    """-> group, config's name, trace_hf's arguments, the plan's field and bytes to add to it. Raises Unknown with the
+    reason.
 
-    Group 'A' are the rows that count; 'other' are measured on code that is not transformers' own or rounded."""
+    Rows of group 'A' count; rows of group 'other' are rounded, or were measured on code other than transformers'."""
     source, metric, extra = row['source'].lower(), row['metric'].lower(), row['extra'].lower()
     if re.search(r'\b\d+x', row['gpu'].lower()) and not row['gpu'].lower().startswith('1x'):
         raise Unknown('several GPUs')
     if 'can-i-finetune-this' in source:
-        # Its runner: transformers 5, peft, a loop of its own without autocast; NF4 loaded by from_pretrained, prepared
-        # by peft's prepare_model_for_kbit_training; LoRA r 16 on the attention's four layers.
-        how = dict(
+        # This source runs transformers 5 and peft in its own loop without autocast; NF4 loaded by from_pretrained,
+        # prepared by peft's prepare_model_for_kbit_training; LoRA r 16 on the attention's four layers.
+        args = dict(
             method='qlora' if 'qlora' in extra else 'lora' if 'lora' in extra else 'full',
             batch=number(row, 'batch'), seq=number(row, 'seq'), checkpointing=row['ckpt'].strip() == '1',
             optimizer=OPTIMIZERS[row['optimizer'].lower()], attention='noflash', lora_rank=16,
         )  # fmt: skip
-        return 'A', config_of(row), how, 'allocated' if 'allocated' in metric else 'reserved', 0
-    if 'xmem' in source:  # transformers' Trainer-less loop, fp32, random weights, at most 128 tokens a row
+        return 'A', config_of(row), args, 'allocated' if 'allocated' in metric else 'reserved', 0
+    if 'xmem' in source:  # transformers without its Trainer, fp32, random weights, at most 128 tokens per row
         kind = row['optimizer'].strip().lower()
         if kind not in OPTIMIZERS:
             raise Unknown(f'optimizer {row["optimizer"]} is not among those of trace_hf')
-        how = dict(batch=number(row, 'batch'), seq=128, dtype='fp32', optimizer=OPTIMIZERS[kind])
-        return 'A', config_of(row), how, 'reserved', NVML_CONTEXT
+        args = dict(batch=number(row, 'batch'), seq=128, dtype='fp32', optimizer=OPTIMIZERS[kind])
+        return 'A', config_of(row), args, 'reserved', NVML_CONTEXT
     if 'table 1' in source and 'lomo' in source:
         if row['optimizer'].lower() != 'lomo':
             raise Unknown("states of DeepSpeed's mixed precision; the printed parts also add up to another total")
-        how = dict(batch=number(row, 'batch'), seq=number(row, 'seq'), dtype='fp16', optimizer='lomo', loss='shifted')
-        how |= dict(attention='eager', checkpointing=row['ckpt'].strip() == '1')
-        return 'other', config_of(row), how, 'allocated', 0
+        args = dict(batch=number(row, 'batch'), seq=number(row, 'seq'), dtype='fp16', optimizer='lomo', loss='shifted')
+        args |= dict(attention='eager', checkpointing=row['ckpt'].strip() == '1')
+        return 'other', config_of(row), args, 'allocated', 0
     if 'table 11' in source and 'layerwise=0' in extra and row['optimizer'] == 'AdamW':
-        how = dict(batch=number(row, 'batch'), seq=number(row, 'seq'), optimizer='adamw_loop', loss='shifted')
-        return 'other', config_of(row), how, 'reserved', 0
+        args = dict(batch=number(row, 'batch'), seq=number(row, 'seq'), optimizer='adamw_loop', loss='shifted')
+        return 'other', config_of(row), args, 'reserved', 0
     if 'galore' in source:
-        raise Unknown("a method of this house, or updates per layer: memest.py's, not transformers'")
+        raise Unknown('a method of this repository, or per-layer updates: planned by memest.py, not by memory/hf.py')
     if 'litgpt' in source:
         longest = {'phi-1.5': 1044, 'stablelm-3b': 1034, 'llama2-7b': 1304, 'llama2-13b': 1304}[config_of(row)]
-        how = dict(batch=number(row, 'batch'), seq=longest, lora_rank=8, lora_dropout=0.05, lora_dtype='bf16')
-        how |= dict(lora_targets='q_proj,v_proj', optimizer='adamw', kbit_fp32=False)
+        args = dict(batch=number(row, 'batch'), seq=longest, lora_rank=8, lora_dropout=0.05, lora_dtype='bf16')
+        args |= dict(lora_targets='q_proj,v_proj', optimizer='adamw', kbit_fp32=False)
         kind = row['optimizer'].lower()
-        how |= dict(method='qlora' if 'nf4' in kind else 'lora', double_quant='dq' in kind)
-        return 'other', config_of(row), how, 'reserved', 0
+        args |= dict(method='qlora' if 'nf4' in kind else 'lora', double_quant='dq' in kind)
+        return 'other', config_of(row), args, 'reserved', 0
     if 'llama-factory' in source:
-        how = dict(method='qlora', batch=number(row, 'batch'), seq=number(row, 'seq'), lora_rank=8, lora_targets='all')
-        how |= dict(attention='flash', autocast='bf16', checkpointing=True, keep_outputs=False, kbit_fp32=False)
-        return 'other', config_of(row), how, 'reserved', CONTEXT
+        args = dict(method='qlora', batch=number(row, 'batch'), seq=number(row, 'seq'), lora_rank=8, lora_targets='all')
+        args |= dict(attention='flash', autocast='bf16', checkpointing=True, keep_outputs=False, kbit_fp32=False)
+        return 'other', config_of(row), args, 'reserved', CONTEXT
     if 'torchtune' in source:
         raise Unknown("torchtune's own model and recipes (compiled, or of unstated length), not transformers'")
     if 'llmem' in source:
@@ -211,11 +212,11 @@ def predict(rows):
             code = zlib.crc32(f.read(), code)
     for row in rows:
         try:
-            group, name, how, part, more = recipe(row)
-            how |= {} if group == 'A' else dict(steps=2)  # the third moves reserved by a percent at most
-            key = f'{code} {name} {sorted(how.items())}'
+            group, name, args, part, more = recipe(row)
+            args |= {} if group == 'A' else dict(steps=2)  # a third changes reserved by a percent at most
+            key = f'{code} {name} {sorted(args.items())}'
             if key not in known:
-                known[key] = trace_hf(CONFIGS[name](), **how)
+                known[key] = trace_hf(CONFIGS[name](), **args)
                 os.makedirs(os.path.dirname(KEPT), exist_ok=True)
                 with open(KEPT, 'w') as f:
                     json.dump({key: vars(plan) for key, plan in known.items()}, f)
@@ -244,18 +245,18 @@ def margin_of(item):
 
 
 def short(items, margin=lambda item: 0.0, limit=0.02):
-    """How many are more than `limit` below what was measured, with the margin added."""
+    """How many predictions, with the margin added, are more than `limit` below the measurement."""
     return sum(item[2] * (1 + margin(item)) < item[1] * (1 - limit) for item in items)
 
 
 def cover(items):
-    """The smallest margin, in whole percent, with which at most 1 in 20 of the items is more than 2 % below."""
+    """The smallest margin, in whole percent, with which at most 1 in 20 of the items are more than 2 % below."""
     return next(m / 100 for m in range(100) if short(items, lambda _: m / 100) <= len(items) / 20)  # noqa: B023
 
 
 def report(done, without, command):
     counted = [item for item in done if item[3] == 'A']
-    lines = ['# Published peaks of fine-tuning beside memory/hf.py', '', f'Made by `{command}`.', '']
+    lines = ['# Published peaks of fine-tuning and the predictions of memory/hf.py', '', f'Made by `{command}`.', '']
     for title, group in (('Rows of quality A', 'A'), ('Other code or rounded figures, for orientation', 'other')):
         part = [item for item in done if item[3] == group]
         if not part:
@@ -271,7 +272,7 @@ def report(done, without, command):
             )
         lines.append('')
     lines += ['## Errors on the rows of quality A', '']
-    lines += ['| measured | rows | mean of absolute errors | largest | below | more than 2 % below |', '|' + '---|' * 6]
+    lines += ['| measured | rows | mean absolute error | largest | below | more than 2 % below |', '|' + '---|' * 6]
     for kind in ('allocated', 'reserved', 'NVML'):
         part = [item for item in counted if item[4] == kind]
         if part:
@@ -291,12 +292,12 @@ def report(done, without, command):
         n = len(card)
         lines += [
             '',
-            f'Of the {n} rows that count what the card holds (reserved, NVML), {below} are below what was measured,',
+            f'Of the {n} rows that measure what the card holds (reserved, NVML), {below} are predicted too low,',
             f'{short(card)} of them by more than 2 %. With the stated margins, {MARGIN:.0%} where all batches are',
             f'equally long and {MARGIN_VARYING:.0%} where each is padded to its own longest row,',
-            f'{short(card, margin_of)} of {n} stay more than 2 % below. One margin for all, the smallest with which',
-            f'at most 1 in 20 of these rows is more than 2 % below, would be {cover(card):.0%}; chosen without the row',
-            'that it is tried on, it fails for',
+            f'{short(card, margin_of)} of {n} stay more than 2 % below. A single margin, the smallest with which at',
+            f'most 1 in 20 of these rows are more than 2 % below, would be {cover(card):.0%}; chosen on all rows but',
+            'one and tested on that one, it fails for',
             f'{left_out} of {n}.',
             '',
         ]
@@ -310,35 +311,35 @@ def report(done, without, command):
 
 NOTES = """## What was decided, and when
 
-- Before any row was compared: the recipes (read in the programs that were measured), cuBLAS' workspaces, the
-  allocator's sizes, the room that transformers takes before it loads, bitsandbytes' buffers, which states are paged.
-  Shapes of models are as published; nothing was downloaded.
-- After seeing reserved bytes of the RTX 4080 rows: two faults of the trace were found and removed (16-bit weights kept
-  alive while NF4 was loaded; a mask that fake tensors made transformers build), and torch's safe softmax, first written
-  with one more copy of the scores than it makes, was corrected by what torch.profiler counts in torch 2.13 (a test
-  holds that; the runs had 2.6). The bf16 row, C1, is read as of a torch without flash attention (wheels for Windows):
+- Before any row was compared: the recipes (read from the programs that were measured), cuBLAS' workspaces, the
+  allocator's sizes, the memory that transformers reserves before it loads, bitsandbytes' buffers, which states are
+  paged. Shapes of models are as published; nothing was downloaded.
+- After seeing the reserved bytes of the RTX 4080 rows: two faults of the trace were found and fixed (16-bit weights
+  kept alive while NF4 was loaded; a mask that fake tensors made transformers build). torch's safe softmax, first
+  written with one copy of the scores too many, was corrected to what torch.profiler counts in torch 2.13 (a test checks
+  that; the runs used 2.6). The bf16 row, C1, is taken to be from a torch without flash attention (wheels for Windows):
   with flash its reserved bytes are 3.0 % below, its allocated ones 0.02 %. Its source does not say which it was.
 - After seeing rows of the RTX 3060: the loss of transformers 5 (the older loss, with its copy of the logits, predicts
-  6 to 9 % more), and a round 200 MiB for the context: without X5 the rows lie 58 to 320 MiB above the segments.
-- After seeing all of them: both margins, round numbers above the worst row of each kind. Equal lengths: a matrix of
-  scores or of activations that fits no gap takes one segment more. Varying lengths: blocks cached for a short batch
-  cannot hold those of a longer one, so that the largest tensors have segments of several sizes; a trace has one."""
+  6 to 9 % more), and a round 200 MiB for the context: except for X5, the rows lie 58 to 320 MiB above the segments.
+- After seeing all rows: both margins, round numbers above the worst row of each kind. Equal lengths: a matrix of scores
+  or of activations that fits no gap takes one more segment. Varying lengths: blocks cached for a short batch cannot
+  hold those of a longer one, so the largest tensors have segments of several sizes; a trace has only one size."""
 
 
 def main():
-    flags = argparse.ArgumentParser(description=__doc__.split('\n')[1])
-    flags.add_argument('--points', required=True, help='the file of measurements, CSV')
-    flags.add_argument('--only', default='', help='ids to take, or how they begin, with commas between')
-    flags.add_argument('--out', default=os.path.join(ROOT, 'results', 'memest_points.md'))
-    given = flags.parse_args()
-    if not os.path.exists(given.points):
-        sys.exit(f'{given.points} does not exist: give --points a CSV file with the columns that --help names')
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[1])
+    parser.add_argument('--points', required=True, help='CSV file of measurements')
+    parser.add_argument('--only', default='', help='ids or beginnings of ids, separated by commas')
+    parser.add_argument('--out', default=os.path.join(ROOT, 'results', 'memest_points.md'))
+    args = parser.parse_args()
+    if not os.path.exists(args.points):
+        sys.exit(f'{args.points} does not exist: give --points a CSV file with the columns that this script names')
     torch.set_num_threads(1)
-    with open(given.points, newline='') as f:
-        rows = [row for row in csv.DictReader(f) if row['id'].startswith(tuple(given.only.split(',')))]
+    with open(args.points, newline='') as f:
+        rows = [row for row in csv.DictReader(f) if row['id'].startswith(tuple(args.only.split(',')))]
     done, without = predict(rows)
-    text = report(done, without, f'python -m bench.runs.memest_points --points={os.path.basename(given.points)}')
-    with open(given.out, 'w') as f:
+    text = report(done, without, f'python -m bench.runs.memest_points --points={os.path.basename(args.points)}')
+    with open(args.out, 'w') as f:
         f.write(text)
     print(text)
 

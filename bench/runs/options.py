@@ -12,9 +12,9 @@ from bench.runs import laptop
 
 RATES = ['5e-3', '1e-2']
 APOLLO = ['--method=apollo', '--rank=48', '--update_proj_gap=50']
-QGALORE = ['--method=qgalore', '--weight_bits=16', '--basis_bits=16', '--lazy=0']  # of which one thing is turned on
+QGALORE = ['--method=qgalore', '--weight_bits=16', '--basis_bits=16', '--lazy=0']  # all off; runs turn on one
 SHORT = ['--max_iters=300', '--warmup_iters=30', '--eval_interval=100']
-# heading, then (name, learning rates, flags); the best rate of each name counts
+# heading, then (name, learning rates, flags); each name counts with its best rate
 PARTS = [
     (
         'Descendants, each at its best rate',
@@ -26,7 +26,7 @@ PARTS = [
         ],
     ),
     (
-        'Moments, bits and laziness, after 300 steps',
+        'Moments, bits and lazy refreshes, after 300 steps',
         [
             ('galore', ['1e-2'], SHORT),
             ('8-bit states', ['1e-2'], [*SHORT, '--state_bits=8']),
@@ -36,7 +36,7 @@ PARTS = [
             ('8-bit weights', ['1e-2'], [*SHORT, *QGALORE, '--weight_bits=8']),
             ('lazy refresh', ['1e-2'], [*SHORT, *QGALORE, '--lazy=0.6']),
             (
-                'bits, weights and laziness together',
+                '8-bit states and weights, 4-bit basis and lazy refresh together',
                 ['1e-2'],
                 [*SHORT, '--method=qgalore', '--state_bits=8', '--lazy=0.6'],
             ),

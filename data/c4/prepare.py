@@ -1,14 +1,14 @@
 """
-C4 (English), the web text of the GaLore and LoQT papers, streamed from the Hugging Face hub: only what is used is read.
+C4 (English), the web text of the GaLore and LoQT papers, streamed from the Hugging Face hub only as far as needed.
 
     python data/c4/prepare.py --tokens=1.3e9              # the 60M model's run in the papers: 10,000 steps x 512 x 256
     python data/c4/prepare.py --tokens=1e7 --val_tokens=1e6          # a first try
     python data/c4/prepare.py --tokenizer=tiktoken:gpt2
     python data/c4/prepare.py --input=c4-train.00000-of-01024.json.gz --tokenizer=my_tokenizer/     # no network
 
-The tokenizer is T5's, as in the papers. Whole documents, packed one after another, each with its end-of-text id; the
-papers cut and padded them instead. Expect 1 GB of disk for 500M tokens, and, where the network keeps up, less than a
-million tokens a second on two cores (measured on local files with our BPE: 3.8M tokens in 5 s).
+The tokenizer is T5's, as in the papers. Documents are kept whole and packed one after another, each followed by the
+end-of-text id; the papers truncate and pad them instead. Expect 1 GB of disk for 500M tokens and, if the network keeps
+up, less than a million tokens a second on two cores (measured on local files with our BPE: 3.8M tokens in 5 s).
 """
 
 import os
@@ -24,13 +24,13 @@ OFFLINE = 'without a network use --input=FILE.json.gz, or another text: python d
 
 
 def count(text):
-    return int(float(text))  # so that 1.3e9 is a number of tokens
+    return int(float(text))  # accepts 1.3e9
 
 
 def choose_tokenizer(spec):
-    """A tokenizer of the hub by name, or what the other scripts take as well."""
+    """A tokenizer from the hub by name, or any that the other scripts accept, except bpe."""
     if spec == 'bpe':
-        raise DataError('C4 is not for training a bpe tokenizer: use t5-base, tiktoken:NAME, bytes or a folder')
+        raise DataError('a bpe tokenizer cannot be trained on C4: use t5-base, tiktoken:NAME, bytes or a folder')
     if spec == 'bytes' or spec.startswith('tiktoken:') or os.path.isdir(spec):
         return common.choose_tokenizer(spec, None, None)
     from huggingface_hub import HfApi, hf_hub_download
@@ -39,7 +39,7 @@ def choose_tokenizer(spec):
     try:
         path = hf_hub_download(spec, 'tokenizer.json', local_files_only=True)
     except Exception:
-        # Ask once, with a timeout: downloads try again for half a minute before they admit that there is no network.
+        # Ask once, with a timeout: without a network, a download retries for half a minute before it fails.
         try:
             files = {file.rfilename for file in HfApi().model_info(spec, timeout=10).siblings}
             for name in sorted(files & {'config.json', 'tokenizer_config.json'}):
@@ -49,7 +49,7 @@ def choose_tokenizer(spec):
             raise DataError(
                 f'unknown tokenizer {spec!r}: use a name on the hub (t5-base), tiktoken:NAME, bytes or a folder'
             ) from e
-        except Exception as e:  # httpx, requests, OfflineMode, ...: the hub's library has had them all
+        except Exception as e:  # depends on the library's version: httpx, requests, OfflineMode, ...
             raise DataError(
                 f'could not fetch the tokenizer {spec!r} from the hub ({type(e).__name__}): '
                 f'use --tokenizer=bytes or a folder with a tokenizer.json; {OFFLINE}'
@@ -75,7 +75,7 @@ def rows(split, inputs):
             yield row['text']
     except DataError:
         raise
-    except Exception as e:  # as above, and pyarrow's
+    except Exception as e:  # as varied as above, and pyarrow's
         name = ' '.join(inputs or ['C4'])
         first_line = (str(e).splitlines() or [''])[0][:200]
         raise DataError(f'could not read {name} ({type(e).__name__}: {first_line})') from e
@@ -116,14 +116,14 @@ def main():
     parser.add_argument('--val_tokens', type=count, default=10_000_000, help='validation tokens to take')
     parser.add_argument('--tokenizer', default='t5-base', help='a name on the hub | tiktoken:NAME | bytes | folder')
     parser.add_argument('--input', nargs='+', default=None, help="local files in C4's format, .json.gz or .jsonl")
-    parser.add_argument('--val_share', type=float, default=0.05, help='of --input only: rows kept for validation')
+    parser.add_argument('--val_share', type=float, default=0.05, help='with --input: share of rows for validation')
     parser.add_argument('--out_dir', default=str(HERE), help='where train.bin, val.bin and meta.json go')
     args = parser.parse_args()
     start = time.time()
     meta = prepare(args.out_dir, args.tokenizer, args.tokens, args.val_tokens, args.input, args.val_share)
     common.report(meta, args.out_dir, time.time() - start)
     if meta['train_tokens'] < args.tokens:
-        print(f'note: the input ended before --tokens={args.tokens:,} were reached')
+        print(f'note: the input ended before --tokens={args.tokens:,} was reached')
 
 
 if __name__ == '__main__':

@@ -21,13 +21,13 @@ from data import DataError, common  # noqa: E402
 
 VAL_SHARE = 0.1
 # Tests are a third of the library and mostly data. pydoc_data (one file of English) and encodings (120 nearly equal
-# tables of characters) are generated, and would be two thirds of val. The rest is not the library's own.
+# tables of characters) are generated, and would be two thirds of val. The others are not part of the library.
 SKIP = {'test', 'tests', 'idle_test', 'pydoc_data', 'encodings', 'site-packages', 'dist-packages', '__pycache__'}
 SKIP |= {'_bundled'}
 
 
 def find(root):
-    """[(source, split, path)] of all .py files: a package is a source, the single files at the top are 'modules'."""
+    """[(source, split, path)] of all .py files. Each package is a source; the files at the top are 'modules'."""
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(f for f in folders if f not in SKIP and not f.startswith('config-'))
@@ -43,7 +43,7 @@ def find(root):
 
 
 def prepare(out_dir, tokenizer='bpe', vocab_size=4096, root=None):
-    """Write out_dir and return its meta.json as a dict. train.py calls this where its default data set is missing."""
+    """Write out_dir and return its meta.json as a dict. train.py runs this file if its default data set is missing."""
     root = Path(root or sysconfig.get_paths()['stdlib'])
     documents, skipped = [], 0
     for source, split, path in find(root):

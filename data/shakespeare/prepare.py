@@ -1,9 +1,9 @@
 """
-The 1.1 MB of Shakespeare that every small language model is first tried on.
+Tiny Shakespeare, 1.1 MB: the usual first data set of a small language model.
 
-    python data/shakespeare/prepare.py                          # downloads it once, one id a byte
+    python data/shakespeare/prepare.py                          # downloads it once; one token per byte
     python data/shakespeare/prepare.py --tokenizer=bpe          # BPE with 1,024 ids
-    python data/shakespeare/prepare.py --input=my/input.txt     # no network, any text
+    python data/shakespeare/prepare.py --input=my/input.txt     # any text, without a network
 
 Expect 1,003,855 train and 111,541 val tokens (bytes) in a second. The last tenth is the val split, as in nanoGPT.
 """
@@ -23,7 +23,7 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 
 def fetch(cache):
-    """The path of the well-known file: the copy from an earlier run, or a fresh download."""
+    """The path of the file: the copy from an earlier run, or a new download."""
     if cache.exists():
         data, origin = cache.read_bytes(), str(cache)
     else:
@@ -39,11 +39,11 @@ def fetch(cache):
     if hashlib.sha256(data).hexdigest() != SHA256:
         raise DataError(
             f'{origin} is not the well-known file (its sha256 differs): '
-            'delete it if it is a copy, or use it all the same with --input='
+            'delete it if it is a copy, or use it anyway with --input='
         )
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
-        cache.write_bytes(data)  # only after the check: what lies here is right
+        cache.write_bytes(data)  # only after the check, so that the cached file is never a wrong one
     return cache
 
 

@@ -1,5 +1,5 @@
 """
-Your own text files into a data set.
+Make a data set of your own text files.
 
     python data/text/prepare.py --input=notes/                           # a folder: its top-level folders are sources
     python data/text/prepare.py --input='books/*.txt'                    # files: each one is a source
@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 from data import DataError, common  # noqa: E402
 
-# What is taken from a folder; a file that is named itself may have any ending.
+# Files taken from a folder. A file that --input names may have any ending.
 ENDINGS = ('.txt', '.md', '.rst', '.tex', '.py', '.c', '.h', '.cpp', '.cu', '.js', '.ts', '.java', '.go', '.rs', '.sh')
 
 
@@ -30,13 +30,13 @@ def walk(folder):
 
 
 def find(inputs):
-    """[(source, name, path)]: which source a file belongs to, and the name that its split is drawn from."""
+    """[(source, name, path)] of all files. The split of a file depends on its name."""
     paths = []
-    for given in inputs:
-        # A path that exists is meant literally, even with a [ in it.
-        matches = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
+    for pattern in inputs:
+        # A path that exists is taken literally, even with a [ in it.
+        matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not matches:
-            raise DataError(f'--input={given} matches no file and no folder')
+            raise DataError(f'--input={pattern} matches no file and no folder')
         paths += [Path(match).resolve() for match in matches]
     paths = list(dict.fromkeys(paths))
     if len(paths) == 1 and paths[0].is_dir():
@@ -57,8 +57,8 @@ def find(inputs):
 
 
 def documents(found, val_share):
-    """(source, split, text). With few files a draw by name could leave val empty or most of a source in it: then each
-    file gives its own last part. With many, whole files, so that no val text continues a train text."""
+    """Yield (source, split, text). Many files are split by name, so that no val text continues a train text. With few
+    files that could leave val empty or put most of a source in it, so val is the last part of each file instead."""
     by_position = len(found) * val_share < 2
     for source, name, path in found:
         text = common.read_text(path)
@@ -89,7 +89,7 @@ def main():
     parser.add_argument('--input', nargs='+', required=True, help='files, folders or quoted globs')
     parser.add_argument('--tokenizer', default='bpe', help='bpe | bytes | tiktoken:NAME | folder with a tokenizer.json')
     parser.add_argument('--vocab_size', type=int, default=4096, help='ids of a bpe tokenizer, at least 257')
-    parser.add_argument('--val_share', type=float, default=0.05, help='part of the text that is kept for validation')
+    parser.add_argument('--val_share', type=float, default=0.05, help='share of the text for validation')
     parser.add_argument('--out_dir', default=str(HERE), help='where train.bin, val.bin and meta.json go')
     args = parser.parse_args()
     start = time.time()
