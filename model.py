@@ -148,7 +148,7 @@ class KVCache:
         self.length = 0
 
     def extend(self, i, k, v):
-        """Append k, v (B, K, T, d) to those of layer i and return all of them."""
+        """Append k, v (B, K, T, d) to layer i's keys and values and return all of them."""
         end = self.length + k.shape[2]
         self.k[i, :, :, self.length : end] = k
         self.v[i, :, :, self.length : end] = v
@@ -272,7 +272,7 @@ def arithmetic(device, dtype):
 
 
 class LLaMA(nn.Module):
-    """The model. `device` and `dtype` are those of the weights. Built under `torch.device('meta')` it allocates nothing
+    """The model. `device` and `dtype` apply to the weights. Built under `torch.device('meta')` it allocates nothing
     until `materialise`, which creates the weights module by module, so that a 7B needs no more than its own 13 GB.
 
     linear: the class of the blocks' linear layers, called like Linear. A method that packs its weights passes its own,

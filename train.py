@@ -82,7 +82,7 @@ state_bits = 32  # 32 | 8: bits of Adam's moments; 8 is blockwise and saves 3/4 
 offload = False  # keep Adam's moments in main memory; each visits the card once a step, while its layer is updated
 per_layer = False  # update each weight inside backward and drop its gradient; saves a copy of the weights, same result
 checkpointing = False  # keep only each block's input and recompute the block in backward: measured a quarter slower
-compile = False  # torch.compile: 15 s to start, then measured a sixth faster; if it fails, the run goes on without it
+compile = False  # torch.compile: 15 s to start, then measured a sixth faster; off, with the reason printed, if it fails
 
 # choice of batches
 coreset = 'none'  # 'none' | 'random' | 'zo' | 'grad': choose each step's windows from a pool (CoLM); random: by source

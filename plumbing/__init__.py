@@ -2,7 +2,7 @@
 
 
 class Stop(Exception):
-    """A run that cannot go on; the message is one sentence that says why and what to do."""
+    """The run cannot continue; the message is one sentence that says why and what to do."""
 
 
 # Keys and values that train.py no longer has, and what to type instead.

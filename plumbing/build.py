@@ -143,7 +143,7 @@ def where_from(config):
 
 
 def load_model(folder, device, factors=False):
-    """The model in a folder. If its weights are packed, its layers are those of the method that packed them.
+    """The model in a folder. If its weights are packed, it has the layers of the method that packed them.
 
     factors: load the packed weights even if the folder has dense ones, too."""
     stored = read_json(os.path.join(folder, 'config.json'))

@@ -116,7 +116,7 @@ def in_todays_keys(c):
 
 
 def load_optimizer(path, optimizer):
-    """Fill the optimizer's state from path/optimizer.pt; its hyper-parameters stay those of this run."""
+    """Fill the optimizer's state from path/optimizer.pt; its hyper-parameters stay as configured in this run."""
     file = os.path.join(path, 'optimizer.pt')
     try:
         state = torch.load(file, map_location='cpu', weights_only=True, mmap=True)

@@ -27,7 +27,7 @@ class PackedError(ModelError):
 def load(folder, dtype=None, device='cpu', block_size=None, linear=Linear):
     """The model in a Hugging Face folder: LLaMA, Mistral, SmolLM2 and others of their layout.
 
-    dtype None keeps that of the file; block_size None takes the longest window the model was made for. Tensors are
+    dtype None keeps the file's dtype; block_size None takes the longest window the model was made for. Tensors are
     read one at a time, straight into place. Raises ModelError if a file is missing or broken, or the model is one
     that LLaMA cannot represent."""
     stored = read_json(os.path.join(folder, 'config.json'))
@@ -216,8 +216,7 @@ def is_lora(module):
 
 
 def adapters(model, prefix='base_model.model.model.'):
-    """Yield (PEFT's name, parameter) for each A and B. prefix: PEFT's, and that of LlamaForCausalLM, before our
-    names."""
+    """Yield (PEFT's name, parameter) for each A and B. prefix: what PEFT and LlamaForCausalLM add before our names."""
     for name, layer in model.named_modules():
         if is_lora(layer) and len(layer.A):
             yield f'{prefix}{name}.lora_A.weight', layer.A

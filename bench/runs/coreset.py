@@ -131,7 +131,7 @@ def new_model(windows, seed):
 
 
 def warm_start(name, windows):
-    """Weights after 400 steps of random 64, from which all methods and seeds go on."""
+    """Weights after 400 steps of random 64, from which all methods and seeds start."""
     path = os.path.join(OUT, f'warm_{name}.pt')
     if not os.path.exists(path):
         model = new_model(windows, 0)

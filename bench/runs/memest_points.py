@@ -167,7 +167,7 @@ def recipe(row):
     if 'xmem' in source:  # transformers without its Trainer, fp32, random weights, at most 128 tokens per row
         kind = row['optimizer'].strip().lower()
         if kind not in OPTIMIZERS:
-            raise Unknown(f'optimizer {row["optimizer"]} is not among those of trace_hf')
+            raise Unknown(f'optimizer {row["optimizer"]} is not one that trace_hf knows')
         args = dict(batch=number(row, 'batch'), seq=128, dtype='fp32', optimizer=OPTIMIZERS[kind])
         return 'A', config_of(row), args, 'reserved', NVML_CONTEXT
     if 'table 1' in source and 'lomo' in source:
