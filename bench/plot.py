@@ -48,7 +48,7 @@ if __name__ == '__main__':
         draw(args.runs, args.png, args.x, args.y)
         print(f'written: {args.png}')
     except ModuleNotFoundError:
-        sys.exit('error: plot.py needs matplotlib: pip install -r requirements-extra.txt')
+        sys.exit('error: bench.plot needs matplotlib: pip install -r requirements-extra.txt')
     except OSError as error:
         sys.exit(
             f'error: {error.filename}: {error.strerror}: name folders of runs of train.py, and a --png to write to'
