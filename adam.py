@@ -32,7 +32,7 @@ BLOCK = 256  # numbers that share a scale in 8-bit moments
 PIECE = 1 << 24  # numbers updated at once
 SMALLEST_8BIT = 4096  # smaller tensors (norms) keep fp32 moments, as in bitsandbytes
 MOMENTS = ('M', 'V', 'M_absmax', 'V_absmax')
-# What others put into a group and nothing here reads: torch's schedulers, and parameters handed over with their names.
+# What torch puts into a group and nothing here reads: its schedulers, names of parameters.
 FOREIGN = ('params', 'param_names', 'initial_lr', 'max_lr', 'min_lr', 'base_momentum', 'max_momentum', 'differentiable')
 
 
@@ -152,6 +152,17 @@ def add_(W, N, lr, decay, seed):
     noise = torch.randint(0, 1 << 16, W.shape, generator=generator, dtype=torch.int32, device=W.device)
     exact.view(torch.int32).add_(noise).bitwise_and_(-(1 << 16))
     W.copy_(exact)
+
+
+def limit_growth(update, state, most=1.01):
+    """The update, scaled down where its norm is more than `most` times the last one's (Fira, 2410.01623, section 4.3;
+    APOLLO): without a second moment of its own, one odd batch could throw the weights far off. state['norm']: the last
+    norm."""
+    norm = update.norm()
+    last = state.get('norm', norm)
+    keep = torch.where((last > 0) & (norm > most * last), most * last / norm, 1.0)
+    state['norm'] = norm * keep
+    return update.mul_(keep)
 
 
 def product_dtype(A):
@@ -343,8 +354,8 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         if hasattr(self, 'found_inf'):  # see _step_supports_amp_scaling
             raise ValueError(
-                'GradScaler cannot scale gradients that are used up inside backward: train in bf16 without it, '
-                'or leave out per_layer and attach()'
+                'GradScaler cannot scale gradients that are used up inside backward (by per_layer, attach() or LoQT): '
+                'train in bf16 without it'
             )
         waiting = [p for group in self.param_groups for p in group['params'] if self.has_gradient(p)]
         if self.grad_clip and waiting:
@@ -358,7 +369,7 @@ class AdamW(torch.optim.Optimizer):
                 self.advance(p)
         if self.squares:
             norm = {'grad_norm': torch.stack(self.squares).sum().sqrt()}
-            self.metrics = norm | self.metrics | norm  # first in a log line
+            self.metrics = norm | self.metrics | norm  # first in a log line, which takes them all and empties the dict
             self.squares = []
         return loss
 
@@ -381,17 +392,24 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict):
         """torch's casts the moments to the parameter's dtype, which would make them bf16; ours keep their own."""
+        if any('exp_avg' in state for state in state_dict['state'].values()):
+            raise ValueError(f"these are the states of torch's own Adam: {type(self).__name__} starts without them")
         super().load_state_dict({**state_dict, 'state': {}})
+        for group in self.param_groups:  # keys that did not exist when it was saved
+            group.update({key: value for key, value in self.defaults.items() if key not in group})
         saved = [i for group in state_dict['param_groups'] for i in group['params']]
         for i, p in zip(saved, (p for group in self.param_groups for p in group['params'])):
             state = dict(state_dict['state'].get(i, {}))
-            if state and 'fill' not in state:  # written before there was one clock
+            if 'M' in state and 'fill' not in state:  # written before there was one clock
                 state['fill'] = state.get('step', 0)
                 state['step'] = state.pop('age', state['fill'] + state.pop('before', 0))
             for name, value in state.items():
                 here = self.home if self.home and name[0] in 'MV' else p.device
                 self.state[p][name] = value.detach().to(here, copy=True) if torch.is_tensor(value) else value
         self.group_of = {p: group for group in self.param_groups for p in group['params']}
+
+    def __copy__(self):
+        raise TypeError('copy.copy would leave two optimizers on one parameter: use copy.deepcopy((model, optimizer))')
 
     def __getstate__(self):
         """For copy.deepcopy and pickle: all of it, where torch's own keeps defaults, state and groups alone."""

@@ -116,6 +116,19 @@ def reset_or_rotate(state, Q, betas, moments):
         state['fill'] = 0
 
 
+def default_rank(groups):
+    """r of a group that does not say its own: 128, or 0 where other groups say theirs, as in the authors' package."""
+    return 0 if any('rank' in group for group in groups if isinstance(group, dict)) else 128
+
+
+def check_group(group):
+    """Raise ValueError for what a group cannot say."""
+    if group.get('proj_type', 'std') not in ('std', 'reverse_std', 'left', 'right'):
+        raise ValueError(f"proj_type={group['proj_type']!r} is not known: use 'std', 'reverse_std', 'left' or 'right'")
+    if group['update_proj_gap'] < 1:
+        raise ValueError(f'update_proj_gap={group["update_proj_gap"]} is not a number of steps: use 1 or more')
+
+
 class Projected(torch.autograd.Function):
     """y = x @ W.T. In backward the second argument receives its gradient: R, if it is the placeholder; G, if it is the
     weight (the first step, and steps that refresh P).
@@ -173,9 +186,12 @@ class GaLoreAdamW(AdamW):
         self.placeholder = {}  # p -> a tensor of shape (r, n) that takes no memory; its .grad is R during a step
         self.attached, self.weight_of, self.right, self.offset = set(), {}, {}, {}
         params = list(params)
-        if rank is None:
-            rank = 0 if any('rank' in group for group in params if isinstance(group, dict)) else 128
-        own = dict(rank=rank, update_proj_gap=update_proj_gap, scale=scale, proj_type=proj_type)
+        own = dict(
+            rank=default_rank(params) if rank is None else rank,
+            update_proj_gap=update_proj_gap,
+            scale=scale,
+            proj_type=proj_type,
+        )
         super().__init__(params, lr, group_defaults=own, **adam)
 
     def update(self, p, R):
@@ -203,14 +219,8 @@ class GaLoreAdamW(AdamW):
     # ---- groups
 
     def add_param_group(self, group):
+        check_group(self.defaults | group)
         super().add_param_group(group)
-        group = self.param_groups[-1]
-        if group['proj_type'] not in ('std', 'reverse_std', 'left', 'right'):
-            raise ValueError(
-                f"proj_type={group['proj_type']!r} is not known: use 'std', 'reverse_std', 'left' or 'right'"
-            )
-        if group['update_proj_gap'] < 1:
-            raise ValueError(f'update_proj_gap={group["update_proj_gap"]} is not a number of steps: use 1 or more')
         # Layers are numbered as they come, and their refreshes are spread evenly over the T steps between two of them.
         projected = [p for group in self.param_groups for p in group['params'] if self.is_projected(p)]
         for i, p in enumerate(projected):
@@ -311,7 +321,7 @@ class GaLoreAdamW(AdamW):
 
     @property
     def uses_gradients_in_backward(self):
-        return self.per_layer or bool(self.attached)
+        return self.per_layer or (bool(self.attached) and not self.full_gradient)
 
     @torch.no_grad()
     def gradient_ready(self, p):

@@ -218,7 +218,7 @@ def compensate(W, P, layer):
     """-> B (r, n) and the parts of W_q (quant.encode's) that make up W (m, n) best, W_q + s P @ B (LoQT, algorithm 2):
     in each round W_q rounds what B cannot say, and B takes from what W_q lacks all that lies in the span of P (m, r).
 
-    Of `layer` only options are read: scale, compensation (rounds), how (encode's arguments), B's dtype, tall."""
+    `layer` gives its options, shapes and dtype; nothing of it changes."""
     scale, dtype = layer.scale, layer.B.dtype
     # The pseudo-inverse (r, m), since in 4 bits P is not quite orthonormal; `_ex` does not wait for the device.
     P_plus = torch.linalg.solve_ex(P.T @ P, P.T)[0]

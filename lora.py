@@ -150,9 +150,11 @@ class LoRAAdamW(AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         loss = super().step(closure)
-        trained = [(i, layer) for i, layer in enumerate(self.layers) if layer.A in self.index_of]
-        for i, layer in trained if self.merge_every else ():
+        for i, layer in enumerate(self.layers if self.merge_every else ()):
+            if layer.A not in self.index_of:  # no adapter here
+                continue
             step = self.state[layer.A].get('step', 0)
+            self.metrics['rise'] = torch.tensor(self.rise(max(step - 1, 0)))  # of this step's learning rate
             if step and step % self.merge_every == 0:
                 layer.merge(zlib.crc32(f'{self.seed} {step} {i}'.encode()))
                 for state in (self.state[layer.A], self.state[layer.B]):
@@ -164,10 +166,11 @@ class LoRAAdamW(AdamW):
         return super().state_dict() | {'layers': layers, 'drawn': drawn}
 
     def load_state_dict(self, state_dict):
+        states = state_dict['state']
         if 'steps' in state_dict:  # written before there was one clock: 'step' was counted since the last merge
-            for state in state_dict['state'].values():
-                state['fill'], state['step'] = state['step'], state_dict['steps']
-        super().load_state_dict({name: state_dict[name] for name in ('state', 'param_groups')})
+            clock = state_dict['steps']
+            states = {i: s | {'fill': s['step'], 'step': clock} if 'step' in s else s for i, s in states.items()}
+        super().load_state_dict({'state': states, 'param_groups': state_dict['param_groups']})
         for layer, saved, drawn in zip(self.layers, state_dict['layers'], state_dict['drawn']):
             layer.restore(saved)
             layer.drawn = drawn

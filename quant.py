@@ -16,7 +16,7 @@ import torch
 
 from adam import BLOCK, code_of, kernels
 
-BLOCK_4BIT = 64  # numbers that share one in NF4
+BLOCK_4BIT = 64  # numbers that share a scale in NF4
 
 NF4 = (  # the values of QLoRA's appendix E
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,

@@ -101,6 +101,11 @@ tracker = 'none'  # 'none' | 'wandb' | 'trackio' | 'tensorboard': imported only 
 FIXED = ('model', *SHAPE, 'method', 'state_bits', 'dtype')
 
 
+def fixed(config):
+    """FIXED, and the method's own."""
+    return (*FIXED, *method_of(config).FIXED)
+
+
 def problems(config):
     """One sentence for each combination that cannot work, including what the method and coreset.py find."""
     c, world = config, int(os.environ.get('WORLD_SIZE', 1))
@@ -220,20 +225,20 @@ def main(config):
     meta = read_meta(folder)
     train_data, val_data = (Tokens(folder, split, config.block_size) for split in ('train', 'val'))
     tok = tokenizer.load(folder)
-    begin = checkpoint.begin(config, (*FIXED, *method_of(config).FIXED), colm.FIXED)
+    begin = checkpoint.begin(config, fixed(config), colm.FIXED)
     model = build_model(config, folder, meta['vocab_size'], here.dtype, here.device, begin.weights, layers_of(config))
     if not begin.weights:
         model.config.eos_token_id = tok.eot
     optimizer = setup(model, config)
     selection = colm.setup(config, train_data)
     begin.restore(model, optimizer, selection)
-    plan = plan_memory(config, model.config, here.device, here.dtype, model.activation_dtype)
+    files, plan = tokenizer.files_of(folder, begin.weights), None
     if here.rank == 0:
+        plan = plan_memory(config, model.config, here.device, here.dtype, model.activation_dtype)
         report.print_plan(config, model, plan, folder, meta, here.device, __file__)
         warn_if_too_much(config, model, plan, here, begin)
         checkpoint.clear(config, begin)  # delete what --overwrite replaces
     log = report.Log(config, model, plan, begin, here)
-    files = tokenizer.files_of(folder, begin.weights)
     stop = report.CtrlC(here)
     forward = try_compile(model, train_data, config, here.device) if config.compile else model
 
@@ -241,6 +246,7 @@ def main(config):
     accumulation = config.gradient_accumulation_steps // here.world
     save_interval = config.save_interval or config.eval_interval
     step, best_val_loss = begin.step, begin.run['best_val_loss']
+    log.start_clock()
     while True:
         last_step = here.any(step >= config.max_iters or stop.asked)  # all processes leave at the same step
         fresh = step > begin.step or step == 0  # a resumed run does not repeat the reports of its first step
@@ -259,20 +265,22 @@ def main(config):
             log.evaluation(step, val_loss)
             better = step > begin.step and val_loss < best_val_loss
             best_val_loss = val_loss if better else best_val_loss
+        if log_now:
+            log.write_row()
 
         # once in a while: save
         if save_now or better:
             report.check_finite(model, optimizer, step, config)
             if here.rank == 0:
                 run = {'step': step, 'best_val_loss': best_val_loss, 'seconds': log.seconds()}
-                checkpoint.save_all(config, model, optimizer, selection, files, run, begin, better)
+                checkpoint.save_all(config, model, optimizer, selection, files, run, begin, save_now, better)
 
         # once in a while: print a sample
         if eval_now and config.sample_tokens and step > 0 and here.rank == 0:
             print_sample(model, tok, config)
 
         if log_now:
-            log.write_row()
+            log.start_clock()
         if last_step:
             break
 
@@ -298,7 +306,7 @@ def main(config):
 def warn_if_too_much(config, model, plan, here, begin):
     """Warn before a run starts that the plan exceeds this card, and name the flags that save most."""
     if here.on_cuda and plan.card > (room := torch.cuda.get_device_properties(here.device).total_memory):
-        advice = fit.memory_advice(config, model.config, problems, FIXED * bool(begin.saved_at))
+        advice = fit.memory_advice(config, model.config, problems, fixed(config) * bool(begin.saved_at))
         print(f'warning: the plan is more than the {room / 1e9:.2f} GB of this card; try {advice}')
 
 
@@ -318,7 +326,7 @@ def cli(config):
         sys.exit(f'error: {where if error.strerror else error}')
     except (RuntimeError, MemoryError) as error:  # running out of memory has its own type on a GPU, not on a CPU
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or 'allocate memory' in str(error):
-            kept = FIXED * (config.init_from == 'resume')
+            kept = fixed(config) * (config.init_from == 'resume')
             sys.exit(f'error: {fit.explain_out_of_memory(config, error, problems, kept)}')
         raise
     except KeyboardInterrupt:

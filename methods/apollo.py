@@ -16,22 +16,24 @@ unless micro-batches accumulate.
 import torch
 
 import adam
-from adam import AdamW, adam_direction
-from galore import groups, linears_of, project, short_side_first
-from methods.fira import limit_growth
+from adam import AdamW, adam_direction, limit_growth
+from galore import check_group, default_rank, groups, linears_of, project, short_side_first
 
 
 class ApolloAdamW(AdamW):
     """Arguments as in adam.AdamW, and as in galore.GaLoreAdamW rank, update_proj_gap (T) and scale, keys of a group.
     tensorwise: APOLLO-Mini, which is meant for rank 1 and scale sqrt(128)."""
 
-    def __init__(self, params, lr=1e-2, rank=128, update_proj_gap=200, scale=1.0, tensorwise=False, **adam):
-        if update_proj_gap < 1:
-            raise ValueError(f'update_proj_gap={update_proj_gap} is not a number of steps: use 1 or more')
-        self.tensorwise = tensorwise
+    def __init__(self, params, lr=1e-2, rank=None, update_proj_gap=200, scale=1.0, tensorwise=False, **adam):
+        self.tensorwise, params = tensorwise, list(params)
+        rank = default_rank(params) if rank is None else rank
         super().__init__(
             params, lr, group_defaults=dict(rank=rank, update_proj_gap=update_proj_gap, scale=scale), **adam
         )
+
+    def add_param_group(self, group):
+        check_group(self.defaults | group)
+        super().add_param_group(group)
 
     def update(self, p, G):
         group, state = self.group_of[p], self.state[p]

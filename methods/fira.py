@@ -12,24 +12,10 @@ accumulate. Never forming G is not possible here.
     python train.py config/galore_laptop.py --method=fira
 """
 
-import torch
-
 import adam
 import galore
-from adam import adam_direction, product_dtype
+from adam import adam_direction, limit_growth, product_dtype
 from galore import GaLoreAdamW, linears_of, project, project_back
-
-GROWTH = 1.01  # the most by which a limited update's norm may grow from one step to the next
-
-
-def limit_growth(update, state):
-    """The update, scaled down where its norm exceeds the last one's by more than GROWTH (Fira, section 4.3; APOLLO):
-    without a second moment of its own, one odd batch could throw the weights far off. state['norm']: the last norm."""
-    norm = update.norm()
-    last = state.get('norm', norm)
-    keep = torch.where((last > 0) & (norm > GROWTH * last), GROWTH * last / norm, 1.0)
-    state['norm'] = norm * keep
-    return update.mul_(keep)
 
 
 class FiraAdamW(GaLoreAdamW):

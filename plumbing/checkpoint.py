@@ -104,14 +104,19 @@ def find(folder):
 
 
 def in_todays_keys(c):
-    """Convert, in place, the configuration of a run from before methods had options of their own."""
+    """A run's configuration, changed in place where it was written before methods had options of their own.
+
+    Raises CheckpointError for what no method of today does."""
     if 'residual' not in c:
         return
+    packed = c['weight_bits'] == 8 or bool(c['lazy'])
     if c['method'].startswith('apollo'):
         c['method'], c['tensorwise'] = 'apollo', c['method'] == 'apollo_mini'
+    elif c['method'] == 'galore' and c['residual'] == 'fira' and packed:
+        raise CheckpointError('this run had the residual of Fira with int8 weights or lazy: no method has both now')
     elif c['method'] == 'galore' and c['residual'] == 'fira':
         c['method'] = 'fira'
-    elif c['method'] == 'galore' and (c['weight_bits'] == 8 or c['lazy']):
+    elif c['method'] == 'galore' and packed:
         c['method'] = 'qgalore'
 
 
@@ -203,7 +208,7 @@ def check_fixed(config, was, saved_at, fixed, fixed_coreset):
     if 'none' not in (config.coreset, was.get('coreset', 'none')):
         fixed = (*fixed, *fixed_coreset)
     for key in fixed:
-        if getattr(config, key, None) == 'auto' and key in was and key != 'dtype':  # the dtype is settled by now
+        if getattr(config, key, None) == 'auto' and key in was and key != 'dtype':  # 'auto' is a dtype of its own
             setattr(config, key, was[key])
     if changed := [key for key in fixed if getattr(config, key, None) != was.get(key)]:
         old = ' '.join(f'--{key}={was.get(key)}' for key in changed)
@@ -211,8 +216,8 @@ def check_fixed(config, was, saved_at, fixed, fixed_coreset):
         raise Stop(f'{saved_at} cannot go on with {new}: type {old}, or the config file it was started with')
 
 
-def save_all(config, model, optimizer, selection, files, run, begin, better):
-    """Save out_dir/last, and out_dir/best if the model is `better` than all before. files: see `save`."""
+def save_all(config, model, optimizer, selection, files, run, begin, save_now, better):
+    """Save out_dir/last if `save_now`, and out_dir/best if the model is `better` than all before. files: see `save`."""
     last, best = os.path.join(config.out_dir, 'last'), os.path.join(config.out_dir, 'best')
     settings = {key: value for key, value in vars(config).items() if not key.startswith('_')}
     if begin.saved_at:
@@ -220,6 +225,7 @@ def save_all(config, model, optimizer, selection, files, run, begin, better):
     run = run | {'config': settings}
     if better:  # best first: a crash between the two is repaired by the next evaluation
         save(best, model, optimizer, run, files, selection)
+    if save_now and better:
         copy(best, last)
-    else:
+    elif save_now:
         save(last, model, optimizer, run, files, selection)

@@ -65,15 +65,15 @@ class Metrics:
             with open(path, newline='') as f:
                 reader = csv.DictReader(f)
                 self.rows = [row for row in reader if int(row['step']) <= first_step]
-                self.head = list(reader.fieldnames)
+                self.head = list(reader.fieldnames or [])
         self.rewrite()
 
     def rewrite(self):
-        with open(self.path + '.new', 'w', newline='') as f:
-            writer = csv.DictWriter(f, self.head)
+        with open(f'{self.path}.new', 'w', newline='') as f:
+            writer = csv.DictWriter(f, self.head, extrasaction='ignore')  # of a row longer than its head
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(self.path + '.new', self.path)
+        os.replace(f'{self.path}.new', self.path)
 
     def log(self, **row):
         self.rows.append(row)
@@ -171,82 +171,87 @@ class Log:
     def __init__(self, config, model, plan, begin, here):
         self.config, self.here, self.plan, self.before, self.first_step = config, here, plan, begin.run, begin.step
         self.flops_per_token = model.flops_per_token(config.block_size)
-        self.losses, self.metrics, self.rates, self.parts = [], {}, [], []
+        self.noted, self.rates, self.parts = [], [], []  # of the steps since the last log line
         self.numbers, self.row, self.val_loss, self.busy = {}, None, None, 0.0
+        self.started = self.ticked = time.time()
         # On a CPU the process holds Python and torch, too. Subtract the part of the plan that is allocated by now.
-        allocated = plan.weights + plan.states * bool(begin.saved_at)
-        self.at_start = 0 if here.on_cuda else max(memory(here.device) - allocated, 0)
-        if not here.on_cuda:
+        self.at_start = 0
+        if here.rank == 0 and not here.on_cuda:
+            allocated = plan.weights + plan.states * bool(begin.saved_at)
+            self.at_start = max(memory(here.device) - allocated, 0)
             here.say(f'memory: {(self.at_start + plan.total) / 1e9:.2f} GB including Python and torch themselves')
         if here.rank == 0:
             os.makedirs(config.out_dir, exist_ok=True)
             settings = {key: value for key, value in vars(config).items() if not key.startswith('_')}
             tracker = make_tracker(config.tracker, config.out_dir, settings)
             self.csv = Metrics(os.path.join(config.out_dir, 'metrics.csv'), begin.step, tracker)
-        self.started = self.ticked = time.time()
+
+    def start_clock(self):
+        """The next step begins now; what came before, compilation or a checkpoint, is not its time."""
+        if self.row is None:  # the first one
+            self.started = time.time()
+        self.ticked = time.time()
 
     def note(self, loss, optimizer, *parts):
         """Keep a step's loss and the optimizer's metrics without reading them back. parts: a selection's kept_share."""
-        self.losses.append(loss)
+        self.noted.append({'loss': loss, **optimizer.metrics})
+        optimizer.metrics = {}  # what the next step does not measure is not its
         self.rates.append(optimizer.lr)
         self.parts += parts
-        for name, value in optimizer.metrics.items():
-            self.metrics.setdefault(name, []).append(value)
 
     def training(self, step, more=''):
         """Print a log line on the steps since the last one, with `more` at its end. Waits for the device.
 
         Raises Stop if a loss is not finite."""
         self.row = {'step': step, 'tokens': step * tokens_per_step(self.config)}
-        if self.losses:
-            values = self.read_back(step)
-            seconds, n, c = time.time() - self.ticked, len(self.losses), self.config
+        if self.noted:
+            rows = self.read_back(step)
+            seconds, n, c = time.time() - self.ticked, len(rows), self.config
             self.busy += seconds
             speed = tokens_per_step(c) * n / seconds
             eta = (c.max_iters - step) * (time.time() - self.started) / (step - self.first_step)
-            last = {name: value[-1] for name, value in values.items()}
-            self.numbers = {'train_loss': sum(values['loss']) / n, 'learning_rate': self.rates[-1], **last}
-            del self.numbers['loss']
-            self.numbers['tokens_per_second'] = speed
-            shown = ''.join(
-                f'{name.replace("_", " ")} {value:.3f} | ' for name, value in last.items() if name != 'loss'
-            )
+            loss = sum(row.pop('loss') for row in rows) / n
+            last = {name: value for row in rows for name, value in row.items()}  # the latest of each
+            self.numbers = {'train_loss': loss, 'learning_rate': self.rates[-1], **last, 'tokens_per_second': speed}
+            shown = ''.join(f'{name.replace("_", " ")} {value:.3f} | ' for name, value in last.items())
             self.here.say(
-                f'step {step}/{c.max_iters} | loss {self.numbers["train_loss"]:.4f} | lr {self.rates[-1]:.2e} | {shown}'
+                f'step {step}/{c.max_iters} | loss {loss:.4f} | lr {self.rates[-1]:.2e} | {shown}'
                 f'{speed:,.0f} tok/s | {1000 * seconds / n:.0f} ms | {memory(self.here.device) / 2**30:.2f} GiB | '
                 f'MFU {mfu(speed / self.here.world * self.flops_per_token, self.here.device)} | ETA {clock(eta)}{more}'
             )
-            self.losses, self.metrics, self.rates, self.parts = [], {}, [], []
+            self.noted, self.rates, self.parts = [], [], []
         self.row |= {'train_loss': None, 'val_loss': None, **self.numbers}
-        self.row |= {'seconds': self.seconds(), 'memory': memory(self.here.device)}
 
     def read_back(self, step):
-        """{name: [one float per step since the last line]} of loss and metrics, in a single transfer."""
-        names = ['loss', *self.metrics]
-        columns = [torch.stack(values).to(self.losses[0]) for values in (self.losses, *self.metrics.values())]
-        average_(columns[0])
-        flat = iter(torch.cat(columns).tolist())
-        values = {name: [next(flat) for _ in column] for name, column in zip(names, columns)}
-        for i, (loss, norm) in enumerate(zip(values['loss'], values.get('grad_norm', values['loss']))):
+        """[{name: float}], a dict for each step since the last line: its loss and metrics, in a single transfer."""
+        losses = average_(torch.stack([row['loss'] for row in self.noted]))
+        others = [value.to(losses) for row in self.noted for name, value in row.items() if name != 'loss']
+        flat = torch.cat([losses, torch.stack(others)] if others else [losses]).tolist()
+        losses, others = flat[: len(self.noted)], iter(flat[len(self.noted) :])
+        rows = [
+            {name: loss if name == 'loss' else next(others) for name in row} for row, loss in zip(self.noted, losses)
+        ]
+        for i, row in enumerate(rows):
+            loss, norm = row['loss'], row.get('grad_norm', 0.0)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 what, more = f'loss {loss}', f', grad norm {norm:.4g}'
                 if math.isfinite(loss):
                     what, more = f'gradient norm {norm}', f', loss {loss:.4f}'
-                stop_not_finite(what, step - len(self.losses) + i, self.rates[i], self.config, more)
-        return values
+                stop_not_finite(what, step - len(rows) + i, self.rates[i], self.config, more)
+        return rows
 
     def evaluation(self, step, val_loss):
         c, self.val_loss, self.row['val_loss'] = self.config, val_loss, val_loss
         perplexity = math.exp(min(val_loss, 99))
         self.here.say(f'step {step}/{c.max_iters} | val loss {val_loss:.4f} | perplexity {perplexity:.2f}')
         if not math.isfinite(val_loss):
-            stop_not_finite(f'val loss {val_loss}', step, (self.rates or [c.learning_rate])[-1], c)
+            stop_not_finite(f'val loss {val_loss}', step, self.numbers.get('learning_rate', c.learning_rate), c)
 
     def write_row(self):
-        """Write the row that `training` began and `evaluation` extended, and restart the clock of the steps."""
+        """Write the row that `training` began and `evaluation` extended: before a checkpoint, since a run that resumes
+        from it does not write that row again."""
         if self.here.rank == 0:
-            self.csv.log(**self.row)
-        self.ticked = time.time()
+            self.csv.log(**self.row, seconds=self.seconds(), memory=memory(self.here.device))
 
     def seconds(self):
         """Duration of the run, earlier sessions included."""
@@ -269,7 +274,7 @@ class Log:
             'val_loss': f'{self.val_loss:.4f}' if self.val_loss is not None else 'N/A',
             'tokens_per_second': f'{new_tokens / self.busy:.0f}' if self.busy else 'N/A',
             'seconds': f'{self.seconds():.1f}',
-            'peak_bytes_planned': self.at_start + self.plan.total,
+            'peak_bytes_planned': self.at_start + self.plan.total if self.plan else 'N/A',
             'peak_bytes_measured': memory(here.device, peak=True),
             'method': c.method,
             'device': here.device,

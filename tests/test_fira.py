@@ -4,8 +4,9 @@ import pytest
 import torch
 from test_galore import adam_by_hand, give, random
 
+from adam import limit_growth
 from methods.apollo import ApolloAdamW
-from methods.fira import FiraAdamW, limit_growth
+from methods.fira import FiraAdamW
 
 
 def test_limited_lets_a_norm_grow_by_one_per_cent_at_most():

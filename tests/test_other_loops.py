@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import ROOT, run
 from torch.optim import lr_scheduler
 
 from adam import AdamW, split_decay
@@ -46,6 +47,7 @@ METHODS = {
     'loqt': loqt,
     'lora': lora,
 }
+MODULES = ('adam', 'quant', 'galore', 'loqt', 'lora', 'train', 'model', 'configurator', 'plumbing', 'memory')
 METHODS_BUT_LOQT = [name for name in METHODS if name != 'loqt']
 
 
@@ -359,7 +361,7 @@ def test_grad_scaler_is_refused_in_a_sentence_where_backward_uses_the_gradients_
     if unscale:
         scaler.unscale_(optimizer)
     with pytest.raises(
-        ValueError, match='GradScaler cannot scale gradients that are used up inside backward: train in'
+        ValueError, match=r'GradScaler cannot scale gradients that are used up inside backward .*: train in'
     ):
         scaler.step(optimizer)
 
@@ -376,3 +378,63 @@ def test_a_closure_gives_its_loss(method):
         return loss
 
     assert optimizer.step(closure).item() > optimizer.step(closure).item() > 0
+
+
+def test_apollos_groups_follow_the_same_rules_as_galores():
+    for kind in (GaLoreAdamW, ApolloAdamW):
+        p, q = (torch.nn.Parameter(torch.zeros(4, 6)) for _ in range(2))
+        optimizer = kind([{'params': [p], 'rank': 4}, {'params': [q]}])
+        assert [group['rank'] for group in optimizer.param_groups] == [4, 0]
+        before = len(optimizer.param_groups)
+        with pytest.raises(ValueError, match='update_proj_gap=0 is not a number of steps'):
+            optimizer.add_param_group({'params': [torch.nn.Parameter(torch.zeros(4, 6))], 'update_proj_gap': 0})
+        assert len(optimizer.param_groups) == before
+
+
+@pytest.mark.parametrize('method', METHODS_BUT_LOQT)
+def test_a_state_saved_before_a_key_existed_takes_the_default_and_torchs_own_is_refused(method):
+    model = net()
+    optimizer = METHODS[method](model)
+    train(model, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved['param_groups']:
+        del group['lr_scale']
+    optimizer.load_state_dict(saved)
+    again = copy.deepcopy(saved)
+    assert train(model, optimizer, 2, first=2)
+    optimizer.load_state_dict(again)  # nothing of it was changed by loading it
+    theirs = torch.optim.AdamW([p for group in optimizer.param_groups for p in group['params']])
+    for p in theirs.param_groups[0]['params']:
+        p.grad = torch.zeros_like(p)
+    theirs.step()
+    state = theirs.state_dict() | {name: again[name] for name in ('layers', 'drawn') if name in again}
+    with pytest.raises(ValueError, match="states of torch's own Adam"):
+        optimizer.load_state_dict(state)
+
+
+def test_a_shallow_copy_is_refused_since_two_optimizers_would_move_one_parameter():
+    with pytest.raises(TypeError, match=r'use copy\.deepcopy'):
+        copy.copy(AdamW(net().parameters()))
+
+
+@pytest.mark.parametrize(
+    'files',
+    [
+        'adam galore',
+        'adam quant lora',
+        'adam quant galore loqt',
+        'adam galore methods/qgalore',
+        'adam galore methods/fira',
+        'adam galore methods/apollo',
+    ],
+)
+def test_a_method_file_works_in_a_folder_of_its_own_beside_the_files_it_names(files, tmp_path):
+    *_, last = files.split()
+    for file in files.split():
+        text = (ROOT / f'{file}.py').read_text(encoding='utf-8')
+        text = text.split('# ---- for train.py')[0] if file == last else text  # all below may be cut off
+        (tmp_path / f'{file.split("/")[-1]}.py').write_text(text, encoding='utf-8')
+    code = f'import {last.split("/")[-1]} as m, sys; print(sorted(x for x in sys.modules if x in {MODULES!r}))'
+    done = run(['-c', f'import sys; sys.path[:] = [{str(tmp_path)!r}, *sys.path[1:]]; {code}'])
+    assert done.returncode == 0, done.stderr
+    assert not {'train', 'model', 'configurator', 'plumbing', 'memory'} & set(eval(done.stdout)), done.stdout

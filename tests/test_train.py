@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 import configurator
 import lora
 import train as training
+from memory.formula import Plan
 from model import LLaMA
-from plumbing import MOVED, build, parallel, report
+from plumbing import MOVED, build, checkpoint, parallel, report
 
 CONFIGS = sorted(path.name for path in (ROOT / 'config').glob('*.py'))
 SHAPES = {'60m': 58_073_600, '130m': 134_105_856, '350m': 367_969_280, '1b': 1_339_082_752, '7b': 6_738_415_616}
@@ -105,6 +106,56 @@ def test_evaluation_is_the_mean_over_the_val_tokens_without_dropout_and_without_
         expected = [model(x, y).item() for x, y, _ in tokens.evaluation(config.eval_tokens, config.batch_size)]
     assert found == pytest.approx(sum(expected) / len(expected), rel=1e-12)
     assert graphs == [False] * len(expected) and len(graphs) > 1
+
+
+def test_metrics_may_come_late_and_go_and_no_loss_that_is_not_finite_is_missed(data, tmp_path, capsys):
+    config = configurator.load(ROOT / 'train.py', tiny(f'--dataset={data}', f'--out_dir={tmp_path}'))
+    model = build.build_model(config, data, 257, torch.float32, 'cpu')
+    here, begin = parallel.Here(0, 1, 'cpu', torch.float32), checkpoint.Begin()
+    log = report.Log(config, model, Plan(0, 0, 0), begin, here)
+    optimizer = SimpleNamespace(lr=0.1, metrics={})
+    one = torch.ones(())
+    for step, metrics in enumerate([{}, {'grad_norm': one}, {'grad_norm': 2 * one, 'overlap': one / 2}, {}], 1):
+        optimizer.metrics = metrics
+        log.note(one * step, optimizer)
+        assert optimizer.metrics == {}
+        log.training(step)
+        log.write_row()
+    rows = rows_of(tmp_path)
+    assert [row['train_loss'] for row in rows] == ['1.0', '2.0', '3.0', '4.0']
+    assert [row['grad_norm'] for row in rows] == ['', '1.0', '2.0', '']
+    assert [row['overlap'] for row in rows] == ['', '', '0.5', '']
+    assert 'grad norm 2.000 | overlap 0.500' in capsys.readouterr().out
+    log.note(one, optimizer)  # nothing measured: the next step's norm must not stand for this one's
+    optimizer.metrics = {'grad_norm': one}
+    log.note(one * math.nan, optimizer)
+    with pytest.raises(training.Stop, match=r'loss nan at step 5 \(learning rate 0.1, grad norm 1\)'):
+        log.training(6)
+
+
+def test_a_row_is_written_before_the_checkpoint_from_which_a_resumed_run_goes_on(tmp_path, data, monkeypatch):
+    config = configurator.load(ROOT / 'train.py', tiny(f'--dataset={data}', f'--out_dir={tmp_path}', '--max_iters=10'))
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, 'print_sample', die)
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit):
+        training.cli(config)
+    for number, handler in handlers:
+        signal.signal(number, handler)
+    step = json.loads((tmp_path / 'last/run.json').read_text())['step']
+    assert [int(row['step']) for row in rows_of(tmp_path)][-1] == step == 10
+    assert rows_of(tmp_path)[-1]['val_loss']
+
+
+@pytest.mark.parametrize('text', ['', 'step,loss\n1,2,3,4\n'])
+def test_a_damaged_metrics_csv_does_not_stop_a_run_that_resumes(text, tmp_path):
+    (tmp_path / 'metrics.csv').write_text(text)
+    metrics = report.Metrics(tmp_path / 'metrics.csv', first_step=5)
+    metrics.log(step=6, loss=0.5)
+    assert rows_of(tmp_path)[-1]['loss'] == '0.5'
 
 
 def test_checkpoints_are_hugging_face_folders_that_transformers_reads(finished):
