@@ -240,7 +240,7 @@ class AdamW(torch.optim.Optimizer):
         self.home = torch.device('cpu') if offload else None  # of the moments; None: beside their parameter
         self.last_micro_batch, self.metrics = True, {}
         self.squares = []  # squared norms of the gradients taken so far in this step
-        self.index_of, self.group_of = {}, {}
+        self.index_of, self.group_of, self.watched = {}, {}, []
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, lr_scale=1.0)
         super().__init__(params, defaults | (group_defaults or {}))
 
@@ -292,6 +292,7 @@ class AdamW(torch.optim.Optimizer):
     def watch(self, p):
         if p.requires_grad:  # of a frozen one no gradient will come; if it thaws, step() finds what is in .grad
             p.register_post_accumulate_grad_hook(weak_hook(self.gradient_ready))
+            self.watched.append(p)
 
     # ---- from gradients to steps
 
@@ -417,8 +418,9 @@ class AdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        if 'index_of' in state:  # of a copy, whose parameters have no hooks yet; load_state_dict comes here, too
-            for p in self.index_of:
+        if 'watched' in state:  # of a copy, whose tensors have no hooks yet; load_state_dict comes here, too
+            watched, self.watched = self.watched, []
+            for p in watched:
                 self.watch(p)
 
 

@@ -362,11 +362,6 @@ class GaLoreAdamW(AdamW):
         R, self.placeholder[p].grad = self.placeholder[p].grad, None
         return self.add_to_norm(average_(R))
 
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        for placeholder in state.get('weight_of', ()):
-            self.watch(placeholder)
-
 
 # ---- for train.py ------------------------------------------------------------------------------------------------
 
