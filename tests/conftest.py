@@ -15,6 +15,14 @@ TINY += ['--warmup_iters=2', '--eval_tokens=512', '--log_interval=5']
 TINY += ['--max_iters=20', '--eval_interval=10', '--sample_tokens=8', '--device=cpu']
 
 
+SLOW = ('test_train', 'test_readme', 'test_bench', 'test_lora', 'test_trace', 'test_memory_hf')
+
+
+def pytest_collection_modifyitems(items):
+    """The slowest files first, so that none of them runs alone at the end while other workers are idle."""
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
 @pytest.fixture(scope='session')
 def data(tmp_path_factory):
     """A prepared data folder of a few KB of code, byte by byte."""
