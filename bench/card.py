@@ -1,0 +1,259 @@
+"""
+What one CUDA card makes of the trainer: tests, plans against measured peaks, speed. For whoever has a card.
+
+    python -m bench.card                       # less than ten minutes; writes results/card_NAME.md
+    python -m bench.card --only=galore_7b_4090 # one run, printed
+    python -m bench.card --tests=False         # without the tests marked cuda
+
+Each run is a process of its own: what fails there is a row here. A run builds the model in bf16 with random weights
+and takes three steps on random tokens, of which the first makes moments and bases and the third refreshes as many bases
+as one step of a real run; the peaks are those of all three and of building. Then ordinary steps are timed, and one is
+profiled. Nothing is trained: losses say only that the numbers stay finite.
+"""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+import configurator
+from bench.measure import table
+from plumbing import Stop
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+only = ''  # one of the runs below, by name; '': all that fit this card
+tests = True  # run the tests marked cuda first
+out = ''  # file for the tables; '': results/card_NAME.md
+minutes = 10.0  # no run starts after this
+steps = 5  # timed steps of each run
+here = False  # measure `only` in this process and print JSON: how the runs are started
+# ---- end of config ---------------------------------------------------------------------------------------------------
+
+BATCH = ['--batch_size=64', '--gradient_accumulation_steps=1', '--grad_clip=0']
+SMALL = ['--batch_size=16', *BATCH[1:]]
+AS_24_GB = 24e9  # bytes that runs named _4090 may take
+TWO = ['--gradient_accumulation_steps=2']  # a third micro-batch holds nothing new, and takes time
+RUNS = {  # name: config, flags
+    'adamw_130m': ('', ['--method=adamw', '--model=130m', '--block_size=256', *BATCH]),
+    'adamw_130m, compile': ('', ['--method=adamw', '--model=130m', '--block_size=256', *BATCH, '--compile=True']),
+    'galore_60m': ('galore_60m', BATCH),
+    'galore_130m': ('galore_130m', BATCH),
+    'galore_130m, compile': ('galore_130m', [*BATCH, '--compile=True', '--per_layer=False']),
+    'galore_350m': ('galore_350m', BATCH),
+    'galore_1b': ('galore_1b', [*SMALL, '--state_bits=8', '--per_layer=True']),
+    'qgalore_350m': ('', ['--method=qgalore', '--model=350m', '--rank=256', *BATCH]),
+    'fira_350m': ('', ['--method=fira', '--model=350m', '--rank=256', *BATCH]),
+    'apollo_350m': ('', ['--method=apollo', '--model=350m', '--rank=256', *BATCH]),
+    'loqt_130m': ('loqt_130m', BATCH),
+    'loqt_1b': ('loqt_1b', SMALL),
+    'adamw_1b': ('', ['--method=adamw', '--model=1b', *SMALL]),
+    'qlora_7b': ('', ['--method=lora', '--model=7b', '--rank=32', '--quantize=nf4', '--double_quant=True',
+                      '--train_rest=no', '--checkpointing=True', '--block_size=2048', '--batch_size=1']),
+    'galore_7b_4090': ('galore_7b_4090', TWO),
+    'loqt_7b_4090': ('loqt_7b_4090', TWO),
+    'loqt_13b_4090': ('loqt_13b_4090', TWO),
+    'galore_7b': ('galore_7b', ['--gradient_accumulation_steps=1']),
+}  # fmt: skip
+KINDS = (  # of kernels, by their names; the first that fits
+    ('matrix products', r'gemm|cutlass|nvjet|xmma|wgmma|cublas'),
+    ('attention', r'flash|fmha|attention|sdpa'),
+    ('quantised numbers', r'quantize|dequantize|blockwise'),
+    ('copies', r'memcpy|memset'),
+    ('the rest', ''),
+)
+
+
+def problems(config):
+    found = []
+    if config.only and config.only not in RUNS:
+        found.append(f"only='{config.only}' is not a run: use one of {', '.join(RUNS)}")
+    if config.steps < 1:
+        found.append(f'steps={config.steps} times nothing: use at least 1')
+    return found
+
+
+# ---- one run, in its own process -------------------------------------------------------------------------------------
+
+
+def measure(name, steps):
+    """-> {what: number} of one run on this card."""
+    import torch
+
+    import train
+    from memory import trace
+    from plumbing.build import build_model, layers_of
+    from plumbing.report import mfu
+
+    file, flags = RUNS[name]
+    flags = [
+        *([f'config/{file}.py'] if file else []),
+        *flags,
+        '--device=cuda',
+        '--dtype=bfloat16',
+        '--vocab_size=32000',
+    ]
+    config = configurator.load(train.__file__, flags, train.problems)
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision('high')
+    card = torch.cuda.get_device_properties(0)
+    if name.endswith('_4090'):
+        torch.cuda.set_per_process_memory_fraction(AS_24_GB / card.total_memory)
+    before = card.total_memory - torch.cuda.mem_get_info()[0]  # what others hold
+
+    started = time.perf_counter()
+    model = build_model(config, '', 32000, torch.bfloat16, 'cuda', linear=layers_of(config))
+    optimizer = train.setup(model, config)
+    forward = model
+    if config.compile:
+        forward = torch.compile(model)
+    shape = config.batch_size, config.block_size
+    tokens = [torch.randint(32000, shape, device='cuda') for _ in range(config.gradient_accumulation_steps)]
+    batches = [(x, x.roll(-1, 1)) for x in tokens]
+
+    def step():
+        return train.training_step(forward, optimizer, batches, config.learning_rate / 100, 'cuda')
+
+    first = step().item()
+    built = time.perf_counter() - started
+    step()
+    trace.make_due(model, optimizer, config, model.config.n_layer)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    refresh = time.perf_counter() - began
+    found = {
+        'allocated': torch.cuda.max_memory_allocated(),
+        'reserved': torch.cuda.max_memory_reserved(),
+        'card': card.total_memory - torch.cuda.mem_get_info()[0] - before,
+        'refresh': refresh,
+    }
+    seconds = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        last = step()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    found |= {'first': first, 'last': last.item(), 'built': built, 'seconds': statistics.median(seconds)}
+    found['tokens'] = sum(x.numel() for x in tokens)
+    rate = found['tokens'] / found['seconds']
+    found['mfu'] = mfu(model.flops_per_token(config.block_size) * rate, 'cuda')
+    found |= profiled(step)
+    if not config.compile:
+        began = time.perf_counter()
+        plan = train.plan_memory(config, model.config, 'cuda', torch.bfloat16, model.activation_dtype)
+        found |= {'plan_allocated': plan.allocated, 'plan_reserved': plan.reserved, 'plan_card': plan.card}
+        found |= {'plan_seconds': time.perf_counter() - began, 'moment': plan.moment}
+    return found
+
+
+def profiled(step):
+    """Kernels of one step: how many, milliseconds of each kind, and the share of the step in which any of them ran."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        began = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        wall = time.perf_counter() - began
+    spent, launches = dict.fromkeys((kind for kind, _ in KINDS), 0.0), 0
+    for row in seen.key_averages():
+        if row.device_type == torch.autograd.DeviceType.CUDA and not row.is_user_annotation:
+            kind = next(kind for kind, pattern in KINDS if re.search(pattern, row.key, re.I))
+            spent[kind] += row.self_device_time_total / 1e3
+            launches += row.count
+    return {'launches': launches, 'kinds': spent, 'busy': sum(spent.values()) / 1e3 / wall}
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+
+def in_a_process(name, steps):
+    """-> what `measure` returns, or {'error': the last line that the run printed}."""
+    command = [sys.executable, '-m', 'bench.card', f'--only={name}', f'--steps={steps}', '--here=True']
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    except subprocess.TimeoutExpired:
+        return {'error': 'took more than three minutes'}
+    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ['']
+    if done.returncode:
+        sys.stderr.write(f'---- {name}\n{done.stderr[-4000:]}\n')
+        return {'error': lines[-1][:200] or f'ended with {done.returncode}'}
+    return json.loads(lines[-1])
+
+
+def run_tests():
+    command = [sys.executable, '-m', 'pytest', '-q', '-m', 'cuda', 'tests/test_cuda.py', '-p', 'no:cacheprovider']
+    done = subprocess.run([*command, '-o', 'addopts='], capture_output=True, text=True)
+    print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
+    return (done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]])[-1].strip('= ')
+
+
+def gb(found, name):
+    return found[name] / 1e9 if name in found else None
+
+
+def tables(measured):
+    """The lines of three tables."""
+    memory, speed, failed = [], [], []
+    for name, m in measured.items():
+        if 'error' in m:
+            failed.append([name, m['error'].replace('|', '/')])
+            continue
+        off = f'{100 * (m["plan_allocated"] / m["allocated"] - 1):+.1f} %' if 'plan_allocated' in m else None
+        off_card = f'{100 * (m["plan_card"] / m["card"] - 1):+.1f} %' if 'plan_card' in m else None
+        memory.append([name, gb(m, 'plan_allocated'), gb(m, 'allocated'), off, gb(m, 'plan_reserved')])
+        memory[-1] += [gb(m, 'reserved'), gb(m, 'plan_card'), gb(m, 'card'), off_card]
+        kinds = [f'{100 * ms / max(sum(m["kinds"].values()), 1e-9):.0f} %' for ms in m['kinds'].values()]
+        speed.append([name, m['tokens'], 1e3 * m['seconds'], round(m['tokens'] / m['seconds']), m['mfu']])
+        speed[-1] += [1e3 * m['refresh'], m['launches'], f'{100 * m["busy"]:.0f} %', *kinds, m['built'], m['first']]
+    head = ['run', 'planned', 'measured', 'off', 'planned reserved', 'measured', 'planned card', 'measured', 'off']
+    lines = ['## Memory', '', 'GB. Measured: `torch.cuda.max_memory_allocated`, `max_memory_reserved`, and what the '
+             'driver counts.', '', *table(head, memory), '']  # fmt: skip
+    head = ['run', 'tokens', 'ms a step', 'tokens/s', 'MFU', 'ms with refresh', 'kernels', 'busy']
+    head += [*(kind for kind, _ in KINDS), 's to the first step', 'first loss']
+    lines += ['## Speed', '', 'Busy: milliseconds of all kernels over those of the profiled step, in which the '
+              'profiler takes its time, too.', '', *table(head, speed), '']  # fmt: skip
+    return lines + (['## What failed', '', *table(['run', 'why'], failed), ''] if failed else [])
+
+
+def main(config):
+    import torch
+
+    if not torch.cuda.is_available():
+        raise Stop('torch sees no CUDA device, and this checks one: on a CPU, use python -m bench')
+    if config.here:
+        print(json.dumps(measure(config.only, config.steps)))
+        return
+    started = time.perf_counter()
+    card = torch.cuda.get_device_name()
+    lines = [f'# {card}', '', f'Made by `python -m bench.card` with torch {torch.__version__}, CUDA '
+             f'{torch.version.cuda}.', '']  # fmt: skip
+    if config.tests and not config.only:
+        lines += [f'Tests marked cuda: {run_tests()}', '']
+    measured = {}
+    for name in [config.only] if config.only else RUNS:
+        if time.perf_counter() - started > 60 * config.minutes:
+            measured[name] = {'error': f'not started: {config.minutes:g} minutes were over'}
+            continue
+        measured[name] = in_a_process(name, config.steps)
+        print(name, json.dumps(measured[name]), flush=True)
+    lines += tables(measured)
+    print('\n'.join(lines))
+    if not config.only:
+        path = config.out or f'results/card_{re.sub(r"[^a-z0-9]+", "_", card.lower()).strip("_")}.md'
+        with open(path, 'w') as f:
+            f.write('\n'.join(lines))
+        print(f'wrote {os.path.abspath(path)}')
+
+
+if __name__ == '__main__':
+    config = configurator.load_or_exit(__file__, sys.argv[1:], problems)
+    try:
+        main(config)
+    except Stop as error:
+        sys.exit(f'error: {error}')
