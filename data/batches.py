@@ -9,27 +9,37 @@ offset, so that it cuts the text in other places. prepare.py writes train.bin an
 uint32 with documents grouped by source, and meta.json, which holds the counts.
 """
 
-import json
 import os
 
 import numpy as np
 import torch
 
-from data import DataError
+from data import DataError, fields
+
+COUNT = fields.whole(0, 2**48)
+META = {
+    'dtype': fields.one_of('uint16', 'uint32'),
+    'vocab_size': fields.whole(1, fields.ROWS),
+    'train_tokens': fields.whole(1, 2**48),
+    'val_tokens': fields.whole(1, 2**48),
+    'sources': fields.several(fields.table()),
+}
+SOURCE = {'name': fields.text(), 'train_tokens': COUNT, 'val_tokens': COUNT}
 
 
 def read_meta(folder):
-    """meta.json of a prepared folder, as a dict."""
-    path = os.path.join(folder, 'meta.json')
+    """meta.json of a prepared folder, as a dict. Raises DataError if it is missing or broken."""
+    path, advice = os.path.join(folder, 'meta.json'), 'run its prepare.py again'
     try:
-        with open(path, encoding='utf-8') as f:
-            meta = json.load(f)
-        meta['dtype'], meta['vocab_size'], meta['train_tokens'], meta['val_tokens'], meta['sources']
-        return meta
+        meta = fields.read(path, META, DataError, advice)
     except FileNotFoundError:
         raise DataError(f'{path} does not exist: run python {os.path.join(folder, "prepare.py")} first') from None
-    except (ValueError, KeyError) as error:
-        raise DataError(f'{path} is broken ({error!r}): run its prepare.py again') from None
+    for i, source in enumerate(meta['sources']):
+        fields.check(source, SOURCE, f'{path}, source {i}', DataError, advice)
+    for count in ('train_tokens', 'val_tokens'):
+        if (total := sum(source[count] for source in meta['sources'])) != meta[count]:
+            raise DataError(f'{path}: {count} is {meta[count]}, its sources have {total}: {advice}')
+    return meta
 
 
 class Tokens:

@@ -13,14 +13,24 @@ ids.
 """
 
 import codecs
-import json
 import os
+
+from data import fields
 
 EOT = '<|endoftext|>'
 
 
 class TokenizerError(ValueError):
     """A tokenizer that cannot be read or made; the message says what to do."""
+
+
+ID, ADVICE = fields.whole(0, fields.ROWS - 1), 'fetch or make it again'
+META = {'tokenizer': fields.text(default='hf'), 'eot': fields.maybe(ID)}
+# Of config.json, generation_config.json and tokenizer_config.json: an id, several, or a name, alone or in an object.
+EOT_FIELDS = {
+    'eos_token_id': fields.maybe(fields.either(fields.whole(-1, 2**31), fields.several(fields.whole(-1, 2**31)))),
+    'eos_token': fields.maybe(fields.either(fields.text(), fields.table())),
+}
 
 
 # GPT-4's pattern with two changes: digits in groups of two, since a small vocabulary has no room for all groups of
@@ -90,27 +100,33 @@ class HF:
     def __init__(self, path, eot=None):
         import tokenizers
 
+        self.json = fields.read_text(path, TokenizerError, ADVICE)
         try:
-            with open(path, encoding='utf-8') as f:
-                self.json = f.read()
             self.hf = tokenizers.Tokenizer.from_str(self.json)
-        except Exception as e:  # the library raises bare Exceptions
+        except KeyboardInterrupt:
+            raise
+        except BaseException as e:  # the library raises bare Exceptions, and panics, which are no Exceptions
             raise TokenizerError(f'{path} is not a tokenizer that the tokenizers library can read ({e})') from e
         # Published files often set truncation to 512 tokens, which would silently cut the training documents.
         self.hf.no_truncation()
         self.hf.no_padding()
         self.hf.encode_special_tokens = True  # True means: encode their names as plain text
         vocab = self.hf.get_vocab(with_added_tokens=True)
+        if not 0 <= max(vocab.values(), default=-1) < fields.ROWS:
+            raise TokenizerError(f'{path} has no tokens, or ids of {fields.ROWS:,} and more: {ADVICE}')
         self.eot = find_eot(os.path.dirname(path), self.hf, max(vocab.values()) + 1) if eot is None else eot
         # Only ids that text can produce: not T5's 100 sentinels at the end, which the paper's 32,000 rows leave out.
         special = {token.content for token in self.hf.get_added_tokens_decoder().values() if token.special}
         self.vocab_size = max(i for name, i in vocab.items() if name not in special or i == self.eot) + 1
 
     def encode(self, text):
-        return self.hf.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts):
-        return [e.ids for e in self.hf.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [e.ids for e in self.hf.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as e:  # it may lack the token for what is unknown, which it needs only now
+            raise TokenizerError(f'this tokenizer.json cannot encode the text ({e}): {ADVICE}') from e
 
     def decode(self, ids):
         return self.hf.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -135,12 +151,13 @@ def find_eot(folder, hf, vocab_size):
         path = os.path.join(folder, name)
         if not os.path.exists(path):
             continue
-        config = read_json(path)
+        config = read_json(path, EOT_FIELDS)
         eot, token = config.get('eos_token_id'), config.get('eos_token')
         if isinstance(eot, list):  # LLaMA 3: end of text first, then the end-of-turn ids
             eot = eot[0] if eot else None
         if isinstance(token, dict):
-            token = token.get('content')
+            fields.check(token, {'content': fields.text()}, f'{path}, eos_token', TokenizerError, ADVICE)
+            token = token['content']
         if eot is None and token:
             eot = hf.token_to_id(token)
         if eot is not None and 0 <= eot < vocab_size:
@@ -149,12 +166,8 @@ def find_eot(folder, hf, vocab_size):
     return next((i for i in map(hf.token_to_id, names) if i is not None), None)
 
 
-def read_json(path):
-    try:
-        with open(path, encoding='utf-8') as f:
-            return json.load(f)
-    except ValueError as e:
-        raise TokenizerError(f'{path} is not valid JSON ({e}): make it again') from e
+def read_json(path, table=()):
+    return fields.read(path, dict(table), TokenizerError, ADVICE)
 
 
 def from_tiktoken(name):
@@ -177,18 +190,23 @@ def from_bpe(text):
     """Our own tokenizer.json, given as text, run by tiktoken. Our ids are in merge order, so they are its ranks."""
     import tiktoken
 
+    saved = fields.parse(text, 'tokenizer.json', TokenizerError, ADVICE)
     try:
-        saved = json.loads(text)
         # The file's own pattern: PATTERN may have changed since.
         pattern = saved['pre_tokenizer']['pretokenizers'][0]['pattern']['Regex']
         specials = {token['content']: token['id'] for token in saved['added_tokens']}
         byte_of = byte_alphabet()
         ranks = {bytes(byte_of[c] for c in t): i for t, i in saved['model']['vocab'].items() if t not in specials}
-    except (ValueError, KeyError, IndexError, TypeError) as e:
+        ids = [*ranks.values(), *specials.values()]
+        if not all(map(ID.fits, ids)) or len(set(ids)) < len(ids):
+            raise ValueError('an id that is none, or is of two tokens')
+        if len({token for token in ranks if len(token) == 1}) < 256 or not pattern:
+            raise ValueError('a byte that has no token, or no pattern')
+        encoding = tiktoken.Encoding('bpe', pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    except Exception as e:
         raise TokenizerError(
             f'this tokenizer.json is not one that train_bpe wrote ({e!r}): prepare the data again'
         ) from e
-    encoding = tiktoken.Encoding('bpe', pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
     return Tiktoken(encoding, 'bpe', text)
 
 
@@ -234,7 +252,7 @@ def train_bpe(texts, vocab_size, path=None):
 def load(folder):
     """The tokenizer of a prepared data folder, of a checkpoint, or of a published model's folder."""
     meta_path, json_path = os.path.join(folder, 'meta.json'), os.path.join(folder, 'tokenizer.json')
-    meta = read_json(meta_path) if os.path.exists(meta_path) else {}
+    meta = read_json(meta_path, META) if os.path.exists(meta_path) else {}
     kind = meta.get('tokenizer', 'hf')
     if kind == 'bytes':
         return Bytes()
@@ -246,8 +264,7 @@ def load(folder):
             f'{folder} has no {missing}: run the prepare.py of that data set, or name another folder'
         )
     if kind == 'bpe':
-        with open(json_path, encoding='utf-8') as f:
-            return from_bpe(f.read())
+        return from_bpe(fields.read_text(json_path, TokenizerError, ADVICE))
     if kind == 'hf':
         return HF(json_path, meta.get('eot'))
     raise TokenizerError(

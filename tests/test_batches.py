@@ -20,10 +20,10 @@ def folder(tmp_path):
 def write(folder, train, val, vocab_size=2000, dtype='uint16'):
     train.astype(dtype).tofile(folder / 'train.bin')
     val.astype(dtype).tofile(folder / 'val.bin')
-    half = len(val) // 2
+    half, small = len(val) // 2, min(200, len(train))
     sources = [
-        dict(name='small', train_tokens=200, val_tokens=half),
-        dict(name='large', train_tokens=len(train) - 200, val_tokens=len(val) - half),
+        dict(name='small', train_tokens=small, val_tokens=half),
+        dict(name='large', train_tokens=len(train) - small, val_tokens=len(val) - half),
     ]
     meta = dict(format=1, tokenizer='bytes', vocab_size=vocab_size, dtype=dtype, sources=sources)
     meta |= dict(train_tokens=len(train), val_tokens=len(val))
