@@ -260,7 +260,7 @@ def run(main):
     """Run main(). An error that the user can fix becomes one sentence on stderr and exit code 1, with no traceback."""
     try:
         main()
-    except (DataError, OSError) as e:  # an OSError (disk full, no permission, ...) explains itself
+    except (DataError, tokenizer.TokenizerError, OSError) as e:  # an OSError explains itself
         sys.exit(f'error: {e}')
     except KeyboardInterrupt:
         sys.exit('interrupted: data prepared earlier is unchanged')
