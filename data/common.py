@@ -165,6 +165,7 @@ class Writer:
         self._flush()
         if not any(self.tokens.values()):
             raise DataError('the input is empty: there is nothing to train on')
+        checksum = hashlib.blake2b(digest_size=8)
         for split in SPLITS:
             if not self.tokens[split]:
                 raise DataError(f'too little text: the {split} split is empty; give more text or change --val_share')
@@ -173,7 +174,9 @@ class Writer:
                     part = self._part(source, split)
                     if part.exists():
                         with open(part, 'rb') as f:
-                            shutil.copyfileobj(f, out, 2**20)
+                            while block := f.read(2**20):
+                                out.write(block)
+                                checksum.update(block)
                         part.unlink()
                 out.flush()
                 os.fsync(out.fileno())
@@ -188,6 +191,7 @@ class Writer:
             'train_bytes': self.bytes['train'],  # loss in bits per byte = loss / ln 2 * tokens / bytes
             'val_bytes': self.bytes['val'],
             'sources': list(self.sources.values()),
+            'checksum': checksum.hexdigest(),  # of train.bin, then val.bin: a run knows its data again
             'made_by': self.made_by,
             'python': platform.python_version(),
             **self.extra,

@@ -1,13 +1,14 @@
 """batches.py: pure in (seed, t, rank, world), without replacement, and honest about broken files."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 
 from data import DataError
-from data.batches import Tokens
+from data.batches import Tokens, fingerprint
 
 
 @pytest.fixture
@@ -124,3 +125,42 @@ def test_a_token_id_beyond_the_vocabulary_is_named_with_its_place(tmp_path):
     ):
         for t in range(data.windows):
             data.batch(0, t, 1)
+
+
+def test_a_fingerprint_is_of_the_tokens_and_their_sources_and_of_nothing_else(folder):
+    def changed(name, old, new):
+        whole = (folder / name).read_bytes()
+        assert old in whole
+        (folder / name).write_bytes(whole.replace(old, new, 1))
+        other = fingerprint(folder)
+        (folder / name).write_bytes(whole)
+        os.utime(folder / name, (1, 1))  # a copy of the folder has other times, and is the same data
+        assert fingerprint(folder) == first
+        return other
+
+    first = fingerprint(folder)
+    assert len(first) == 16 and int(first, 16) >= 0
+    others = {
+        changed('train.bin', b'\x07\x00', b'\x07\x01'),
+        changed('val.bin', b'\xe8\x03', b'\xe8\x02'),
+        changed('meta.json', b'"small"', b'"other"'),
+        changed('meta.json', b'uint16', b'uint32'),
+        changed('meta.json', b'"format"', b'"checksum": "of a token between the places looked at", "format"'),
+    }
+    assert len(others - {first}) == 5
+    assert changed('meta.json', b'"format"', b'"python": "4.0", "format"') == first
+    (folder / 'val.bin').unlink()
+    with pytest.raises(DataError, match=r'val.bin cannot be read'):
+        fingerprint(folder)
+
+
+def test_a_fingerprint_looks_at_both_ends_of_a_large_file(tmp_path):
+    train = np.zeros(4_000_000, dtype='uint16')  # 8 MB: read in places
+    seen = set()
+    for place in (None, 0, -1):
+        train[:] = 0
+        if place is not None:
+            train[place] = 1
+        write(tmp_path, train, np.arange(100))
+        seen.add(fingerprint(tmp_path))
+    assert len(seen) == 3

@@ -1,6 +1,7 @@
 """What the prepare.py scripts promise: the format, determinism, one-sentence errors, no half-written data."""
 
 import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -108,6 +109,15 @@ def test_the_bytes_on_disk_are_little_endian_and_end_each_document(tmp_path):
         out.add('s', 'val', 'c')
     assert (tmp_path / 'train.bin').read_bytes() == bytes([97, 0, 98, 0, 0, 1])  # 256 = 00 01
     assert (tmp_path / 'val.bin').read_bytes() == bytes([99, 0, 0, 1])
+
+
+def test_the_checksum_is_of_both_files_whatever_order_the_documents_came_in(tmp_path):
+    for order in (1, -1):
+        with common.Writer(tmp_path, tokenizer.Bytes(), 'test') as out:
+            for source, split, text in [('s', 'train', 'ab'), ('s', 'val', 'c'), ('t', 'val', 'd')][::order]:
+                out.add(source, split, text)
+        both = (tmp_path / 'train.bin').read_bytes() + (tmp_path / 'val.bin').read_bytes()
+        assert read(tmp_path)[0]['checksum'] == hashlib.blake2b(both, digest_size=8).hexdigest()
 
 
 @pytest.mark.parametrize(('vocab_size', 'dtype'), [(65536, 'uint16'), (65537, 'uint32')])
