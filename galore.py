@@ -70,7 +70,8 @@ def orthonormal_basis(G, rank, refresh='subspace', previous=None):
     r = min(rank, m, n)
     if refresh == 'svd':
         U, _, _ = torch.linalg.svd(G, full_matrices=False)
-        return U[:, :r].contiguous()  # a copy: a view would keep all of U alive
+        # A copy: a view would keep all of U alive, and contiguous() makes none of a single column.
+        return U[:, :r].clone(memory_format=torch.contiguous_format)  # (m, r)
     if previous is None:
         generator = torch.Generator(G.device).manual_seed(0)
         previous = torch.linalg.qr(G @ torch.randn(n, r, generator=generator, device=G.device))[0]  # (m, r)
@@ -284,13 +285,13 @@ class GaLoreAdamW(AdamW):
             state['next'] = step + (self.offset[p] or T)
             return
         state['next'] = step + T
-        self.basis_turned(p, P.T @ old)  # (r, r)
+        self.basis_turned(p, old, P, G)
 
-    def basis_turned(self, p, Q):
-        """p has a new P; Q (r, r) = P_new.T @ P_old."""
+    def basis_turned(self, p, old, P, G):
+        """p has a new basis P (m, r) in the place of the old one, by its gradient G (m, n)."""
         if 'M' in self.state[p] and self.moments != 'keep':
             with self.moments_at_hand(p):
-                reset_or_rotate(self.state[p], Q, self.group_of[p]['betas'], self.moments)
+                reset_or_rotate(self.state[p], P.T @ old, self.group_of[p]['betas'], self.moments)
 
     # ---- from gradient to R: never form G
 

@@ -7,10 +7,10 @@ Letters: the matrix is (out, in), m x n with m <= n; r = min(rank, m); N tokens;
 of a weight. A new method needs a function here before formula.py plans it: until then it is refused, and traced.
 """
 
-import math
 from dataclasses import dataclass
 
 from adam import BLOCK, PIECE, SMALLEST_8BIT
+from methods.qgalore import blocks_of
 from quant import BLOCK_4BIT
 
 
@@ -93,8 +93,7 @@ def galore(run, name, out, into):
 def qgalore(run, name, out, into):
     x, numbers = galore(run, name, out, into), out * into
     if run.config.weight_bits == 8:
-        scales = numbers // math.gcd(into, BLOCK)
-        x.weight = numbers + 4 * scales + 2 * run.w  # and two placeholders, the weight's and R's
+        x.weight = numbers + 4 * out * blocks_of(into) + 2 * run.w  # and two placeholders, the weight's and R's
         x.decoded = run.a * numbers
     return x
 

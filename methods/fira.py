@@ -4,13 +4,16 @@ Fira: GaLore, and beside it what the subspace leaves out of the gradient, at Ada
     R = P.T @ G,  N = Adam(R)                                                # (r, n)
     S = G - P @ R                                                            # (m, n): the residual
     phi_j = |N_j| / |R_j| for each column j                                  # (n,): how much Adam scaled that column
-    W = W - lr scale (P @ N + limit(S phi))                                  # (m, n)
+    W = W - lr (scale P @ N + limit(S phi))                                  # (m, n)
 
+`scale` is of what comes back from the subspace, as in GaLore; the residual has Adam's size already.
 Memory: GaLore's states, and the full gradient of each layer: per_layer keeps one at a time, unless micro-batches
 accumulate. Never forming G is not possible here.
 
     python train.py config/galore_laptop.py --method=fira
 """
+
+import torch
 
 import adam
 import galore
@@ -35,10 +38,11 @@ class FiraAdamW(GaLoreAdamW):
         seed = self.random_seed(p, state['step'])
         N = adam_direction(R, state, group['betas'], group['eps'], self.state_bits, seed)  # (r, n)
         P = self.basis(p).to(dtype)  # (m, r)
-        S = G - project_back(P, R)  # (m, n)
+        S = torch.addmm(G, P, R, alpha=-1)  # (m, n)
         phi = N.norm(dim=0) / R.norm(dim=0).clamp_min(1e-12)  # (n,)
-        U = project_back(P, N.to(dtype)) + limit_growth(S * phi.to(dtype), state)  # (m, n)
-        self.move(p, p, group['scale'] * self.p_first(p, U))  # its transpose is its own inverse
+        U = limit_growth(S.mul_(phi), state)  # (m, n)
+        project_back(P, N.to(dtype), into=U, times=group['scale'])
+        self.move(p, p, self.p_first(p, U))  # its transpose is its own inverse
 
 
 # ---- for train.py ------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ Q-GaLore: GaLore with int8 weights and 4-bit bases, refreshed only where the sub
 
     W is int8, a scale for each 256 numbers; W = round(W - lr scale P @ N), up or down at random (section 3.3)
     P is in 4 bits                                                                              (section 3.4)
-    where |P_new.T @ P_old|^2 / r > lazy, the layer's next T is twice as long                   (section 3.2)
+    where the old P holds as much of G as the new one, the layer's next T is twice as long      (section 3.2)
 
 Memory: one byte a weight instead of two, half a byte a number of P. Time: a layer's weight is decoded in forward and
 again in backward.
@@ -17,50 +17,78 @@ import math
 from functools import partial
 
 import torch
+import torch.distributed as dist
 
 import galore
-from adam import BLOCK, add_
-from galore import GaLoreAdamW, linears_of
+from adam import BLOCK, add_, several_processes
+from galore import GaLoreAdamW, linears_of, project
+
+
+def blocks_of(columns):
+    """Scales in a row of so many numbers: one for each 256, or for each 64 or 128 where these divide the row and 256
+    does not. Elsewhere all blocks of a row are of one size, but for the last, which may be shorter."""
+    size = math.gcd(columns, BLOCK)
+    return columns // size if size >= 64 else -(-columns // BLOCK)
 
 
 def encode_int8(W, seed=None, scale=None):
-    """W (numel divisible by `block_of`) as int8 and a scale for each block.
+    """W (rows, columns) as int8, and its scales (rows * blocks of a row,), fp32.
 
     seed: of the stochastic rounding; None: round to the nearest. scale: the old scales, kept unless W has outgrown them
     or shrunk far below. The paper takes new scales at every step. Then the grid moves under all weights, and
-    stochastic rounding changes each of them even where its update is zero; on a grid that stays it does not."""
-    blocks = W.float().reshape(-1, block_of(W))  # (numel / block, block)
-    largest = blocks.abs().amax(1)
+    stochastic rounding changes each of them even where its update is zero; on a grid that stays it does not.
+    A number that is not finite has no int8: its block's scale becomes NaN or infinite, for the run to stop at."""
+    rows, columns = W.shape
+    per_row = blocks_of(columns) if scale is None else len(scale) // rows
+    size = -(-columns // per_row)
+    steps = torch.zeros(rows, per_row * size, device=W.device)
+    steps[:, :columns] = W
+    blocks = steps.view(-1, size)  # (rows * per_row, size)
+    largest = torch.maximum(blocks.amax(1), -blocks.amin(1))
     # Room to grow; and in bf16's few bits, so that a whole number times it is exact and divides back to itself.
     fresh = (largest * 1.25 / 127).clamp_min(1e-12).bfloat16().float()
     if scale is None:
         scale = fresh
     else:
-        scale = torch.where((largest > 127 * scale) | (largest < 127 / 4 * scale), fresh, scale)
-    steps = blocks / scale[:, None]
+        scale = torch.where((largest <= 127 * scale) & (largest >= 127 / 4 * scale), scale, fresh)
+    blocks /= scale[:, None]
     if seed is None:
-        steps.round_()
+        blocks.round_()
     else:
         generator = torch.Generator(W.device).manual_seed(seed)
-        low = steps.floor()
-        steps = low + (torch.rand(steps.shape, generator=generator, device=W.device) < steps - low)
-    return steps.clamp_(-127, 127).to(torch.int8).view(W.shape), scale
+        up = torch.rand(blocks.shape, generator=generator, device=W.device) < blocks - blocks.floor()
+        blocks.floor_().add_(up)
+    return steps[:, :columns].clamp_(-127, 127).to(torch.int8, memory_format=torch.contiguous_format), scale
 
 
 def decode_int8(q, scale, dtype=torch.float32):
-    return (q.reshape(-1, block_of(q)).to(dtype) * scale.to(dtype)[:, None]).view(q.shape)
+    """The matrix that `encode_int8` made q (rows, columns) and scale of."""
+    W, scale = q.to(dtype), scale.to(dtype).view(len(q), -1)  # (rows, columns), (rows, blocks of a row)
+    size = -(-W.shape[1] // scale.shape[1])
+    whole = W.shape[1] // size
+    W[:, : whole * size].unflatten(1, (whole, size)).mul_(scale[:, :whole, None])
+    W[:, whole * size :].mul_(scale[:, whole:])
+    return W
 
 
-def block_of(W):
-    """Numbers of W that share a scale: 256, or what divides the number of its columns."""
-    return math.gcd(W.shape[-1], BLOCK)
+def share_kept(old, P, G):
+    """Of what the basis P (m, r) holds of G (m, n) beyond a random one, the share that the old basis holds: 1 where
+    G's subspace has not turned, 0 where the old basis is no better than a random one, which holds r / m. 0-dim.
+
+    The overlap of the two bases does not tell: a P that came from the old one by a step of subspace iteration leans
+    towards it whatever G is (.76 to .93 for independent random G, where two random bases overlap by .25)."""
+    whole = torch.linalg.vector_norm(G, dtype=torch.float32).clamp_min(1e-30)
+    before, now = ((torch.linalg.vector_norm(project(A, G), dtype=torch.float32) / whole) ** 2 for A in (old, P))
+    # A new basis that gains less than a thousandth of G is no other, even where neither is better than a random one.
+    return 1 - (now - before) / (now - P.shape[1] / P.shape[0]).clamp_min(1e-3)
 
 
 class QGaLoreAdamW(GaLoreAdamW):
     """GaLoreAdamW, arguments as there, and
 
-    lazy: a layer whose new P overlaps the old one by more than this waits twice as long for its next one; one that
-    overlaps less is back at T after that. 0: every T steps.
+    lazy: a layer of whose new P the old one kept more than this share (`share_kept`) waits twice as long for its next
+    one; one that turned further is back at T after that. 0: every T steps. The paper compares the bases instead, and
+    doubles where their columns' cosines are above .4.
     To keep a weight in 8 bits, put its 'W' and 'W_scale' (of `encode_int8`) into the optimizer's state; the parameter
     itself is then a placeholder that takes no memory (`pack`)."""
 
@@ -73,19 +101,22 @@ class QGaLoreAdamW(GaLoreAdamW):
         if self.is_projected(p):
             self.maybe_skip_refresh(p)
 
-    def basis_turned(self, p, Q):
+    def basis_turned(self, p, old, P, G):
         state = self.state[p]
         state['next'] += state.get('gap', self.group_of[p]['update_proj_gap']) - self.group_of[p]['update_proj_gap']
         if self.lazy:
-            state['overlap'] = Q.square().sum() / len(Q)  # 1: the same subspace, r / m: a random one
-        super().basis_turned(p, Q)
+            state['kept'] = share_kept(old, self.basis(p), G)  # of the new basis as it is in few bits, as the old one
+            if several_processes():  # rounding must not set them apart
+                dist.broadcast(state['kept'], 0)
+        super().basis_turned(p, old, P, G)
 
     def maybe_skip_refresh(self, p):
-        """If the last refresh barely turned the subspace, skip the one that is due in the next step and double the
-        interval. Reads one scalar from the device; it was computed T steps ago, so nothing waits."""
+        """If the last refresh gained little over the old basis, skip the one that is due in the next step and double
+        the interval. Reads one scalar from the device; it was computed T steps ago, so nothing waits."""
         state, T = self.state[p], self.group_of[p]['update_proj_gap']
-        if state['step'] + 1 == state['next'] and 'overlap' in state:
-            gap, calm = state.get('gap', T), float(state.pop('overlap')) > self.lazy
+        if state['step'] + 1 == state['next'] and 'kept' in state:
+            kept, gap = state.pop('kept'), state.get('gap', T)
+            calm = type(kept) is torch.Tensor and kept.item() > self.lazy  # a plan's tensors have no value: refresh
             state['next'] += gap if calm else 0
             state['gap'] = 2 * gap if calm else T
 
@@ -124,7 +155,7 @@ class Options(galore.Options):
 
     weight_bits = 8  # 8 | 16: of the blocks' weights; 16 stands for what dtype says
     basis_bits = 4  # 16 | 8 | 4: of the bases
-    lazy = 0.4  # a layer's T doubles where its new basis overlaps the old by more than this share; 0: never
+    lazy = 0.4  # a layer's T doubles where its old basis held more than this share of what the new one does; 0: never
 
 
 FIXED = (*galore.FIXED, 'weight_bits')
@@ -132,7 +163,9 @@ FIXED = (*galore.FIXED, 'weight_bits')
 
 def problems(config):
     """What does not go together, a sentence each."""
-    found = galore.problems(config)
+    from configurator import between
+
+    found = galore.problems(config) + between(config, 0, 1, 'lazy')
     if config.weight_bits == 8 and config.compile:
         found.append('weight_bits=8 keeps weights where compile=True does not find them: set --compile=False')
     return found

@@ -49,10 +49,24 @@ def test_fira_equals_its_equations_written_out(shape):
             S *= 1.01 * last / norm
             norm = 1.01 * last
         last = norm
-        w -= 1e-2 * 0.25 * (P @ N + S)
+        w -= 1e-2 * (0.25 * P @ N + S)  # the paper's equation: alpha is of the subspace alone
         give(optimizer, W, G.T if shape[0] > shape[1] else G)
         torch.testing.assert_close(W.detach().T if shape[0] > shape[1] else W.detach(), w, atol=1e-5, rtol=1e-5)
     assert 0 < sum(clipped) < len(LOUDNESS) - 1, 'both kinds of step should occur'
+
+
+def test_scale_is_of_what_comes_back_from_the_subspace_and_leaves_the_residual_as_it_is():
+    moved = []
+    for scale in (0.25, 1.0):
+        W = torch.nn.Parameter(torch.zeros(12, 30))
+        optimizer = FiraAdamW([W], lr=1.0, rank=4, scale=scale)
+        give(optimizer, W, random(12, 30))
+        P = optimizer.state[W]['P']
+        inside = P @ (P.T @ W.detach())
+        moved.append((inside, W.detach() - inside))
+    (inside, residual), (inside_1, residual_1) = moved
+    torch.testing.assert_close(inside, 0.25 * inside_1, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(residual, residual_1, atol=1e-5, rtol=1e-5)
 
 
 METHODS = {

@@ -65,6 +65,14 @@ def test_basis_is_orthonormal(shape, refresh):
         assert (P.T @ P - torch.eye(16)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize('rank', [1, 2, 64])
+@pytest.mark.parametrize('shape', [(64, 80), (64, 64), (1, 5)])
+def test_a_basis_keeps_nothing_alive_but_itself(shape, rank):
+    for refresh in ('svd', 'subspace'):
+        P = orthonormal_basis(random(*shape), rank, refresh)
+        assert P.is_contiguous() and P.untyped_storage().nbytes() == P.nbytes == 4 * shape[0] * min(rank, shape[0])
+
+
 def test_svd_basis_captures_exactly_the_largest_singular_values():
     G = matrix(48, 128)
     S = torch.linalg.svdvals(G)

@@ -1,14 +1,16 @@
 """methods/qgalore.py: int8 weights and lazy refreshes, each against its equations written out again."""
 
-import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from test_galore import TINY, dense, give, model_and_optimizer, random
+from test_galore import TINY, dense, give, matrix, model_and_optimizer, random
+from torch._subclasses import FakeTensorMode
 
 from galore import orthonormal_basis
-from methods.qgalore import QGaLoreAdamW, decode_int8, encode_int8
+from methods.qgalore import QGaLoreAdamW, decode_int8, encode_int8, share_kept
 from model import LLaMA
+from plumbing import Stop, report
 
 # ---- lazy refreshes ----------------------------------------------------------------------------------------------
 
@@ -20,15 +22,16 @@ def rank_4_gradient(step, space=None):
 
 
 def lazy_refreshes(gradient, steps, refresh='svd', **options):
-    """[(step of a refresh, overlap)] with T = 4."""
+    """[(step of a refresh, share that the old basis kept)] with T = 4."""
     W = torch.nn.Parameter(torch.zeros(64, 80))
-    optimizer = QGaLoreAdamW([W], rank=4, update_proj_gap=4, refresh=refresh, stagger=False, lazy=0.5, **options)
+    options = dict(rank=4, lazy=0.5) | options
+    optimizer = QGaLoreAdamW([W], update_proj_gap=4, refresh=refresh, stagger=False, **options)
     found, P = [], None
     for step in range(steps):
         give(optimizer, W, gradient(step))
         state = optimizer.state[W]
         if not torch.equal(state['P'], P if P is not None else state['P'] + 1):
-            found.append((step, state['overlap'].item() if 'overlap' in state else None))
+            found.append((step, state['kept'].item() if 'kept' in state else None))
         P = state['P'].clone()
     return found
 
@@ -39,16 +42,46 @@ def test_refreshes_of_a_subspace_that_stays_come_at_doubling_gaps(refresh, optio
     # T = 4 becomes 8, then 16, then 32
     found = lazy_refreshes(lambda step: rank_4_gradient(step, space=0), 62, refresh, **options)
     assert [step for step, _ in found] == [0, 4, 12, 28, 60]
-    for _, overlap in found[1:]:
-        assert abs(overlap - 1) < (0.03 if options else 1e-5)
+    for _, kept in found[1:]:
+        assert abs(kept - 1) < (0.05 if options else 1e-5)
 
 
-def test_refreshes_of_a_subspace_that_turns_keep_coming_every_T_steps():
-    found = lazy_refreshes(rank_4_gradient, 62)
-    assert [step for step, _ in found] == list(range(0, 62, 4))
-    overlaps = [overlap for _, overlap in found[1:]]
-    # two random subspaces share r / m = 4 / 64 on average
-    assert max(overlaps) < 0.25 and abs(sum(overlaps) / len(overlaps) - 4 / 64) < 0.03
+def noise(step):
+    """(64, 80), independent at each step, of every rank."""
+    return random(64, 80, seed=step)
+
+
+def falling(step):
+    """(64, 80), independent at each step, with a falling spectrum, as gradients have."""
+    return matrix(64, 80, seed=step)
+
+
+@pytest.mark.parametrize('refresh', ['svd', 'subspace'])
+@pytest.mark.parametrize('rank,gradient', [(4, rank_4_gradient), (16, noise), (16, falling)])
+def test_refreshes_of_a_subspace_that_turns_keep_coming_every_T_steps(rank, gradient, refresh):
+    # the old basis is no better than a random one, however much the new one leans towards it
+    found = lazy_refreshes(gradient, 42, refresh, rank=rank, lazy=0.3)
+    assert [step for step, _ in found] == list(range(0, 42, 4))
+    assert max(abs(kept) for _, kept in found[1:]) < 0.2
+
+
+@pytest.mark.parametrize('share', [0.2, 0.5, 0.8])
+def test_what_a_turning_subspace_keeps_is_measured_alike_under_both_refreshes(share):
+    """A gradient of rank 16 of which that share of the directions stays: kept is the share."""
+    stays = int(share * 16 + 0.5)
+    basis = torch.linalg.qr(random(64, 64))[0]
+    old = basis[:, :16]
+    G = basis[:, 16 - stays : 32 - stays] @ random(16, 80, seed=1) + 1e-3 * random(64, 80, seed=2)
+    found = [share_kept(old, orthonormal_basis(G, 16, refresh, old), G) for refresh in ('svd', 'subspace')]
+    assert abs(found[0] - found[1]) < 0.02
+    # of the energy 16 / 64 is what a random basis holds: (share - .25) / .75
+    assert abs(found[0] - (stays / 16 - 0.25) / 0.75) < 0.1
+
+
+def test_a_basis_of_the_whole_space_and_a_gradient_of_zero_are_calm_and_no_nan():
+    P, Q = (torch.linalg.qr(random(8, 8, seed=seed))[0] for seed in (0, 1))
+    assert share_kept(P, Q, random(8, 20)) == pytest.approx(1, abs=1e-3)
+    assert share_kept(P[:, :4], Q[:, :4], torch.zeros(8, 20)).isfinite()
 
 
 def test_a_subspace_that_turns_after_calm_is_refreshed_every_T_steps_again():
@@ -57,19 +90,76 @@ def test_a_subspace_that_turns_after_calm_is_refreshed_every_T_steps_again():
     assert {b - a for a, b in zip(found[-5:], found[-4:])} == {4}
 
 
+def test_a_plan_of_lazy_refreshes_needs_no_values_and_counts_every_refresh():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        W = torch.nn.Parameter(torch.zeros(64, 80))
+        optimizer = QGaLoreAdamW([W], rank=4, update_proj_gap=2, stagger=False, lazy=0.5)
+        for _ in range(8):
+            give(optimizer, W, torch.ones(64, 80))
+    assert optimizer.state[W]['next'] == 8 and optimizer.state[W]['gap'] == 2
+
+
 # ---- weights in 8 bits -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('shape', [(32, 512), (40, 96), (7, 5)])
-def test_int8_is_off_by_at_most_half_a_step_and_leaves_room_to_grow(shape):
+@pytest.mark.parametrize(
+    'shape,size',
+    # 5461: down_proj of the 1b; 1 and 257: what 256 leaves
+    [((32, 512), 256), ((8, 192), 64), ((40, 96), 96), ((7, 5), 5), ((4, 5461), 249), ((6, 257), 129), ((3, 1), 1)],
+)
+def test_int8_is_off_by_at_most_half_a_step_and_leaves_room_to_grow(shape, size):
     W = random(*shape) * torch.logspace(-3, 0, shape[0])[:, None]
     q, scale = encode_int8(W)
-    block = math.gcd(shape[1], 256)
-    assert q.dtype == torch.int8 and q.shape == W.shape and scale.shape == (W.numel() // block,)
-    error = (decode_int8(q, scale) - W).reshape(-1, block).abs()
-    assert (error <= 0.5001 * scale[:, None]).all()
-    largest = W.reshape(-1, block).abs().amax(1)
-    torch.testing.assert_close(127 * scale, 1.25 * largest, rtol=0.01, atol=0)
+    per_row = -(-shape[1] // size)
+    assert q.dtype == torch.int8 and q.shape == W.shape and scale.shape == (shape[0] * per_row,)
+    assert q.is_contiguous() and q.untyped_storage().nbytes() == W.numel()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert decode_int8(q, scale, dtype).dtype == dtype
+    W_again = decode_int8(q, scale)
+    for row in range(shape[0]):
+        for block in range(per_row):
+            here, step = slice(block * size, (block + 1) * size), scale[row * per_row + block]
+            assert ((W_again - W)[row, here].abs() <= 0.5001 * step).all()
+            torch.testing.assert_close(127 * step, 1.25 * W[row, here].abs().max(), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize('columns', [*range(1, 40), 56, 100, 2731, 5461, 11008, 100_003])
+def test_int8_takes_at_most_a_tenth_more_than_a_byte_a_weight(columns):
+    q, scale = encode_int8(torch.ones(2, columns))
+    assert scale.nbytes <= max(0.1 * q.nbytes, 4 * 2)  # or one scale a row
+
+
+def test_int8_of_before_whose_blocks_were_what_divides_the_columns_goes_on_in_these():
+    W = random(6, 96)
+    old = W.view(-1, 32).abs().amax(1) / 100  # 3 a row, where there would be one now
+    q, scale = encode_int8(W, 0, old)
+    assert torch.equal(scale, old)
+    assert ((decode_int8(q, scale) - W).view(-1, 32).abs() < 1.0001 * scale[:, None]).all()
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf')])
+@pytest.mark.parametrize('shape', [(4, 512), (3, 5461)])
+def test_what_is_not_finite_is_not_finite_in_int8(shape, bad):
+    W = random(*shape)
+    _, scale = encode_int8(W)
+    W[1, 300] = bad
+    for arguments in ((), (3, scale)):
+        W_again = decode_int8(*encode_int8(W, *arguments))
+        assert not W_again[1, 300].isfinite() and W_again[[0, 2]].isfinite().all()
+
+
+def test_a_gradient_of_nan_stops_a_run_of_int8_weights_as_it_does_any_other():
+    model, optimizer = model_and_optimizer(method='qgalore', weight_bits=8)
+    x = torch.zeros(2, 8, dtype=torch.int64)
+    model(x, x).backward()
+    optimizer.step()
+    p = model.layers[0].mlp.up_proj.weight
+    model(x, x).backward()
+    optimizer.placeholder[p].grad[0, 0] = float('nan')
+    optimizer.step()
+    assert not model(x, x).isfinite()
+    with pytest.raises(Stop, match='weights that are not finite'):
+        report.check_finite(model, optimizer, 2, SimpleNamespace(learning_rate=1e-3, out_dir='nowhere'))
 
 
 def test_int8_rounded_at_random_is_right_on_average():
