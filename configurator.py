@@ -25,7 +25,7 @@ its options in a class, which is read like the block and not run either. In meth
 
     class Options(galore.Options):
         basis_bits = 4  # 16 | 8 | 4: of the bases
-        lazy = 0.4  # a layer's T doubles where its old basis held more than this share of what the new one does; 0: never
+        lazy = 0.4  # a layer's T doubles where its old basis held more than this share of what the new one holds
 
 The class inherits the options of galore.py and lists only new ones and those with another default or comment. A config
 has the options of the chosen method; setting one of another method is an error. If the flags choose another method than

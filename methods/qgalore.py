@@ -155,7 +155,7 @@ class Options(galore.Options):
 
     weight_bits = 8  # 8 | 16: of the blocks' weights; 16 stands for what dtype says
     basis_bits = 4  # 16 | 8 | 4: of the bases
-    lazy = 0.4  # a layer's T doubles where its old basis held more than this share of what the new one does; 0: never
+    lazy = 0.4  # a layer's T doubles where its old basis held more than this share of what the new one holds; 0: never
 
 
 FIXED = (*galore.FIXED, 'weight_bits')
