@@ -133,8 +133,8 @@ def rotary_tables(config, device=None):
 def rotate(x, cos, sin):
     """Rotate each pair (x_i, x_{i + d/2}), Hugging Face's half-split layout, by its position's angle.
 
-    x: (B, H, T, d)."""
-    a, b = x.chunk(2, dim=-1)
+    x: (B, T, H, d); cos, sin: (T, d/2)."""
+    a, b, cos, sin = *x.chunk(2, dim=-1), cos[:, None], sin[:, None]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
@@ -224,8 +224,9 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, i=0):
         B, T, _ = x.shape
-        q, k, v = (f(x).view(B, T, -1, self.d).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, d), (B, K, T, d)
+        q, k, v = (f(x).view(B, T, -1, self.d) for f in (self.q_proj, self.k_proj, self.v_proj))
+        # Transposed last: q stays in memory by token, cuDNN lays out y as q, and o_proj's input is no second copy of y.
+        q, k, v = (A.transpose(1, 2) for A in (rotate(q, cos, sin), rotate(k, cos, sin), v))  # (B, H, T, d), K heads
         mask = None
         if cache is not None:
             k, v = cache.extend(i, k, v)

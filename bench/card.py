@@ -58,8 +58,8 @@ RUNS = {  # name: config, flags
     'galore_7b': ('galore_7b', ['--gradient_accumulation_steps=1']),
 }  # fmt: skip
 KINDS = (  # of kernels, by their names; the first that fits
-    ('matrix products', r'gemm|cutlass|nvjet|xmma|wgmma|cublas'),
     ('attention', r'flash|fmha|attention|sdpa'),
+    ('matrix products', r'gemm|cutlass|nvjet|xmma|wgmma|cublas'),
     ('quantised numbers', r'quantize|dequantize|blockwise'),
     ('copies', r'memcpy|memset'),
     ('the rest', ''),
@@ -78,37 +78,23 @@ def problems(config):
 # ---- one run, in its own process -------------------------------------------------------------------------------------
 
 
-def measure(name, steps):
-    """-> {what: number} of one run on this card."""
+def prepared(name):
+    """-> config, model, optimizer, and a function that takes one step of a run on this card."""
     import torch
 
     import train
-    from memory import trace
     from plumbing.build import build_model, layers_of
-    from plumbing.report import mfu
 
     file, flags = RUNS[name]
-    flags = [
-        *([f'config/{file}.py'] if file else []),
-        *flags,
-        '--device=cuda',
-        '--dtype=bfloat16',
-        '--vocab_size=32000',
-    ]
-    config = configurator.load(train.__file__, flags, train.problems)
+    flags = [*([f'config/{file}.py'] if file else []), *flags, '--device=cuda', '--dtype=bfloat16']
+    config = configurator.load(train.__file__, [*flags, '--vocab_size=32000'], train.problems)
     torch.manual_seed(config.seed)
-    torch.set_float32_matmul_precision('high')
-    card = torch.cuda.get_device_properties(0)
+    torch.set_float32_matmul_precision('high')  # as train.py does
     if name.endswith('_4090'):
-        torch.cuda.set_per_process_memory_fraction(AS_24_GB / card.total_memory)
-    before = card.total_memory - torch.cuda.mem_get_info()[0]  # what others hold
-
-    started = time.perf_counter()
+        torch.cuda.set_per_process_memory_fraction(AS_24_GB / torch.cuda.get_device_properties(0).total_memory)
     model = build_model(config, '', 32000, torch.bfloat16, 'cuda', linear=layers_of(config))
     optimizer = train.setup(model, config)
-    forward = model
-    if config.compile:
-        forward = torch.compile(model)
+    forward = torch.compile(model) if config.compile else model
     shape = config.batch_size, config.block_size
     tokens = [torch.randint(32000, shape, device='cuda') for _ in range(config.gradient_accumulation_steps)]
     batches = [(x, x.roll(-1, 1)) for x in tokens]
@@ -116,33 +102,39 @@ def measure(name, steps):
     def step():
         return train.training_step(forward, optimizer, batches, config.learning_rate / 100, 'cuda')
 
-    first = step().item()
-    built = time.perf_counter() - started
-    step()
-    trace.make_due(model, optimizer, config, model.config.n_layer)
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    step()
-    torch.cuda.synchronize()
-    refresh = time.perf_counter() - began
-    found = {
-        'allocated': torch.cuda.max_memory_allocated(),
-        'reserved': torch.cuda.max_memory_reserved(),
-        'card': card.total_memory - torch.cuda.mem_get_info()[0] - before,
-        'refresh': refresh,
-    }
-    seconds = []
-    for _ in range(steps):
+    return config, model, optimizer, step
+
+
+def measure(name, steps):
+    """-> {what: number} of one run on this card."""
+    import torch
+
+    import train
+    from memory import trace
+    from plumbing.report import mfu
+
+    def timed():
         began = time.perf_counter()
-        last = step()
+        loss = step()
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    found |= {'first': first, 'last': last.item(), 'built': built, 'seconds': statistics.median(seconds)}
-    found['tokens'] = sum(x.numel() for x in tokens)
-    rate = found['tokens'] / found['seconds']
-    found['mfu'] = mfu(model.flops_per_token(config.block_size) * rate, 'cuda')
+        return time.perf_counter() - began, loss.item()
+
+    def used():
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+    started, before = time.perf_counter(), used()  # what others hold
+    config, model, optimizer, step = prepared(name)
+    found = {'first': timed()[1], 'built': time.perf_counter() - started}
+    timed()
+    trace.make_due(model, optimizer, config, model.config.n_layer)
+    found |= {'refresh': timed()[0], 'allocated': torch.cuda.max_memory_allocated()}
+    found |= {'reserved': torch.cuda.max_memory_reserved(), 'card': used() - before}
+    found['seconds'] = statistics.median(timed()[0] for _ in range(steps))
+    found['tokens'] = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    found['mfu'] = mfu(model.flops_per_token(config.block_size) * found['tokens'] / found['seconds'], 'cuda')
     found |= profiled(step)
-    if not config.compile:
+    if not config.compile:  # whose kernels no plan knows
         began = time.perf_counter()
         plan = train.plan_memory(config, model.config, 'cuda', torch.bfloat16, model.activation_dtype)
         found |= {'plan_allocated': plan.allocated, 'plan_reserved': plan.reserved, 'plan_card': plan.card}

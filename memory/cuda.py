@@ -15,6 +15,13 @@ aten = torch.ops.aten
 # 8 x 16 KiB (ATen/cuda/CUDABlas.cpp, getChosenWorkspaceSize, ':4096:2:16:8'); on Hopper and later 32 MiB.
 WORKSPACE, WORKSPACE_HOPPER = 8_519_680, 32 * MB
 
+
+def workspace():
+    """Bytes of one, on this machine's card, or on one of no more than 24 GB where there is none."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return WORKSPACE_HOPPER if hopper else WORKSPACE
+
+
 # What a product with a bias gives cuBLASLt while it runs (CUDABlas.cpp, _getWorkspaceSize: 1024 KiB).
 WORKSPACE_LT = MB
 

@@ -15,7 +15,7 @@ is in matrices.py; a method that is not there is refused.
 
 from dataclasses import dataclass, field
 
-from memory.cuda import CONTEXT, WORKSPACE
+from memory.cuda import CONTEXT, workspace
 from memory.matrices import METHODS, adam_moments, update_of
 from memory.record import MB
 from model import SIZES, HeadLoss, ModelConfig
@@ -68,9 +68,9 @@ def estimate(config, shape=None):
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = stays | moments[moment]
     total, states = sum(parts.values()), stays['states'] + stays['bases']
-    reserved = int(total * (1 + SLACK)) + SLACK_BYTES + 2 * WORKSPACE
+    reserved = int(total * (1 + SLACK)) + SLACK_BYTES + 2 * workspace()
     pieces = for_several_gpus(run, stays)
-    return Plan(stays['weights'], states, total, total + 2 * WORKSPACE, reserved, parts, moment, pieces=pieces)
+    return Plan(stays['weights'], states, total, total + 2 * workspace(), reserved, parts, moment, pieces=pieces)
 
 
 # ---- the letters -------------------------------------------------------------------------------------------------

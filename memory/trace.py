@@ -22,7 +22,7 @@ from torch._subclasses import FakeTensorMode
 import adam
 import model as models
 import quant
-from memory.cuda import WORKSPACE, FlashAttention, FusedRMSNorm
+from memory.cuda import FlashAttention, FusedRMSNorm, workspace
 from memory.formula import Plan
 from memory.record import LiveBytes, NotUniform, Record, deeper, replay
 from model import Linear, LLaMA
@@ -259,7 +259,7 @@ def as_plan(peak, weights, states, setup_peak, on_cpu):
     if on_cpu:
         plan = Plan(weights, states, total, total, total, context=0, peak=peak)
     else:
-        allocated, reserved = (size + 2 * WORKSPACE for size in (peak.allocated, peak.reserved))
+        allocated, reserved = (size + 2 * workspace() for size in (peak.allocated, peak.reserved))
         plan = Plan(weights, states, total, allocated, reserved, peak=peak)
     plan.moment = 'setting up'
     if peak.live >= setup_peak:

@@ -13,16 +13,16 @@ from plumbing.build import build_model, layers_of
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA card')]
 
-METHODS = {  # flags of each, and whether weights agree with a CPU's (random numbers differ between the two)
+METHODS = {  # flags of each, and whether weights agree with a CPU's: a basis starts from a device's random numbers
     'adamw': (['--method=adamw'], True),
-    'galore': (['--method=galore'], True),
-    'galore, svd': (['--method=galore', '--refresh=svd'], True),
-    'loqt': (['--method=loqt', '--quantize=none', '--update_proj_gap=3'], True),
+    'galore': (['--method=galore'], False),
+    'galore, svd': (['--method=galore', '--refresh=svd'], False),
+    'loqt': (['--method=loqt', '--quantize=none', '--update_proj_gap=3'], False),
     'loqt, nf4': (['--method=loqt', '--update_proj_gap=3'], False),
     'lora': (['--method=lora'], True),
     'lora, nf4': (['--method=lora', '--quantize=nf4', '--double_quant=True'], True),
     'qgalore': (['--method=qgalore'], False),
-    'fira': (['--method=fira'], True),
+    'fira': (['--method=fira'], False),
     'apollo': (['--method=apollo'], False),
     '8-bit moments': (['--method=galore', '--state_bits=8'], False),
     '4-bit bases': (['--method=galore', '--basis_bits=4'], False),
