@@ -281,9 +281,9 @@ class Coreset:
     """Chooses the batch of each step, and keeps what has to last from one step to the next.
 
     feature: 'random', 'zo' or 'grad'; norm: 'unit' or 'adam'; weights: 'uniform' or 'cluster'; directions: m of 'zo';
-    sparsity: h of 'adam'. small: sources to keep whole, as long as they fill at most keep_small of the batch.
-    clusters: 0, or how many clusters of hidden states replace the sources; they are found anew at the steps `remake`,
-    and before the first of these the choice is random. Raises ValueError for an unknown word.
+    sparsity: h of 'adam', 0 for all coordinates. small: sources to keep whole, as long as they fill at most keep_small
+    of the batch. clusters: 0, or how many clusters of hidden states replace the sources; they are found anew at the
+    steps `remake`, and before the first of these the choice is random. Raises ValueError for an unknown word.
 
     After `choose`: kept_share, the part of the batch that comes from small sources; errors, for 'grad' (3,), else None:
     `matching_error` of what was chosen and of a random batch, over the examples that were compared, and of what was
@@ -384,7 +384,7 @@ class Coreset:
         for q in sources.unique():
             rows = (sources == q).nonzero()[:, 0]
             mean = sum(direction(i) for i in rows) / len(rows)
-            top = mean.abs().topk(min(self.sparsity, len(mean))).indices  # (h,)
+            top = mean.abs().topk(min(self.sparsity or len(mean), len(mean))).indices  # (h,)
             f = torch.stack([direction(i)[top] for i in rows])  # (rows, h)
             D[rows[:, None], rows] = torch.cdist(f, f, p=1)
         return D
@@ -434,6 +434,7 @@ class Options:
 
     coreset_from = 4  # how many times more windows a step chooses from; each costs a forward under zo and grad
     coreset_norm = 'unit'  # 'unit' | 'adam': compare gradients at unit length, or, as in the paper, Adam's step of each
+    coreset_sparsity = 2560  # h: coordinates that adam compares, those where a source's mean step is largest; 0: all
     coreset_weights = 'uniform'  # 'uniform' | 'cluster': cluster weighs each window by how many it stands for
     coreset_clusters = 0  # 0: sources are the data set's; else so many clusters of hidden states, found anew five times
     keep_small = 0.5  # share of the batch within which sources below average size are taken whole; 0: all in proportion
@@ -449,10 +450,12 @@ def problems(config):
         return []
     from configurator import at_least, between
 
-    c, found = config, at_least(config, 1, 'coreset_from', 'zo_directions') + at_least(config, 0, 'coreset_clusters')
-    found += between(c, 0, 1, 'keep_small')
+    c, found = config, at_least(config, 1, 'coreset_from', 'zo_directions')
+    found += at_least(c, 0, 'coreset_clusters', 'coreset_sparsity') + between(c, 0, 1, 'keep_small')
     if c.coreset == 'random' and c.coreset_norm != 'unit':
         found.append("coreset_norm is of what zo and grad compare: leave it out with coreset='random'")
+    if c.coreset_norm == 'unit' and c.coreset_sparsity != Options.coreset_sparsity:
+        found.append('coreset_sparsity is of what adam compares: leave it out, or use --coreset_norm=adam')
     if c.coreset == 'zo' and c.coreset_norm == 'unit' and c.zo_directions == 1:
         found.append(
             "coreset='zo' in one direction keeps only a sign at unit length: "
@@ -479,7 +482,7 @@ def setup(config, data=None):
     remake = (20, *(c.max_iters * i // 5 for i in range(1, 5)))  # after 20 random steps, then four times (CoLM, 5.4)
     return Coreset(feature=c.coreset, norm=c.coreset_norm, small=small, weights=c.coreset_weights,
                    directions=c.zo_directions, clusters=c.coreset_clusters, remake=remake, keep_small=c.keep_small,
-                   betas=(c.beta1, c.beta2), seed=c.seed)  # fmt: skip
+                   sparsity=c.coreset_sparsity, betas=(c.beta1, c.beta2), seed=c.seed)  # fmt: skip
 
 
 def chosen_batches(selection, model, data, config, step, device, rank=0, world=1):

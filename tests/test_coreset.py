@@ -514,12 +514,72 @@ def test_the_pool_is_a_function_of_seed_and_step_and_processes_share_the_choice(
     assert all(tuple(row.tolist()) in rows for x, *_ in made[0] for row in x)
 
 
+AS_PUBLISHED = '--method=lora --quantize=none --dropout=0.05 --coreset=zo --zo_directions=1 --coreset_norm=adam '
+AS_PUBLISHED += '--keep_small=1 --coreset_from=2'
+
+
+def spsa(model, x, y, z, eps=1e-3):
+    """(n,) CoLM's equation 5, one example at a time: (L(B + eps z) - L(B - eps z)) / (2 eps), B of the last V."""
+    B, losses = model.layers[-1].self_attn.v_proj.B, []
+    with torch.no_grad():
+        for step in (eps * z, -2 * eps * z, eps * z):
+            B += step
+            losses.append(torch.stack([model(x[i : i + 1], y[i : i + 1]).double() for i in range(len(x))]))
+    return ((losses[0] - losses[1]) / (2 * eps)).float()
+
+
+def test_colm_as_published_chooses_what_its_equations_choose_and_trains_lora_on_it(mixed):
+    """Four steps of a run, each beside the paper's section 4 written out: small sources whole; of every other one its
+    share of the rest, by facility location in l1 over the h largest coordinates of Adam's step of p_i z."""
+    words = tiny(f'--dataset={mixed}', '--rank=4', '--n_layer=1', '--block_size=24', *AS_PUBLISHED.split())
+    words += ['--batch_size=8', '--coreset_sparsity=20']
+    config = configurator.load(training.__file__, words, training.problems)
+    tokens = training.Tokens(mixed, 'train', 24)
+    model = build.build_model(config, mixed, 257, torch.float32, 'cpu', linear=lora.linear(config))
+    optimizer, chooser = lora.setup(model, config), coreset.setup(config, tokens)
+    v_proj = model.layers[-1].self_attn.v_proj
+    z = torch.randn(v_proj.B.shape, generator=torch.Generator().manual_seed(100_003 * config.seed))
+    M, V, before = torch.zeros(z.shape), torch.zeros(z.shape), v_proj.B.detach().clone()
+    some_were_compared = 0
+    for step in range(4):
+        x, y, sources = tokens.batch(config.seed, step, 16)
+        sources = torch.as_tensor(sources)
+        model.eval()
+        p = spsa(model, x, y, z)
+        model.train()
+        G = p[:, None, None] * z  # (16, out, r)
+        t = step + 1
+        f = (0.9 * M + 0.1 * G) / (1 - 0.9**t) / (((0.999 * V + 0.001 * G * G) / (1 - 0.999**t)).sqrt() + 1e-8)
+        wanted = [torch.isin(sources, torch.tensor(chooser.small)).nonzero()[:, 0]]
+        large = [q for q in sources.unique().tolist() if q not in chooser.small]
+        left = 8 - len(wanted[0])
+        share = {q: left * int((sources == q).sum()) // (16 - len(wanted[0])) for q in large}
+        for q in sorted(large, key=lambda q: share[q])[: left - sum(share.values())]:
+            share[q] += 1
+        for q in large:
+            members = (sources == q).nonzero()[:, 0]
+            h = f[members].mean(0).flatten().abs().argsort(descending=True)[:20]
+            rows = f[members].flatten(1)[:, h]
+            distance = (rows[:, None] - rows).abs().sum(-1)  # (members, members)
+            wanted.append(members[naive_facility_location(distance.max() - distance, share[q])])
+            some_were_compared += 0 < share[q] < len(members)
+        picked = torch.cat(wanted[1:])
+        M, V = 0.9 * M + 0.1 * G[picked].mean(0), 0.999 * V + 0.001 * G[picked].square().mean(0)
+        batches = coreset.chosen_batches(chooser, model, tokens, config, step, 'cpu')
+        assert len(batches) == 1 and len(batches[0]) == 2, 'one micro-batch, and no weights'
+        assert torch.equal(batches[0][0], x[torch.cat(wanted).sort().values])
+        assert training.training_step(model, optimizer, batches, 1e-2, 'cpu').isfinite()
+    assert some_were_compared >= 4 and chooser.small and not torch.equal(v_proj.B, before)
+
+
 IMPOSSIBLE = {
     '--coreset=zo --zo_directions=1': 'use --coreset_norm=adam, or more --zo_directions',
     '--coreset=grad --coreset_from=0': 'coreset_from=0 is too small: use 1 or more',
     '--coreset=grad --coreset_clusters=-1': 'coreset_clusters=-1 is too small: use 0 or more',
     '--coreset=grad --keep_small=2': 'keep_small=2.0 is out of range: use 0 to 1',
     '--coreset=random --coreset_norm=adam': "leave it out with coreset='random'",
+    '--coreset=grad --coreset_sparsity=10': 'leave it out, or use --coreset_norm=adam',
+    '--coreset=grad --coreset_norm=adam --coreset_sparsity=-1': 'coreset_sparsity=-1 is too small: use 0 or more',
     '--coreset=grad --method=lora --lora_targets=q_proj': 'add v_proj, or use --coreset=random',
     '--coreset_norm=adam': "leave it out with coreset='none'",
     '--coreset_weights=cluster': 'or use --coreset=grad',
