@@ -385,6 +385,10 @@ class AdamW(torch.optim.Optimizer):
         only that it found none, so it is told to leave them to step(), which refuses in a sentence."""
         return self.uses_gradients_in_backward
 
+    def is_due(self, p):
+        """Will the next step do to p what a method does now and then? Known before backward; Adam does nothing."""
+        return False
+
     def make_due(self, modules):
         """Let these modules do in the next step what a method does to them now and then; Adam does nothing."""
 

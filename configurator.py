@@ -265,12 +265,13 @@ class Said(NamedTuple):
     typed: bool  # on the command line; from switch(), too, where a value need not be text
 
 
-def load(script, argv, problems=None, positional=None, moved=None):
+def load(script, argv, problems=None, positional=None, moved=None, earlier=None):
     """The config as a namespace, or ConfigError with everything that is wrong with it.
 
     problems: config -> sentences about combinations that cannot be; asked when every value by itself is all right.
     positional: the key that a bare word sets (`sample.py out/last`).
     moved: {'old_key' or 'key=old_value': a sentence that says what to use now}.
+    earlier: config -> where and what an earlier run says that this one continues, or None: it stands before all files.
     `config._given` says who set a key, and where; `config._left_out`, which options of the files do not count.
     """
     layout, said, errors, broken = _layout(script), [], [], []
@@ -285,6 +286,10 @@ def load(script, argv, problems=None, positional=None, moved=None):
     said += [Said(name, text, 'command line', True) for name, text in flags]
     unknown = [_unknown(s, layout.known, moved or {}) for s in said if s.name not in layout.known]
     config, wrong = _resolve(layout, said, moved or {})
+    if was := earlier and earlier(config):
+        where, keys_then = was
+        said = [Said(name, value, where, False) for name, value in keys_then.items() if name in layout.known] + said
+        config, wrong = _resolve(layout, said, moved or {})
     errors += wrong + broken
     if problems and not errors:
         errors += problems(config)
@@ -484,13 +489,13 @@ def _listed(words):
 # ---- what the user sees --------------------------------------------------
 
 
-def load_or_exit(script, argv, problems=None, positional=None, moved=None):
+def load_or_exit(script, argv, problems=None, positional=None, moved=None, earlier=None):
     """load() for a script's first lines: --help and errors are printed, and end it."""
     if '--help' in argv or '-h' in argv:
         print(help_text(script, positional))
         sys.exit(0)
     try:
-        return load(script, argv, problems, positional, moved)
+        return load(script, argv, problems, positional, moved, earlier)
     except ConfigError as e:
         _exit(script, e.errors)
 

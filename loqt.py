@@ -294,6 +294,9 @@ class LoQTAdamW(AdamW):
         if self.last_micro_batch and (self.per_layer or merges):
             self.finish(p)
 
+    def is_due(self, p):
+        return p in self.layers and self.layers[p].collect
+
     def make_due(self, modules):
         for module in modules:
             module.collect = True

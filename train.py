@@ -3,7 +3,7 @@ Train a LLaMA on the machine you own, with GaLore, LoQT or AdamW, from scratch o
 
     python train.py config/galore_laptop.py                      # two CPU cores, about three minutes, code-like samples
     python train.py config/galore_laptop.py --max_iters=100      # flags win over the file
-    python train.py config/galore_laptop.py --init_from=resume   # continue where it stopped, bit for bit
+    python train.py --out_dir=out/galore_laptop --init_from=resume    # continue where it stopped, bit for bit
     python train.py config/galore_7b_4090.py --dry_run           # plan the memory and print it; nothing is trained
     python -m torch.distributed.run --nproc_per_node=8 train.py config/galore_1b.py            # eight cards
     python train.py --help                                       # every key below
@@ -12,10 +12,11 @@ Train a LLaMA on the machine you own, with GaLore, LoQT or AdamW, from scratch o
 import sys
 
 import configurator
-from plumbing import MOVED, Stop
+from plumbing import MOVED, Stop, resume, terminal
 
 if __name__ == '__main__':  # before the imports that take seconds: --help and mistyped keys are answered at once
-    config = configurator.load_or_exit(__file__, sys.argv[1:], moved=MOVED)
+    terminal.prepare()
+    config = configurator.load_or_exit(__file__, sys.argv[1:], moved=MOVED, earlier=resume.settings)
 
 import difflib
 import importlib.util
@@ -25,7 +26,6 @@ import subprocess
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import coreset as colm
 import sample
@@ -33,10 +33,14 @@ from configurator import at_least, method_of
 from data import DataError, tokenizer
 from data.batches import Tokens, read_meta
 from memory import fit, trace
+from memory.measure import Measure
+from memory.record import LiveBytes
 from model import SIZES, ModelError
+from plumbing import begin as start
 from plumbing import checkpoint, parallel, report
 from plumbing.build import SHAPE, build_model, build_on_meta, data_folder, layers_of, try_compile
 from plumbing.hf import AdapterError
+from plumbing.terminal import patience
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 # run
@@ -45,6 +49,7 @@ init_from = 'scratch'  # 'scratch', 'resume' (continue from out_dir/last), a Hug
 overwrite = False  # let a run from scratch replace the checkpoints of an earlier run in out_dir
 seed = 1  # for initial weights, data order and stochastic rounding; the same seed gives the same run
 max_iters = 1000  # optimizer steps in total
+eval_only = False  # measure val loss, of what init_from names or of a run to be resumed, print it and stop
 dry_run = False  # resolve the configuration, build on the meta device, print the plan and stop
 
 # data
@@ -64,7 +69,7 @@ vocab_size = 0  # rows of embedding and head; 0: the size of the data set's toke
 
 # learning
 learning_rate = 1e-3  # peak; GaLore needs about ten times AdamW's, since its update is multiplied by scale
-warmup_iters = 100  # steps of linear warm-up from 0
+warmup_iters = -1  # steps of linear warm-up; -1: a tenth of max_iters, at most 100
 lr_decay_iters = 0  # step at which the cosine decay reaches min_lr and stays there; 0: max_iters
 min_lr = -1.0  # final learning rate; -1: a tenth of learning_rate
 weight_decay = 0.0  # decoupled, applied to matrices only, multiplied by the learning rate
@@ -90,8 +95,10 @@ coreset = 'none'  # 'none' | 'random' | 'zo' | 'grad': choose each step's window
 # reports
 log_interval = 10  # steps between log lines
 eval_interval = 250  # steps between evaluations
-eval_tokens = 65536  # tokens of the val split to evaluate on: fixed windows, the same in every run
+eval_tokens = 0  # tokens of the val split to evaluate on, the same in every run; 0: 65536, in a short run fewer:
+#                  at most a quarter of what it trains on
 save_interval = 0  # steps between checkpoints in last/; 0: at each evaluation
+save_best = 'all'  # 'all' | 'weights': what best/ holds; from weights alone, which are smaller, no run can go on
 save_merged = True  # checkpoints of loqt and lora also hold the blocks as dense weights; False: packed only, smaller
 sample_tokens = 48  # tokens of the sample printed at each evaluation; 0: no sample
 tracker = 'none'  # 'none' | 'wandb' | 'trackio' | 'tensorboard': imported only if asked for
@@ -110,14 +117,17 @@ def problems(config):
     """One sentence for each combination that cannot work, including what the method and coreset.py find."""
     c, world = config, int(os.environ.get('WORLD_SIZE', 1))
     found = at_least(c, 1, 'max_iters', 'block_size', 'batch_size', 'gradient_accumulation_steps')
-    found += at_least(c, 1, 'log_interval', 'eval_interval', 'eval_tokens')
-    found += at_least(c, 0, 'seed', 'learning_rate', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters')
-    found += at_least(c, 0, 'save_interval', 'sample_tokens', *SHAPE)
+    found += at_least(c, 1, 'log_interval', 'eval_interval') + at_least(c, -1, 'warmup_iters')
+    found += at_least(c, 0, 'seed', 'learning_rate', 'weight_decay', 'grad_clip', 'lr_decay_iters')
+    found += at_least(c, 0, 'save_interval', 'sample_tokens', 'eval_tokens', *SHAPE)
     for key in ('beta1', 'beta2'):
         if not 0 <= getattr(c, key) < 1:
             found.append(f'{key}={getattr(c, key)} is not a decay rate: use at least 0 and less than 1')
-    if c.lr_decay_iters and c.lr_decay_iters < c.warmup_iters:
-        found.append(f'lr_decay_iters={c.lr_decay_iters} ends before warmup_iters={c.warmup_iters}: raise it')
+    if c.lr_decay_iters and c.lr_decay_iters < warmup_of(c):
+        found.append(f'lr_decay_iters={c.lr_decay_iters} ends before warmup_iters={warmup_of(c)}: raise it')
+    if c.warmup_iters > c.max_iters and getattr(c, '_given', {}).get('warmup_iters') == 'command line':
+        longer = f'warmup_iters={c.warmup_iters} is longer than max_iters={c.max_iters}'
+        found.append(f'{longer}, so the rate would never reach its peak: use --warmup_iters=-1, a tenth of the run')
     if c.model not in SIZES:
         near = difflib.get_close_matches(c.model, SIZES, 1)
         hint = f' (did you mean {near[0]}?)' if near else ''
@@ -141,29 +151,40 @@ def problems(config):
     return found + method_of(c).problems(c) + colm.problems(c)
 
 
+def warmup_of(config):
+    return config.warmup_iters if config.warmup_iters >= 0 else min(config.max_iters // 10, 100)
+
+
 def learning_rate_at(step, config):
-    """Linear warm-up from 0, cosine decay to min_lr, constant afterwards. A function of the step alone."""
-    c = config
+    """Linear warm-up, cosine decay to min_lr, constant afterwards. A function of the step alone. Already the first step
+    moves: with a rate of 0 a run of five would be one of four."""
+    c, warmup = config, warmup_of(config)
     low = c.min_lr if c.min_lr >= 0 else c.learning_rate / 10
     end = c.lr_decay_iters or c.max_iters
-    if step < c.warmup_iters:
-        return c.learning_rate * step / c.warmup_iters
+    if step < warmup:
+        return c.learning_rate * (step + 1) / (warmup + 1)
     if step >= end:
         return low
-    progress = (step - c.warmup_iters) / (end - c.warmup_iters)
+    progress = (step - warmup) / (end - warmup)
     return low + (c.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def eval_tokens_of(config):
+    of_the_run = report.tokens_a_step(config) * config.max_iters
+    return config.eval_tokens or max(min(65536, of_the_run // 4), config.block_size)
 
 
 @torch.no_grad()
 def evaluate(model, data, config, here):
     """Mean loss in nats per token over the fixed evaluation windows, which are divided among the processes."""
-    total = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens
-    windows = data.evaluation(config.eval_tokens, config.batch_size)
-    count = min(config.eval_tokens, len(data.tokens)) // (config.block_size * config.batch_size)
-    for i, (x, y, _) in enumerate(tqdm(windows, 'evaluating', count, delay=3, leave=False, disable=None)):
-        if i % here.world == here.rank:
-            loss = model(x.to(here.device), y.to(here.device)).item()
-            total += torch.tensor([loss * y.numel(), y.numel()], dtype=torch.float64)
+    total, n = torch.zeros(2, dtype=torch.float64), eval_tokens_of(config)  # summed loss, tokens
+    count = min(n, len(data.tokens)) / (config.block_size * config.batch_size)
+    with patience(f'evaluating on {n:,} tokens') as tell:
+        for i, (x, y, _) in enumerate(data.evaluation(n, config.batch_size)):
+            if i % here.world == here.rank:
+                loss = model(x.to(here.device), y.to(here.device)).item()
+                total += torch.tensor([loss * y.numel(), y.numel()], dtype=torch.float64)
+            tell(min((i + 1) / count, 1))
     if here.world > 1:
         total = total.to(here.device)
         dist.all_reduce(total)
@@ -173,8 +194,9 @@ def evaluate(model, data, config, here):
 def print_sample(model, tok, config):
     """Print one line of text that the model generates."""
     generator = torch.Generator().manual_seed(config.seed)
-    made = sample.generate(model, tok.encode('\n'), config.sample_tokens, tok.eot, 0.8, 0, 1.0, generator)
-    print('sample:', repr(tok.decode(list(made)))[1:-1], flush=True)
+    with patience(f'sampling {report.count(config.sample_tokens, "token")}'):
+        made = list(sample.generate(model, tok.encode('\n'), config.sample_tokens, tok.eot, 0.8, 0, 1.0, generator))
+    print('sample:', repr(tok.decode(made))[1:-1], flush=True)
 
 
 def training_step(forward, optimizer, micro_batches, learning_rate, device):
@@ -194,16 +216,18 @@ def training_step(forward, optimizer, micro_batches, learning_rate, device):
 def plan_memory(config, shape, device, dtype, compute_dtype=None):
     """The memory.formula.Plan of a run, from a trace of `training_step`. shape: the ModelConfig."""
     method, selection = method_of(config), colm.setup(config)
-    return trace.plan_memory(config, shape, dtype, device, method, training_step, selection, compute_dtype)
+    with patience('planning the memory'):
+        return trace.plan_memory(config, shape, dtype, device, method, training_step, selection, compute_dtype)
 
 
 def plan_only(config):
     """Build the model and the optimizer on the meta device and print the plan. The data need not be prepared."""
     device, dtype = parallel.device_and_dtype(config)
+    print(configurator.as_text(config, __file__), flush=True)
     model, folder, meta = build_on_meta(config)
     setup(model, config)
     plan = plan_memory(config, model.config, device, dtype)
-    report.print_plan(config, model, plan, folder, meta, device, __file__)
+    report.print_plan(config, model, plan, folder, meta, device)
     print('dry run: nothing was trained')
 
 
@@ -219,31 +243,33 @@ def main(config):
     if config.dry_run:
         return plan_only(config)
     here = parallel.start(config)  # this process: rank, world, device, dtype
+    here.say(configurator.as_text(config, __file__))
 
     # ---- data, model, method ----
     folder = here.first(data_folder, config)  # the first process may have to prepare it
     meta = read_meta(folder)
     train_data, val_data = (Tokens(folder, split, config.block_size) for split in ('train', 'val'))
     tok = tokenizer.load(folder)
-    begin = checkpoint.begin(config, fixed(config), colm.FIXED)
-    model = build_model(config, folder, meta['vocab_size'], here.dtype, here.device, begin.weights, layers_of(config))
-    if not begin.weights:
-        model.config.eos_token_id = tok.eot
-    optimizer = setup(model, config)
+    begin = start.begin(config, fixed(config), colm.FIXED, here.rank == 0)
+    with LiveBytes() as building, patience('building the model'):
+        layers = layers_of(config)
+        model = build_model(config, folder, meta['vocab_size'], here.dtype, here.device, begin.weights, layers)
+        if not begin.weights:
+            model.config.eos_token_id = tok.eot
+        optimizer = setup(model, config)
     selection = colm.setup(config, train_data)
-    begin.restore(model, optimizer, selection)
-    files, plan = tokenizer.files_of(folder, begin.weights), None
-    if here.rank == 0:
-        plan = plan_memory(config, model.config, here.device, here.dtype, model.activation_dtype)
-        report.print_plan(config, model, plan, folder, meta, here.device, __file__)
-        warn_if_too_much(config, model, plan, here, begin)
-        checkpoint.clear(config, begin)  # delete what --overwrite replaces
+    begin.restore(model, optimizer, selection, train_data, config)
+    if config.eval_only:
+        report.evaluated(evaluate(model, val_data, config, here), begin, config, here)
+        return here.finish()
+    files = tokenizer.files_of(folder, begin.weights)
+    plan = announce(config, model, folder, meta, begin, here) if here.rank == 0 else None
     log = report.Log(config, model, plan, begin, here)
-    stop = report.CtrlC(here)
+    measure = Measure(model, optimizer, here.on_cuda, building.peak, config.compile)
+    stop = parallel.CtrlC(here)
     forward = try_compile(model, train_data, config, here.device) if config.compile else model
 
     # ---- the loop ----
-    accumulation = config.gradient_accumulation_steps // here.world
     save_interval = config.save_interval or config.eval_interval
     step, best_val_loss = begin.step, begin.run['best_val_loss']
     log.start_clock()
@@ -272,7 +298,8 @@ def main(config):
         if save_now or better:
             report.check_finite(model, optimizer, step, config)
             if here.rank == 0:
-                run = {'step': step, 'best_val_loss': best_val_loss, 'seconds': log.seconds()}
+                run = begin.position(step, config) | log.val | {'best_val_loss': best_val_loss}
+                run |= {'seconds': log.seconds()}
                 checkpoint.save_all(config, model, optimizer, selection, files, run, begin, save_now, better)
 
         # once in a while: print a sample
@@ -285,29 +312,36 @@ def main(config):
             break
 
         # one step
-        if selection:
-            batches = colm.chosen_batches(
-                selection, model, train_data, config, step, here.device, here.rank, here.world
-            )
-        else:
-            batches = [
-                train_data.batch(config.seed, step * accumulation + i, config.batch_size, here.rank, here.world)[:2]
-                for i in range(accumulation)
-            ]
-        loss = training_step(forward, optimizer, batches, learning_rate_at(step, config), here.device)
+        with measure.step(step - begin.step):
+            batches = batches_of(step, train_data, selection, model, config, here)
+            loss = training_step(forward, optimizer, batches, learning_rate_at(step, config), here.device)
         log.note(loss, optimizer, *([selection.kept_share] if selection else []))
         step += 1
 
-    log.end(step, stop)
+    log.end(step, stop, measure.peak)
     here.finish()
     stop.exit()
 
 
-def warn_if_too_much(config, model, plan, here, begin):
-    """Warn before a run starts that the plan exceeds this card, and name the flags that save most."""
+def announce(config, model, folder, meta, begin, here):
+    """Print what the run is about to do, what of it has changed since it was saved, and whether it fits. -> Plan"""
+    plan = plan_memory(config, model.config, here.device, here.dtype, model.activation_dtype)
+    report.print_plan(config, model, plan, folder, meta, here.device)
+    report.print_times(config, eval_tokens_of(config), warmup_of(config))
+    report.print_changes(config, begin, learning_rate_at, None)
     if here.on_cuda and plan.card > (room := torch.cuda.get_device_properties(here.device).total_memory):
         advice = fit.memory_advice(config, model.config, problems, fixed(config) * bool(begin.saved_at))
         print(f'warning: the plan is more than the {room / 1e9:.2f} GB of this card; try {advice}')
+    return plan
+
+
+def batches_of(step, data, selection, model, config, here):
+    """The micro-batches of a step for this process: the next ones, or those that a selection makes."""
+    c = config
+    if selection:
+        return colm.chosen_batches(selection, model, data, c, step, here.device, here.rank, here.world)
+    n = c.gradient_accumulation_steps // here.world
+    return [data.batch(c.seed, step * n + i, c.batch_size, here.rank, here.world)[:2] for i in range(n)]
 
 
 def cli(config):

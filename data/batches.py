@@ -87,6 +87,7 @@ class Tokens:
         # can vary by up to block_size.
         self.windows = max((n - 1) // block_size - 1, 1)
         self.shifts = min(block_size, n - self.windows * block_size)
+        self.skip = 0  # windows that a run read with another batch size, more or fewer than batch t supposes
         self.order = {}  # {(seed, epoch): (permutation, offset)} of the last epoch used; a cache, not saved
 
     def epoch(self, seed, epoch):
@@ -99,7 +100,7 @@ class Tokens:
         """Batch t -> x, y (batch_size, block_size) int64 and the source index of each window, (batch_size,) int64.
 
         Processes share one stream: at t, rank r of W reads what a single process reads at t W + r."""
-        first = (t * world + rank) * batch_size
+        first = self.skip + (t * world + rank) * batch_size
         starts = []
         for i in range(first, first + batch_size):  # a batch may span two epochs
             order, offset = self.epoch(seed, i // self.windows)

@@ -13,9 +13,10 @@ from data import DataError, tokenizer
 from data.batches import read_meta
 from model import SIZES, Linear, LLaMA, ModelConfig, ModelError
 from plumbing import Stop
-from plumbing.checkpoint import find
 from plumbing.hf import AdapterError, PackedError, first_line, read_json, weights_folder
 from plumbing.parallel import device_and_dtype
+from plumbing.resume import find
+from plumbing.terminal import patience
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHAPE = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner', 'vocab_size')  # keys that override the shape of `model`
@@ -95,9 +96,10 @@ def check_vocabulary(shape, vocab_size):
 def try_compile(model, data, config, device):
     """The compiled model, tried on one batch. If that fails, print why and return the model as it is."""
     try:
-        x, y, _ = data.batch(config.seed, 0, config.batch_size)
+        x, y, _ = data.read([0] * config.batch_size)
         compiled = torch.compile(model)
-        compiled(x.to(device), y.to(device))
+        with patience('compiling'):
+            compiled(x.to(device), y.to(device))
         return compiled
     except Exception as error:
         print(f'compile off: {type(error).__name__}: {first_line(error)}')

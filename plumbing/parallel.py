@@ -1,6 +1,10 @@
-"""One process, or several under torchrun: the rank, device and dtype of this one."""
+"""One process, or several under torchrun: the rank, device and dtype of this one, and the signals that it gets."""
 
 import os
+import signal
+import sys
+import threading
+import time
 from dataclasses import dataclass
 
 import torch
@@ -63,5 +67,42 @@ def start(config):
         if device == 'cuda':
             device = f'cuda:{os.environ["LOCAL_RANK"]}'
             torch.cuda.set_device(device)
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
         dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
     return Here(rank, world, device, dtype)
+
+
+def end_with(parent):
+    """End this worker, as SIGTERM does, when the launcher is gone: killed by SIGKILL it cannot tell its workers."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class CtrlC:
+    """On Ctrl-C, SIGTERM or a terminal that is closed, finish the step, save and stop; a second one stops at once."""
+
+    def __init__(self, here):
+        self.here, self.signals = here, []
+        for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and not (name == 'SIGHUP' and signal.getsignal(number) == signal.SIG_IGN):  # nohup
+                signal.signal(number, self.ask)
+
+    def ask(self, number, _):
+        if self.signals and number != getattr(signal, 'SIGHUP', None):  # a shell may send that twice
+            raise KeyboardInterrupt
+        self.signals.append(number)
+        self.here.say(f'{self.name}: finishing this step, then saving; once more stops at once')
+
+    @property
+    def asked(self):
+        return bool(self.signals)
+
+    @property
+    def name(self):
+        return signal.Signals(self.signals[0]).name if self.signals else 'stopped'
+
+    def exit(self):
+        if self.signals:
+            sys.exit(128 + self.signals[0])

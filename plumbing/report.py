@@ -1,22 +1,17 @@
-"""What a run reports: log lines, metrics.csv, a tracker if asked for, memory, MFU, and what to type next."""
+"""What a run reports: the plan, log lines, memory, MFU, the lines at the end, and what to type next."""
 
-import atexit
-import csv
-import importlib
 import math
 import os
 import re
-import shlex
-import signal
 import sys
 import time
 
 import torch
 
-import configurator
 from adam import average_
-from configurator import BOOLS
-from plumbing import Stop
+from plumbing import Stop, resume
+from plumbing.begin import tokens_a_step
+from plumbing.metrics import METRICS, Metrics, make_tracker
 
 try:
     import resource
@@ -31,18 +26,24 @@ PEAK_FLOPS = {
 }  # fmt: skip
 
 
+COLUMNS = 100  # of a log line
+
+
 def mfu(flops_per_second, device):
-    """Model FLOPs utilisation as text."""
+    """Model FLOPs utilisation as text; '' where the device's peak is not known."""
     name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else 'CPU'
     known = not re.search(r'Laptop|Max-Q|NVL|SUPER|\bTi\b|\bD\b', name)  # these variants of a card have other peaks
     peak = next((peak for card, peak in PEAK_FLOPS.items() if known and re.search(rf'\b{card}\b', name)), None)
-    return f'{100 * flops_per_second / peak:.1f}%' if peak else 'N/A'
+    return f'{100 * flops_per_second / peak:.1f}%' if peak else ''
 
 
-def memory(device, peak=False):
-    """Bytes in use now, or at the peak so far: allocated by torch on a GPU, resident in the process on a CPU."""
-    if torch.device(device).type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+def memory(device):
+    """Bytes in use now: allocated by torch on a GPU, resident in the process on a CPU."""
+    return torch.cuda.memory_allocated(device) if torch.device(device).type == 'cuda' else resident()
+
+
+def resident(peak=False):
+    """Bytes of main memory that this process holds now, or held at most."""
     if resource is None:
         return math.nan
     if peak or not os.path.exists('/proc/self/statm'):
@@ -52,114 +53,73 @@ def memory(device, peak=False):
 
 
 def clock(seconds):
-    return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    return f'{minutes}:{int(seconds) % 60:02d}' if hours == 0 else f'{hours}h{minutes % 60:02d}'
 
 
-class Metrics:
-    """metrics.csv, one row per log line or evaluation, and the tracker. The header has the first row's columns and
-    grows if a later row has more. A resumed run drops the rows that it will write again."""
-
-    def __init__(self, path, first_step=0, tracker=None):
-        self.path, self.tracker, self.rows, self.head = path, tracker, [], []
-        if first_step and os.path.exists(path):
-            with open(path, newline='') as f:
-                reader = csv.DictReader(f)
-                self.rows = [row for row in reader if int(row['step']) <= first_step]
-                self.head = list(reader.fieldnames or [])
-        self.rewrite()
-
-    def rewrite(self):
-        with open(f'{self.path}.new', 'w', newline='') as f:
-            writer = csv.DictWriter(f, self.head, extrasaction='ignore')  # of a row longer than its head
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(f'{self.path}.new', self.path)
-
-    def log(self, **row):
-        self.rows.append(row)
-        if more := [name for name in row if name not in self.head]:
-            self.head += more
-            self.rewrite()
-        else:
-            with open(self.path, 'a', newline='') as f:
-                csv.DictWriter(f, self.head).writerow(row)
-        if self.tracker:
-            self.tracker({name: x for name, x in row.items() if x is not None and name != 'step'}, row['step'])
+def count(n, thing):
+    """3 steps, 1 step."""
+    return f'{n:,} {thing}' + 's' * (n != 1)
 
 
-def make_tracker(kind, out_dir, config):
-    """A function (values, step) that sends to wandb, trackio or tensorboard; None for 'none'.
-
-    The package is imported only here. Raises ImportError, in one sentence, if it is not installed."""
-    if kind == 'none':
-        return None
-    module = 'torch.utils.tensorboard' if kind == 'tensorboard' else kind
-    try:
-        library = importlib.import_module(module)
-    except ImportError:
-        raise ImportError(f"tracker='{kind}' needs a package: pip install {kind}, or use --tracker=none") from None
-    if kind == 'tensorboard':
-        writer = library.SummaryWriter(out_dir)
-
-        def send(values, step):
-            for key, value in values.items():
-                writer.add_scalar(key, value, step)
-            writer.flush()
-
-        return send
-    library.init(project='nano24', name=os.path.basename(out_dir), config=config)
-    atexit.register(library.finish)
-    return lambda values, step: library.log(values, step=step)
-
-
-def resume_command(extra=()):
-    """The command that the user typed, with --init_from=resume, ready to paste."""
-    processes = int(os.environ.get('WORLD_SIZE', 1))
-    launch = (
-        ['-m', 'torch.distributed.run', f'--nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE")}']
-        if processes > 1
-        else []
-    )
-    words, kept = sys.argv[1:], []
-    while words:
-        word = words.pop(0)
-        name = word.replace('-', '_')
-        if name == '__init_from' or (name == '__overwrite' and words and words[0].lower() in BOOLS):
-            words.pop(0)  # its value
-        elif not name.startswith(('__init_from', '__overwrite')):
-            kept.append(word)
-    return shlex.join(['python', *launch, 'train.py', *kept, '--init_from=resume', *extra])
+def joined(parts):
+    """The parts with ' | ' between them, in lines of at most COLUMNS, the later ones indented."""
+    lines = ['']
+    for part in parts:
+        if lines[-1].strip() and len(lines[-1]) + 3 + len(part) > COLUMNS:
+            lines.append('   ')
+        lines[-1] += f' | {part}' if lines[-1] else part
+    return '\n'.join(lines)
 
 
 # ---- before, during and after the loop ----------------------------------------------------------------------------
 
 
-def print_plan(config, model, plan, folder, meta, device, script):
+def print_plan(config, model, plan, folder, meta, device):
     """Print what the run is about to do, with the arithmetic. meta: None if the data is not prepared yet (dry run)."""
-    c, total = config, tokens_per_step(config)
-    print(configurator.as_text(config, script))
-    print(f'model: {model.n_params():,} parameters in {str(model.head.dtype).removeprefix("torch.")} on {device}')
+    c, total = config, tokens_a_step(config)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    dtype = str(model.head.dtype).removeprefix('torch.')
+    print(f'model: {model.n_params():,} parameters in {dtype} on {device}, {trained:,} trained by {c.method}')
     print(f'memory: planned peak of all tensors {plan}')
     if plan.moment:
         shown = f', {plan.card / 1e9:.2f} GB as nvidia-smi shows it' if plan.context else ''
         print(f'memory: the peak is in {plan.moment}{shown}; python memest.py has the details')
     epochs = ''
     if meta:
-        counts = f'{meta["train_tokens"]:,} train and {meta["val_tokens"]:,} val tokens, {len(meta["sources"])} sources'
-        print(f'data: {folder}, {counts}, {meta["vocab_size"]:,} ids')
+        sources = count(len(meta['sources']), 'source')
+        print(f'data: {folder}, {meta["train_tokens"]:,} train and {meta["val_tokens"]:,} val tokens, {sources}')
         epochs = f' = {total * c.max_iters / meta["train_tokens"]:.2f} epochs'
     else:
         needed = f' --tokens={total * c.max_iters}' if c.dataset == 'c4' else ''
         print(f'data: {folder} is not prepared yet: python {os.path.join(folder, "prepare.py")}{needed} does that')
+    micro_batches = count(c.gradient_accumulation_steps, 'micro-batch').replace('batchs', 'batches')
     print(
-        f'step: {c.batch_size} windows x {c.block_size} tokens x {c.gradient_accumulation_steps} micro-batches '
-        f'= {total:,} tokens; {c.max_iters:,} steps = {total * c.max_iters:,} tokens{epochs}',
+        f'step: {count(c.batch_size, "window")} x {c.block_size} tokens x {micro_batches} = {total:,} tokens; '
+        f'{count(c.max_iters, "step")} = {total * c.max_iters:,} tokens{epochs}',
         flush=True,
     )
 
 
-def tokens_per_step(config):
-    return config.batch_size * config.block_size * config.gradient_accumulation_steps
+def print_times(config, eval_tokens, warmup):
+    """What takes longer than one may think, before it begins."""
+    c = config
+    times = 1 + -(-c.max_iters // c.eval_interval)  # before the first step, too
+    # a forward is a third of a step's work
+    share = times * eval_tokens / (times * eval_tokens + 3 * tokens_a_step(c) * c.max_iters)
+    print(f'evaluation: {count(times, "time")} on {eval_tokens:,} tokens, about {share:.0%} of the work', flush=True)
+    if warmup > c.max_iters:
+        print(f'warm-up: {warmup:,} steps, longer than this run: the rate stays below learning_rate', flush=True)
+
+
+def print_changes(config, begin, learning_rate_at, data):
+    if changes := list(begin.changes(config, learning_rate_at, data)):
+        print(*[f'changed since {begin.saved_at} was saved:', *changes], sep='\n    ', flush=True)
+
+
+def evaluated(val_loss, begin, config, here):
+    """The lines of a run that only evaluates."""
+    here.say(f'val_loss: {val_loss:.4f}\nval_step: {begin.step}\nmethod: {config.method}\ndevice: {here.device}')
 
 
 class Log:
@@ -169,28 +129,23 @@ class Log:
     all methods, but only the first one prints and writes."""
 
     def __init__(self, config, model, plan, begin, here):
-        self.config, self.here, self.plan, self.before, self.first_step = config, here, plan, begin.run, begin.step
+        self.config, self.here, self.plan, self.begin, self.first_step = config, here, plan, begin, begin.step
         self.flops_per_token = model.flops_per_token(config.block_size)
         self.noted, self.rates, self.parts = [], [], []  # of the steps since the last log line
-        self.numbers, self.row, self.val_loss, self.busy = {}, None, None, 0.0
-        self.started = self.ticked = time.time()
-        # On a CPU the process holds Python and torch, too. Subtract the part of the plan that is allocated by now.
-        self.at_start = 0
-        if here.rank == 0 and not here.on_cuda:
-            allocated = plan.weights + plan.states * bool(begin.saved_at)
-            self.at_start = max(memory(here.device) - allocated, 0)
-            here.say(f'memory: {(self.at_start + plan.total) / 1e9:.2f} GB including Python and torch themselves')
-        if here.rank == 0:
+        self.numbers, self.row, self.busy = {}, None, 0.0
+        self.val = {name: begin.run.get(name) for name in ('val_loss', 'val_step')}  # the last that was measured
+        self.started = self.ticked = time.perf_counter()
+        if here.rank == 0 and not config.eval_only:
             os.makedirs(config.out_dir, exist_ok=True)
             settings = {key: value for key, value in vars(config).items() if not key.startswith('_')}
-            tracker = make_tracker(config.tracker, config.out_dir, settings)
-            self.csv = Metrics(os.path.join(config.out_dir, 'metrics.csv'), begin.step, tracker)
+            tracker = make_tracker(config.tracker, config.out_dir, settings)  # first: it may refuse
+            self.csv = Metrics(os.path.join(config.out_dir, METRICS), begin.step, tracker, bool(begin.replaces))
 
     def start_clock(self):
         """The next step begins now; what came before, compilation or a checkpoint, is not its time."""
         if self.row is None:  # the first one
-            self.started = time.time()
-        self.ticked = time.time()
+            self.started = time.perf_counter()
+        self.ticked = time.perf_counter()
 
     def note(self, loss, optimizer, *parts):
         """Keep a step's loss and the optimizer's metrics without reading them back. parts: a selection's kept_share."""
@@ -203,22 +158,23 @@ class Log:
         """Print a log line on the steps since the last one, with `more` at its end. Waits for the device.
 
         Raises Stop if a loss is not finite."""
-        self.row = {'step': step, 'tokens': step * tokens_per_step(self.config)}
+        self.row = {'step': step, 'tokens': self.begin.position(step, self.config)['tokens']}
         if self.noted:
             rows = self.read_back(step)
-            seconds, n, c = time.time() - self.ticked, len(rows), self.config
+            n, c, now = len(rows), self.config, time.perf_counter()
+            seconds = max(now - self.ticked, 1e-9)  # a clock may not have moved
             self.busy += seconds
-            speed = tokens_per_step(c) * n / seconds
-            eta = (c.max_iters - step) * (time.time() - self.started) / (step - self.first_step)
+            speed = tokens_a_step(c) * n / seconds
+            eta = (c.max_iters - step) * (now - self.started) / (step - self.first_step)
             loss = sum(row.pop('loss') for row in rows) / n
             last = {name: value for row in rows for name, value in row.items()}  # the latest of each
             self.numbers = {'train_loss': loss, 'learning_rate': self.rates[-1], **last, 'tokens_per_second': speed}
-            shown = ''.join(f'{name.replace("_", " ")} {value:.3f} | ' for name, value in last.items())
-            self.here.say(
-                f'step {step}/{c.max_iters} | loss {loss:.4f} | lr {self.rates[-1]:.2e} | {shown}'
-                f'{speed:,.0f} tok/s | {1000 * seconds / n:.0f} ms | {memory(self.here.device) / 2**30:.2f} GiB | '
-                f'MFU {mfu(speed / self.here.world * self.flops_per_token, self.here.device)} | ETA {clock(eta)}{more}'
-            )
+            used = mfu(speed / self.here.world * self.flops_per_token, self.here.device)
+            parts = [f'step {step}/{c.max_iters}', f'loss {loss:.4f}', f'lr {self.rates[-1]:.2e}']
+            parts += [f'{name.replace("_", " ")} {value:.3f}' for name, value in last.items()]
+            parts += [f'{speed:,.0f} tok/s', f'MFU {used}' if used else f'{memory(self.here.device) / 1e9:.2f} GB']
+            parts += [f'ETA {clock(eta)}', *more.split(' | ')[1:]]
+            self.here.say(joined(parts))
             self.noted, self.rates, self.parts = [], [], []
         self.row |= {'train_loss': None, 'val_loss': None, **self.numbers}
 
@@ -241,7 +197,8 @@ class Log:
         return rows
 
     def evaluation(self, step, val_loss):
-        c, self.val_loss, self.row['val_loss'] = self.config, val_loss, val_loss
+        c, self.row['val_loss'] = self.config, val_loss
+        self.val = {'val_loss': val_loss, 'val_step': step}
         perplexity = math.exp(min(val_loss, 99))
         self.here.say(f'step {step}/{c.max_iters} | val loss {val_loss:.4f} | perplexity {perplexity:.2f}')
         if not math.isfinite(val_loss):
@@ -255,58 +212,34 @@ class Log:
 
     def seconds(self):
         """Duration of the run, earlier sessions included."""
-        return self.before['seconds'] + time.time() - self.started
+        return self.begin.run['seconds'] + time.perf_counter() - self.started
 
-    def end(self, step, stop):
-        """Print one `name: value` per line, for grep."""
-        c, here = self.config, self.here
+    def end(self, step, stop, measured):
+        """Print one `name: value` per line, for grep. measured: bytes of all tensors at the peak, or None."""
+        c, here, loss = self.config, self.here, self.val['val_loss']
         if step < c.max_iters:
             last = os.path.join(c.out_dir, 'last')
             where = (
-                f'saved in {last}; go on with\n{resume_command()}' if step > self.first_step else 'before any new step'
+                f'saved in {last}; go on with\n{resume.command()}' if step > self.first_step else 'before any new step'
             )
             here.say(f'{stop.name} at step {step}, {where}')
-        new_tokens = tokens_per_step(c) * (step - self.first_step)
+        new_tokens = tokens_a_step(c) * (step - self.first_step)
+        planned = self.plan and (self.plan.allocated if here.on_cuda else self.plan.total)
         for name, value in {
             'steps': step,
-            'tokens': step * tokens_per_step(c),
+            'tokens': self.begin.position(step, c)['tokens'],
             'train_loss': f'{self.numbers["train_loss"]:.4f}' if self.numbers else 'N/A',
-            'val_loss': f'{self.val_loss:.4f}' if self.val_loss is not None else 'N/A',
+            'val_loss': f'{loss:.4f}' if loss is not None else 'N/A',
+            'val_step': self.val['val_step'] if loss is not None else 'N/A',  # where that was measured
             'tokens_per_second': f'{new_tokens / self.busy:.0f}' if self.busy else 'N/A',
             'seconds': f'{self.seconds():.1f}',
-            'peak_bytes_planned': self.at_start + self.plan.total if self.plan else 'N/A',
-            'peak_bytes_measured': memory(here.device, peak=True),
+            'peak_bytes_planned': planned or 'N/A',
+            'peak_bytes_measured': measured or 'N/A',
+            'resident_bytes': resident(peak=True),
             'method': c.method,
             'device': here.device,
         }.items():
             here.say(f'{name}: {value}')
-
-
-class CtrlC:
-    """On Ctrl-C or SIGTERM, finish the step, save and stop; a second one stops at once."""
-
-    def __init__(self, here):
-        self.here, self.signals = here, []
-        signal.signal(signal.SIGINT, self.ask)
-        signal.signal(signal.SIGTERM, self.ask)
-
-    def ask(self, number, _):
-        if self.signals:
-            raise KeyboardInterrupt
-        self.signals.append(number)
-        self.here.say(f'{self.name}: finishing this step, then saving; once more stops at once')
-
-    @property
-    def asked(self):
-        return bool(self.signals)
-
-    @property
-    def name(self):
-        return signal.Signals(self.signals[0]).name if self.signals else 'stopped'
-
-    def exit(self):
-        if self.signals:
-            sys.exit(128 + self.signals[0])
 
 
 def check_finite(model, optimizer, step, config):
@@ -323,8 +256,9 @@ def stop_not_finite(what, step, rate, config, more=''):
     the checkpoint."""
     lower = f'--learning_rate={config.learning_rate / 2:g}'
     last = os.path.join(config.out_dir, 'last')
-    if os.path.isdir(last) or os.path.isdir(last + '.old'):
-        advice = f'go on from the last good checkpoint with {resume_command([lower])}'
+    replacing = os.path.exists(os.path.join(config.out_dir, METRICS + '.old'))  # last/ is an earlier run's
+    if resume.exists(last) and not replacing:
+        advice = f'go on from the last good checkpoint with {resume.command(lower)}'
     else:
         advice = f'start again with {lower}'
     raise Stop(f'{what} at step {step} (learning rate {rate:.3g}{more}); nothing was saved after that: {advice}')

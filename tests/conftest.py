@@ -63,4 +63,4 @@ def train(out_dir, data, *flags, **kw):
 
 def values(text):
     """The `name: value` lines that end a run, as a dict of text."""
-    return dict(line.split(': ', 1) for line in text.splitlines()[-10:] if ': ' in line)
+    return dict(line.split(': ', 1) for line in text.splitlines()[-12:] if ': ' in line)
