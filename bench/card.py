@@ -143,22 +143,20 @@ def measure(name, steps):
 
 
 def profiled(step):
-    """Kernels of one step: how many, milliseconds of each kind, and the share of the step in which any of them ran."""
+    """Kernels of one step: how many, and milliseconds of each kind."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        began = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
         step()
         torch.cuda.synchronize()
-        wall = time.perf_counter() - began
     spent, launches = dict.fromkeys((kind for kind, _ in KINDS), 0.0), 0
     for row in seen.key_averages():
         if row.device_type == torch.autograd.DeviceType.CUDA and not row.is_user_annotation:
             kind = next(kind for kind, pattern in KINDS if re.search(pattern, row.key, re.I))
             spent[kind] += row.self_device_time_total / 1e3
             launches += row.count
-    return {'launches': launches, 'kinds': spent, 'busy': sum(spent.values()) / 1e3 / wall}
+    return {'launches': launches, 'kinds': spent}
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
@@ -202,14 +200,15 @@ def tables(measured):
         memory[-1] += [gb(m, 'reserved'), gb(m, 'plan_card'), gb(m, 'card'), off_card]
         kinds = [f'{100 * ms / max(sum(m["kinds"].values()), 1e-9):.0f} %' for ms in m['kinds'].values()]
         speed.append([name, m['tokens'], 1e3 * m['seconds'], round(m['tokens'] / m['seconds']), m['mfu']])
-        speed[-1] += [1e3 * m['refresh'], m['launches'], f'{100 * m["busy"]:.0f} %', *kinds, m['built'], m['first']]
+        busy = f'{sum(m["kinds"].values()) / (10 * m["seconds"]):.0f} %'
+        speed[-1] += [1e3 * m['refresh'], m['launches'], busy, *kinds, m['built'], m['first']]
     head = ['run', 'planned', 'measured', 'off', 'planned reserved', 'measured', 'planned card', 'measured', 'off']
     lines = ['## Memory', '', 'GB. Measured: `torch.cuda.max_memory_allocated`, `max_memory_reserved`, and what the '
              'driver counts.', '', *table(head, memory), '']  # fmt: skip
     head = ['run', 'tokens', 'ms a step', 'tokens/s', 'MFU', 'ms with refresh', 'kernels', 'busy']
     head += [*(kind for kind, _ in KINDS), 's to the first step', 'first loss']
-    lines += ['## Speed', '', 'Busy: milliseconds of all kernels over those of the profiled step, in which the '
-              'profiler takes its time, too.', '', *table(head, speed), '']  # fmt: skip
+    lines += ['## Speed', '', 'Busy: milliseconds of all kernels of a profiled step over those of a step without the '
+              'profiler; the rest of it waits for Python.', '', *table(head, speed), '']  # fmt: skip
     return lines + (['## What failed', '', *table(['run', 'why'], failed), ''] if failed else [])
 
 
