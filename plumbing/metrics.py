@@ -34,7 +34,7 @@ class Metrics:
         broken = 0
         try:
             with open(self.path, newline='', encoding='utf-8', errors='replace') as f:
-                reader = csv.DictReader(line.replace('\0', '') for line in f)
+                reader = csv.DictReader(line.replace('\0', '?') for line in f)
                 self.head = list(reader.fieldnames or [])
                 for row in reader:
                     try:

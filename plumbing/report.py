@@ -170,9 +170,10 @@ class Log:
             last = {name: value for row in rows for name, value in row.items()}  # the latest of each
             self.numbers = {'train_loss': loss, 'learning_rate': self.rates[-1], **last, 'tokens_per_second': speed}
             used = mfu(speed / self.here.world * self.flops_per_token, self.here.device)
-            parts = [f'step {step}/{c.max_iters}', f'loss {loss:.4f}', f'lr {self.rates[-1]:.2e}']
-            parts += [f'{name.replace("_", " ")} {value:.3f}' for name, value in last.items()]
-            parts += [f'{speed:,.0f} tok/s', f'MFU {used}' if used else f'{memory(self.here.device) / 1e9:.2f} GB']
+            parts = [f'step {step}/{c.max_iters}', f'loss {loss:.4f}', f'lr {self.rates[-1]:.1e}']
+            parts += [f'{name.replace("_", " ")} {value:#.3g}' for name, value in last.items()]
+            tokens = f'{speed:,.0f}' if speed >= 100 else f'{speed:.3g}'
+            parts += [f'{tokens} tok/s', f'MFU {used}' if used else f'{memory(self.here.device) / 1e9:.1f} GB']
             parts += [f'ETA {clock(eta)}', *more.split(' | ')[1:]]
             self.here.say(joined(parts))
             self.noted, self.rates, self.parts = [], [], []

@@ -59,12 +59,12 @@ def prepare():
 
 
 @contextlib.contextmanager
-def patience(what):
+def patience(what, after=3.0):
     """While the block runs, say `what` it does after three seconds, and again each time the wait has doubled. Yields a
     function that takes the share done so far, 0 to 1, where that is known. Only the first process speaks."""
     begun, done, share = time.monotonic(), threading.Event(), [None]
 
-    def wait(seconds=3.0):
+    def wait(seconds=after):
         while not done.wait(seconds):
             passed = time.monotonic() - begun
             part = f', {share[0]:.0%} done' if share[0] is not None else ''

@@ -129,7 +129,7 @@ def test_metrics_may_come_late_and_go_and_no_loss_that_is_not_finite_is_missed(d
     assert [row['train_loss'] for row in rows] == ['1.0', '2.0', '3.0', '4.0']
     assert [row['grad_norm'] for row in rows] == ['', '1.0', '2.0', '']
     assert [row['overlap'] for row in rows] == ['', '', '0.5', '']
-    assert 'grad norm 2.000 | overlap 0.500' in capsys.readouterr().out
+    assert 'grad norm 2.00 | overlap 0.500' in capsys.readouterr().out
     log.note(one, optimizer)  # nothing measured: the next step's norm must not stand for this one's
     optimizer.metrics = {'grad_norm': one}
     log.note(one * math.nan, optimizer)

@@ -44,11 +44,12 @@ def run(words, log):
 
 def cells(text):
     """From a run's output: loss, seconds of each step, time of the process, resident and planned peak in GiB."""
-    steps = re.findall(r'^step \d+/\d+ \| loss ([\d.]+).* (\d+) ms \|', text, re.M)
+    steps = re.findall(r'^step \d+/\d+ \| loss ([\d.]+).* ([\d.,]+) tok/s', text, re.M)
+    tokens = int(re.search(r' = ([\d,]+) tokens;', text)[1].replace(',', ''))  # of a step
     clock = re.findall(r'Elapsed .*: ([\d:.]+)', text)[-1]
     peak = int(re.findall(r'Maximum resident set size \(kbytes\): (\d+)', text)[-1]) * 1024
     planned = int(re.findall(r'peak_bytes_planned: (\d+)', text)[-1])
-    took = ', '.join(f'{int(ms) / 1000:.0f}' for _, ms in steps)
+    took = ', '.join(f'{tokens / float(speed.replace(",", "")):.0f}' for _, speed in steps)
     return [steps[-1][0], took, clock, f'{peak / 2**30:.2f} GiB', f'{planned / 2**30:.2f} GiB']
 
 
