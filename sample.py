@@ -98,7 +98,8 @@ def main(config):
     device = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
     folder = weights_folder(config.checkpoint)
     if adapter := hf.read_adapter(config.checkpoint):
-        linear = partial(lora.LoRALinear, rank=adapter['r'], alpha=adapter['lora_alpha'])
+        base = {key: adapter[key] for key in ('quantize', 'double_quant')}  # as it was when the adapter was made
+        linear = partial(lora.LoRALinear, rank=adapter['r'], alpha=adapter['lora_alpha'], **base)
         model = LLaMA.from_pretrained(folder, device=device, linear=linear)
         hf.load_adapter(model, config.checkpoint)
     else:

@@ -79,7 +79,7 @@ def check(given, fields, where, error, advice):
         if name not in given and field.default is REQUIRED:
             raise error(f'{where} lacks {name}, {field.words}: {advice}')
         if name in given and not field.fits(given[name]):
-            raise error(f'{where}: {name} is {shown(given[name])}, not {field.words}: {advice}')
+            raise error(f'{where}: {name}={shown(given[name])} is not {field.words}: {advice}')
     return {name: field.default for name, field in fields.items()} | given
 
 
@@ -89,11 +89,20 @@ def read_text(path, error, advice):
         raise error(f'{path} is no file: {advice}')
     if os.path.getsize(path) > LARGEST:
         raise error(f'{path} is larger than any file of its kind: {advice}')
-    with open(path, encoding='utf-8') as f:
+    with open(path, encoding='utf-8', newline='') as f:
         try:
             return f.read()
         except UnicodeDecodeError as reason:
             raise error(f'{path} is broken, not UTF-8 ({reason}): {advice}') from None
+
+
+def check_link(folder, name, error):
+    """Raise `error` if the file `name` is a link out of its folder. The hub's cache, whose files are links, is one."""
+    home, path = os.path.realpath(folder), os.path.realpath(os.path.join(folder, name))
+    snapshots = os.path.dirname(home)
+    blobs = [os.path.join(os.path.dirname(snapshots), 'blobs')] if os.path.basename(snapshots) == 'snapshots' else []
+    if not any(path.startswith(os.path.join(root, '')) for root in (home, *blobs)):
+        raise error(f'{folder}/{name} is a link to {path}, out of its folder: put the file itself there')
 
 
 def parse(text, path, error, advice):

@@ -117,7 +117,7 @@ class HF:
         self.eot = find_eot(os.path.dirname(path), self.hf, max(vocab.values()) + 1) if eot is None else eot
         # Only ids that text can produce: not T5's 100 sentinels at the end, which the paper's 32,000 rows leave out.
         special = {token.content for token in self.hf.get_added_tokens_decoder().values() if token.special}
-        self.vocab_size = max(i for name, i in vocab.items() if name not in special or i == self.eot) + 1
+        self.vocab_size = max([0, *(i for name, i in vocab.items() if name not in special or i == self.eot)]) + 1
 
     def encode(self, text):
         return self.encode_batch([text])[0]
@@ -273,7 +273,9 @@ def load(folder):
 
 
 def files_of(*folders):
-    """{name: bytes} of the tokenizer's files, to be saved beside weights; the first folder that has a file counts."""
+    """{name: bytes} of the tokenizer's files, to be saved beside weights; the first folder that has a file counts.
+
+    Raises TokenizerError for a link that leaves its folder: what it points to might be anything on this machine."""
     names = [
         'meta.json',
         'tokenizer.json',
@@ -285,7 +287,7 @@ def files_of(*folders):
     for folder in filter(None, folders):
         for name in [*names, 'chat_template.jinja']:
             path = os.path.join(folder, name)
-            if name not in files and os.path.exists(path):
-                with open(path, 'rb') as f:
-                    files[name] = f.read()
+            if name not in files and os.path.lexists(path):
+                fields.check_link(folder, name, TokenizerError)
+                files[name] = fields.read_text(path, TokenizerError, ADVICE).encode()
     return files

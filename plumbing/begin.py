@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+from data import fields
 from plumbing import Stop, resume
 from plumbing.checkpoint import load_optimizer, load_selection, tidy, verify
 from plumbing.hf import download, load_adapter, read_adapter, weights_folder
@@ -21,6 +22,8 @@ MEANS = {
     'gradient_accumulation_steps': 'it goes on at the next window: none is read twice or left out',
     'data': 'the data set was prepared anew since the run began: other text, or another order, from here on',
 }
+# Keys of the run's configuration by which its place in the data is known.
+A_STEP = dict.fromkeys(('batch_size', 'block_size', 'gradient_accumulation_steps'), fields.whole(1, 2**40))
 
 
 @dataclass
@@ -135,9 +138,10 @@ def begin_again(config, fixed, fixed_coreset, first):
     saved_at, run = find(folder)
     if first and not config.eval_only:
         resume.lock(config.out_dir)
-    for key, kind in {'step': int, 'best_val_loss': (int, float), 'seconds': (int, float)}.items():
-        if not isinstance(run.get(key), kind):
-            raise CheckpointError(f'{saved_at}/run.json has no {key}: {resume.advice_for_broken(saved_at)}')
+    needed = {name: resume.RUN[name] for name in ('step', 'best_val_loss', 'seconds', 'config')}
+    file, advice = os.path.join(saved_at, 'run.json'), resume.advice_for_broken(saved_at)
+    fields.check(run, needed, file, CheckpointError, advice)
+    fields.check(run['config'], A_STEP, file, CheckpointError, advice)
     check_fixed(config, run['config'], saved_at, fixed, fixed_coreset)
     if run['step'] >= config.max_iters and not config.eval_only:
         raise Stop(f'{saved_at} is at step {run["step"]}, max_iters is {config.max_iters}: raise it to go on')

@@ -11,11 +11,13 @@ import torch
 from configurator import method_of
 from data import DataError, tokenizer
 from data.batches import read_meta
+from data.fields import check, text, whole
 from model import SIZES, Linear, LLaMA, ModelConfig, ModelError
 from plumbing import Stop
-from plumbing.hf import AdapterError, PackedError, first_line, read_json, weights_folder
+from plumbing.folder import ADVICE, AdapterError, read_config
+from plumbing.hf import PackedError, first_line, weights_folder
 from plumbing.parallel import device_and_dtype
-from plumbing.resume import find
+from plumbing.resume import CheckpointError, find
 from plumbing.terminal import patience
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -64,8 +66,9 @@ def build_model(config, data, vocab_size, dtype, device, source=None, linear=Lin
     """The model on `device`: loaded from the Hugging Face folder `source`, or new if that is None. linear: the class of
     the blocks' linear layers."""
     if source:
-        check_tokenizer(source, data)
-        if config.init_from != 'resume' and read_json(os.path.join(source, 'config.json')).get('packed_weights'):
+        if device != 'meta':  # a plan needs no data
+            check_tokenizer(source, data)
+        if config.init_from != 'resume' and read_config(source)['packed_weights']:
             raise PackedError(source)
         built = LLaMA.from_pretrained(source, dtype=dtype, device=device, block_size=config.block_size, linear=linear)
     else:
@@ -73,7 +76,8 @@ def build_model(config, data, vocab_size, dtype, device, source=None, linear=Lin
             built = LLaMA(new_shape(config, vocab_size), dtype=dtype, linear=linear)
         if device != 'meta':
             built.materialise(device, config.seed)
-    check_vocabulary(built.config, vocab_size)
+    if device != 'meta' or not source:
+        check_vocabulary(built.config, vocab_size)
     built.checkpointing = config.checkpointing
     return built
 
@@ -147,18 +151,39 @@ def where_from(config):
 def load_model(folder, device, factors=False):
     """The model in a folder. If its weights are packed, it has the layers of the method that packed them.
 
-    factors: load the packed weights even if the folder has dense ones, too."""
-    stored = read_json(os.path.join(folder, 'config.json'))
-    if not (stored.get('packed_weights') or factors):
+    factors: load the packed weights even if the folder has dense ones, too. Raises CheckpointError if they cannot be
+    read."""
+    stored = read_config(folder)
+    if not (stored['packed_weights'] or factors):
         return LLaMA.from_pretrained(folder, device=device)
-    run = SimpleNamespace(**find(folder)[1]['config'])
-    linear = method_of(run).linear(run)
-    model = LLaMA.from_pretrained(folder, getattr(torch, stored['torch_dtype']), device, linear=linear)
-    packed = torch.load(os.path.join(folder, 'optimizer.pt'), map_location='cpu', weights_only=True, mmap=True)
-    layers = [module for module in model.modules() if hasattr(module, 'restore')]
-    for layer, tensors in zip(layers, packed['layers'], strict=True):
-        layer.restore(tensors)
+    dtype = getattr(torch, stored['torch_dtype'] or stored['dtype'] or 'float32')
+    model = LLaMA.from_pretrained(folder, dtype, device, linear=layers_of_run(folder))
+    file = os.path.join(folder, 'optimizer.pt')
+    try:
+        packed = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+        layers = [module for module in model.modules() if hasattr(module, 'restore')]
+        for layer, tensors in zip(layers, packed['layers'], strict=True):
+            layer.restore(tensors)
+    except Exception as error:
+        raise CheckpointError(f'{file} is missing or broken ({first_line(error)}): {ADVICE}') from error
     return model
+
+
+def layers_of_run(folder):
+    """The class of the linear layers of the run that left the folder. Raises CheckpointError if run.json has none."""
+    config = find(folder)[1]['config']
+    try:
+        if config['rank'] > 2**16:
+            raise ValueError(f'rank={config["rank"]}')
+        linear = layers_of(SimpleNamespace(**config))
+        linear(64, 64, device='meta')  # values that cannot be are refused here
+        return linear
+    except Exception as error:
+        reason = f'{type(error).__name__}: {first_line(error)}'
+        raise CheckpointError(f'{folder}/run.json has no configuration of its method ({reason}): {ADVICE}') from error
+
+
+LORA_RUN = {'train_rest': text(), 'init_from': text(), 'merge_every': whole(0, 2**48)}
 
 
 def base_of(folder):
@@ -166,9 +191,9 @@ def base_of(folder):
 
     Raises AdapterError if the run changed more than A and B, so that an adapter alone would not reproduce it."""
     run = find(folder)[1] if os.path.exists(os.path.join(folder, 'run.json')) else {'config': {}}
-    c = SimpleNamespace(**run['config'])
-    if getattr(c, 'method', '') != 'lora':
+    if run['config'].get('method') != 'lora':
         raise AdapterError(f'{folder} is no run of --method=lora, there is no adapter in it: use --save_to=DIR')
+    c = SimpleNamespace(**check(run['config'], LORA_RUN, f'{folder}/run.json', AdapterError, ADVICE))
     if c.train_rest != 'no' or c.init_from in ('scratch', 'resume') or 0 < c.merge_every <= run['step']:
         changed = 'merged its adapter into them' if c.train_rest == 'no' else 'trained embeddings, head and norms, too'
         raise AdapterError(f'{folder} {changed}, so an adapter alone is not the model: use --save_to=DIR')

@@ -9,13 +9,27 @@ Load and save folders: models in Hugging Face's layout, adapters in PEFT's.
 import json
 import math
 import os
+import re
 import shutil
 
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from model import ROPE_SCALING, Linear, LLaMA, ModelConfig, ModelError
+from model import Linear, LLaMA, ModelError
+from plumbing.folder import (
+    ADVICE,
+    FLOATS,
+    AdapterError,
+    config_from_hf,
+    finite,
+    headers,
+    read_adapter,
+    read_config,
+    read_header,
+)
+
+WINDOW = 2**17  # positions that a model without a given block_size has rotary tables for
 
 
 class PackedError(ModelError):
@@ -27,45 +41,96 @@ class PackedError(ModelError):
 def load(folder, dtype=None, device='cpu', block_size=None, linear=Linear):
     """The model in a Hugging Face folder: LLaMA, Mistral, SmolLM2 and others of their layout.
 
-    dtype None keeps the file's dtype; block_size None takes the longest window the model was made for. Tensors are
-    read one at a time, straight into place. Raises ModelError if a file is missing or broken, or the model is one
-    that LLaMA cannot represent."""
-    stored = read_json(os.path.join(folder, 'config.json'))
+    dtype None keeps the file's dtype; block_size None takes the longest window the model was made for, of at most
+    131,072 tokens. Nothing is allocated before config.json and the headers of all files agree; then tensors are read
+    one at a time, straight into place. On the meta device none is, and config.json alone is enough. Raises ModelError
+    if a file is missing or broken, or the model is one that LLaMA cannot represent."""
+    stored = read_config(folder)
     config = config_from_hf(stored, folder)
     if block_size is not None and block_size > config.block_size:
         raise ModelError(f'{folder} is made for windows of {config.block_size} tokens: set block_size to at most that')
-    config.block_size = block_size or config.block_size
-    with torch.device('meta'):
-        model = LLaMA(config, dtype=dtype, linear=linear)
+    held = headers(folder)
+    planned = torch.device(device).type == 'meta' and not held
+    last = f'layers.{config.n_layer - 1}.input_layernorm.weight'
+    if not held and not planned:
+        raise ModelError(f'{folder} has no model.safetensors: save the model again in that format')
+    if not planned and last not in held:  # before a module of a layer is made
+        raise ModelError(f'{folder} lacks {last}, one of the {config.n_layer} layers of its config.json: {ADVICE}')
+    first = held.get('embed_tokens.weight')
+    with torch.device('meta'):  # packed layers keep the file's dtype, too
+        model = LLaMA(config, dtype=dtype or (FLOATS[first.dtype] if first else None), linear=linear)
+    packed = [] if planned else check_tensors(model, held, folder, stored['packed_weights'])
+    if torch.device(device).type != 'meta':
+        if config.tie_embeddings and 'lm_head.weight' in held:
+            check_copy(folder, held['embed_tokens.weight'], held.pop('lm_head.weight'))
+        read_tensors(model, held, dtype, device)
+        for name in packed:  # filled later, from optimizer.pt
+            module_of(model, name).to_empty(device=device, recurse=False)
+    model.set_block_size(block_size or min(config.block_size, WINDOW), device)
+    return model
+
+
+def check_tensors(model, held, folder, packed_weights):
+    """Raise ModelError unless the files hold this model's tensors, each in its shape, and nothing else. -> names of
+    those that are in optimizer.pt instead. held: see folder.headers."""
     wanted = {name: shape for name, shape, _ in model.dense_weights()}
-    for name, read in tqdm(stored_tensors(folder), 'reading weights', len(wanted), delay=3, leave=False, disable=None):
-        name = name.removeprefix('model.')
-        if (name == 'lm_head.weight' and config.tie_embeddings) or name.endswith('rotary_emb.inv_freq'):
-            continue  # a copy of the embedding; a table that rotary_tables computes
+    if model.config.tie_embeddings and 'lm_head.weight' in held:
+        wanted['lm_head.weight'] = wanted['embed_tokens.weight']  # a copy
+    for name, (_, _, shape, _) in held.items():
         if name not in wanted:
             raise ModelError(f'{folder} holds a tensor this model has no place for: {name}')
-        tensor = read()
-        if tensor.shape != wanted[name]:
-            shapes = f'{tuple(tensor.shape)}, but config.json makes it {wanted[name]}'
+        if shape != wanted[name]:
+            shapes = f'{shape}, but config.json makes it {wanted[name]}'
             raise ModelError(f'{folder}: {name} is {shapes}: its files do not belong together')
-        module, _, leaf = name.rpartition('.')
-        module = model.get_submodule(module)
-        tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)  # not the file's mmap
-        if hasattr(module, 'set_weight'):
-            module.to_empty(device=device, recurse=False).set_weight(tensor)
-        else:
-            setattr(module, leaf, nn.Parameter(tensor))
-        del wanted[name]
-    for name in list(wanted) if stored.get('packed_weights') else ():
-        module = model.get_submodule(name.rpartition('.')[0])
-        if not hasattr(module, 'set_weight'):
-            raise PackedError(folder)
-        module.to_empty(device=device, recurse=False)  # filled later, from optimizer.pt
-        del wanted[name]
-    if wanted:
-        raise ModelError(f'{folder} lacks {len(wanted)} of the model\'s tensors, the first {next(iter(wanted))}')
-    model.set_block_size(config.block_size, device)
-    return model
+    lost = [name for name in wanted if name not in held]
+    if packed_weights and any(not hasattr(module_of(model, name), 'set_weight') for name in lost):
+        raise PackedError(folder)
+    if lost and not packed_weights:
+        raise ModelError(f'{folder} lacks {len(lost)} of the model\'s tensors, the first {lost[0]}')
+    return lost
+
+
+def module_of(model, name):
+    return model.get_submodule(name.rpartition('.')[0])
+
+
+def check_copy(folder, embedding, head):
+    """Raise ModelError if a head that config.json ties to the embedding is not the same matrix."""
+    (_, a), (_, b) = (next(tensors_of(one.path, [('', one.raw)])) for one in (embedding, head))
+    if a.dtype != b.dtype or not torch.equal(a, b):
+        what = 'config.json says tie_word_embeddings, but lm_head.weight is another matrix than embed_tokens.weight'
+        raise ModelError(f'{folder}: {what}: set it to false there if the model has a head of its own')
+
+
+def read_tensors(model, held, dtype, device):
+    """Fill a model on the meta device from its files."""
+    by_file = {}
+    for name, one in held.items():
+        by_file.setdefault(one.path, []).append((name, one.raw))
+    with tqdm(total=len(held), desc='reading weights', delay=3, leave=False, disable=None) as bar:
+        for path, names in by_file.items():
+            for name, tensor in tensors_of(path, names):
+                if not finite(tensor):
+                    raise ModelError(f'{path}: {name} holds NaN or infinite numbers: {ADVICE}')
+                module, leaf = module_of(model, name), name.rpartition('.')[2]
+                tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)  # not the file's mmap
+                if hasattr(module, 'set_weight'):
+                    module.to_empty(device=device, recurse=False).set_weight(tensor)
+                else:
+                    setattr(module, leaf, nn.Parameter(tensor))
+                bar.update()
+
+
+def tensors_of(path, names):
+    """Yield (name, tensor) for each (name, name in the file): views of the file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework='pt') as f:
+            for name, raw in names:
+                yield name, f.get_tensor(raw)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f'{path} is missing or broken ({error}): {ADVICE}') from None
 
 
 def save(model, folder, shard_bytes=4 * 2**30, merged=True):
@@ -75,6 +140,9 @@ def save(model, folder, shard_bytes=4 * 2**30, merged=True):
     from safetensors.torch import save_file
 
     os.makedirs(folder, exist_ok=True)
+    for file in os.listdir(folder):  # of a model saved here before: two models' files must not mix
+        if file == 'config.json' or re.fullmatch(r'model(-\d+-of-\d+)?\.safetensors(\.index\.json)?', file):
+            os.remove(os.path.join(folder, file))
     with open(os.path.join(folder, 'config.json'), 'w') as f:
         marked = {} if merged else {'packed_weights': True}
         json.dump(config_to_hf(model.config, model.head.dtype) | marked, f, indent=2)
@@ -101,78 +169,10 @@ def save(model, folder, shard_bytes=4 * 2**30, merged=True):
 
 
 def first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def read_json(path):
-    try:
-        with open(path, encoding='utf-8') as f:
-            return json.load(f)
-    except FileNotFoundError:
-        raise ModelError(f'{path} does not exist: name a folder that holds config.json and model.safetensors') from None
-    except ValueError as error:
-        raise ModelError(f'{path} is not JSON ({error}): fetch or save the model again') from None
-
-
-def stored_tensors(folder):
-    """Yield (name, function that reads it) for each tensor of a folder's safetensors file or files."""
-    from safetensors import SafetensorError, safe_open
-
-    index, single = (os.path.join(folder, f) for f in ('model.safetensors.index.json', 'model.safetensors'))
-    if os.path.exists(index):
-        files = sorted(set(read_json(index)['weight_map'].values()))
-    elif os.path.exists(single):
-        files = ['model.safetensors']
-    else:
-        raise ModelError(f'{folder} has no model.safetensors: save the model again in that format')
-    for path in (os.path.join(folder, file) for file in files):
-        try:
-            with safe_open(path, framework='pt') as f:
-                for name in f.keys():  # noqa: SIM118 (not a dict)
-                    yield name, lambda f=f, name=name: f.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f'{path} is missing or broken ({error}): fetch or save the model again') from None
-
-
-def config_from_hf(hf, folder='config.json'):
-    """ModelConfig of a Hugging Face config (a dict). Raises ModelError, naming the key that LLaMA cannot represent."""
-    # Each of these changes the arithmetic; loading such a model anyway would silently give wrong numbers.
-    for key, allowed in (
-        ('model_type', ('llama', 'mistral')),
-        ('hidden_act', ('silu',)),
-        ('attention_bias', (False,)),
-        ('mlp_bias', (False,)),
-        ('partial_rotary_factor', (None, 1.0)),
-        ('quantization_config', (None,)),
-    ):
-        if hf.get(key, allowed[0]) not in allowed:
-            raise ModelError(f'{folder}: {key}={hf[key]!r} is not what this LLaMA computes (only {allowed[0]!r} is)')
-    # transformers 5 keeps rope_theta and the scaling in one dict, older versions in two keys
-    rope = dict(hf.get('rope_parameters') or hf.get('rope_scaling') or {})
-    kind = rope.get('rope_type', rope.get('type', 'default'))
-    if kind not in ('default', 'llama3'):
-        raise ModelError(f'{folder}: rope_type={kind!r} is not supported, only default and llama3 are')
-    try:
-        block_size = hf.get('max_position_embeddings', 2048)
-        return ModelConfig(
-            n_layer=hf['num_hidden_layers'],
-            n_head=hf['num_attention_heads'],
-            n_kv_head=hf.get('num_key_value_heads') or 0,
-            n_embd=hf['hidden_size'],
-            n_inner=hf['intermediate_size'],
-            vocab_size=hf['vocab_size'],
-            # within its window, a sliding-window model (Mistral 7B v0.1) has ordinary attention
-            block_size=min(block_size, hf.get('sliding_window') or block_size),
-            head_dim=hf.get('head_dim') or 0,
-            norm_eps=hf.get('rms_norm_eps', 1e-6),
-            rope_theta=float(rope.get('rope_theta') or hf.get('rope_theta') or 10000.0),
-            rope_scaling={key: rope[key] for key in ROPE_SCALING} if kind == 'llama3' else None,
-            tie_embeddings=hf.get('tie_word_embeddings', False),
-            bos_token_id=hf.get('bos_token_id'),
-            eos_token_id=hf.get('eos_token_id'),
-        )
-    except KeyError as missing:
-        raise ModelError(f'{folder}: config.json lacks {missing}: this is not a LLaMA folder') from None
+    text = str(error) or type(error).__name__
+    if 'weights_only' in text:  # torch goes on to say how to run the code that is in the file
+        return 'it holds other things than tensors, which are not read'
+    return text.splitlines()[0]
 
 
 def config_to_hf(c, dtype=torch.float32):
@@ -207,10 +207,6 @@ def config_to_hf(c, dtype=torch.float32):
 # ---- PEFT's adapter folders --------------------------------------------------------------------------------------
 
 
-class AdapterError(ValueError):
-    """An adapter that cannot be written or read; the message says what to do."""
-
-
 def is_lora(module):
     return hasattr(module, 'dense_weight') and hasattr(module, 'A')  # recognises a lora.LoRALinear without importing it
 
@@ -224,7 +220,9 @@ def adapters(model, prefix='base_model.model.model.'):
 
 
 def save_adapter(model, folder, base):
-    """Write A and B as a folder that `peft.PeftModel.from_pretrained` reads. base: path or name of the base model."""
+    """Write A and B as a folder that `peft.PeftModel.from_pretrained` reads. base: path or name of the base model.
+
+    An adapter made on a base in NF4 says so, in its README.md and in the file of its tensors."""
     from safetensors.torch import save_file
 
     tensors = {name: p.detach().cpu().contiguous() for name, p in adapters(model)}
@@ -232,49 +230,52 @@ def save_adapter(model, folder, base):
     stored = dict(peft_type='LORA', task_type='CAUSAL_LM', base_model_name_or_path=base, bias='none')
     stored |= dict(r=len(layer.A), lora_alpha=layer.scale * len(layer.A), lora_dropout=layer.dropout)
     stored |= dict(target_modules=sorted({name.split('.')[-3] for name in tensors}), inference_mode=True)
+    quantize, double_quant = layer.how
+    metadata = {'format': 'pt'}
+    if quantize != 'none':
+        metadata['base'] = quantize + ', double_quant' * double_quant
     os.makedirs(folder, exist_ok=True)
-    save_file(tensors, os.path.join(folder, 'adapter_model.safetensors'), metadata={'format': 'pt'})
-    with open(os.path.join(folder, 'adapter_config.json'), 'w') as f:
+    config, weights = (os.path.join(folder, name) for name in ('adapter_config.json', 'adapter_model.safetensors'))
+    with open(config, 'w') as f:
         json.dump(stored, f, indent=2)
+    save_file(tensors, weights, metadata=metadata)
+    shutil.copymode(config, weights)  # not only the owner's
+    if quantize != 'none':
+        with open(os.path.join(folder, 'README.md'), 'w') as f:
+            f.write(CARD.format(base=base, double_quant=double_quant))
 
 
-def read_adapter(folder):
-    """-> the folder's adapter_config.json as a dict, or None if there is none. Raises AdapterError if it asks for
-    something that LoRALinear does not compute."""
-    path = os.path.join(folder, 'adapter_config.json')
-    if not os.path.exists(path):
-        return None
-    try:
-        with open(path) as f:
-            stored = json.load(f)
-        stored['r'], stored['lora_alpha']
-    except (ValueError, KeyError) as error:
-        raise AdapterError(f'{path} is broken ({error!r}): save the adapter again') from None
-    odd = ('use_dora', 'use_rslora', 'fan_in_fan_out', 'modules_to_save', 'rank_pattern', 'alpha_pattern')
-    for key, plain in {'peft_type': 'LORA', 'bias': 'none', **dict.fromkeys(odd)}.items():
-        if stored.get(key) and stored[key] != plain:
-            what = f'{key}={stored[key]!r}'
-            raise AdapterError(f'{path}: {what} is not plain LoRA: merge it with peft, and use the result')
-    return stored
+CARD = """---
+base_model: {base}
+library_name: peft
+---
+
+This adapter was made on its base in NF4 (QLoRA), and corrects what those 4 bits lose. Load the base with
+`BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant={double_quant})`: on the
+base in full precision it gives other numbers.
+"""
 
 
 @torch.no_grad()
 def load_adapter(model, folder):
     """Fill A and B of the model's LoRALinears from a PEFT folder; layers missing there keep theirs.
 
-    Raises AdapterError if shapes or scale differ."""
-    from safetensors.torch import load_file
-
+    Raises AdapterError if shapes, scale, or the form of the base differ."""
     stored, ours = read_adapter(folder), dict(adapters(model))
     r, scale = stored['r'], stored['lora_alpha'] / stored['r']
     layer = next(module for module in model.modules() if is_lora(module))
-    tensors = load_file(os.path.join(folder, 'adapter_model.safetensors'))
+    path = os.path.join(folder, 'adapter_model.safetensors')
+    tensors = dict(tensors_of(path, [(name, name) for name in read_header(path, AdapterError)[0]]))
     targets = ','.join(sorted({name.split('.')[-3] for name in tensors}))
     for name, tensor in tensors.items():
         if name not in ours or ours[name].shape != tensor.shape or not math.isclose(scale, layer.scale):
             options = f'--rank={r} --scale={scale:g} --lora_targets={targets}'
             raise AdapterError(f'{folder} does not fit this model at {name}: use its base, and {options}')
+        if not finite(tensor):
+            raise AdapterError(f'{folder}: {name} holds NaN or infinite numbers: save the adapter again')
         ours[name].copy_(tensor)
+    if stored['quantize'] != 'none' and layer.how[0] == 'none':
+        raise AdapterError(f'{folder} was made on its base in NF4, and belongs to that: use --quantize=nf4')
 
 
 def weights_folder(path):
@@ -283,8 +284,8 @@ def weights_folder(path):
         if os.path.exists(os.path.join(folder, 'config.json')):
             return folder
     if adapter := read_adapter(path):
-        base = adapter.get('base_model_name_or_path') or ''
-        if os.path.exists(os.path.join(base, 'config.json')):
+        base = adapter['base_model_name_or_path'] or ''
+        if base and os.path.exists(os.path.join(base, 'config.json')):
             return base
         file = f'{path}/adapter_config.json'
         raise ModelError(f"{path} is an adapter of '{base}', no folder here: fetch that and write its path to {file}")

@@ -13,6 +13,7 @@ import shlex
 import sys
 
 from configurator import BOOLS
+from data import fields
 from plumbing import Stop
 
 try:
@@ -22,6 +23,17 @@ except ImportError:  # Windows: there a run is not guarded against a second one
 
 # What says how this session goes about it, and nothing about the run: taken from what is typed now, and not compared.
 OF_A_SESSION = ('out_dir', 'init_from', 'overwrite', 'dry_run', 'eval_only')
+
+# What run.json may hold. Old runs, and folders of weights, have some of it.
+RUN = {
+    'step': fields.whole(0, 2**48),
+    'best_val_loss': fields.number(-1e30, 1e30),
+    'seconds': fields.number(0, 1e12),
+    'windows': fields.whole(0, 2**60),
+    'tokens': fields.whole(0, 2**60),
+    'files': fields.table(),
+    'config': fields.table(),
+}
 
 
 class CheckpointError(Stop):
@@ -63,12 +75,11 @@ def read_run(path):
     """path/run.json as a dict, in today's keys. Raises CheckpointError if it is missing, damaged or of no run."""
     file = os.path.join(path, 'run.json')
     try:
-        with open(file, encoding='utf-8') as f:
-            run = json.load(f)
-        if not isinstance(run, dict):
-            raise ValueError('it is no record of a run')
+        run = fields.read(file, {}, CheckpointError, advice_for_broken(path))
         if 'checksum' in run and run.pop('checksum') != checksum_of(run):  # the record of an old run has none
             raise ValueError('it is not as it was saved: its checksum differs')
+        there = {name: field for name, field in RUN.items() if name in run}
+        fields.check(run, there, file, CheckpointError, advice_for_broken(path))
         in_todays_keys(run.setdefault('config', {}))
         return run
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
