@@ -73,6 +73,7 @@ def checksum_of(run):
 
 def read_run(path):
     """path/run.json as a dict, in today's keys. Raises CheckpointError if it is missing, damaged or of no run."""
+    path = os.fspath(path)
     file = os.path.join(path, 'run.json')
     try:
         run = fields.read(file, {}, CheckpointError, advice_for_broken(path))
