@@ -122,6 +122,23 @@ def evaluated(val_loss, begin, config, here):
     here.say(f'val_loss: {val_loss:.4f}\nval_step: {begin.step}\nmethod: {config.method}\ndevice: {here.device}')
 
 
+# Columns of metrics.csv that are not the method's to write.
+OWN = ('loss', 'step', 'tokens', 'train_loss', 'val_loss', 'learning_rate', 'tokens_per_second', 'seconds', 'memory')
+
+
+def checked(metrics):
+    """An optimizer's metrics as {name: 0-dim tensor}. Raises Stop for what no column can hold, before a step is lost to
+    it."""
+    found = {}
+    for name, value in metrics.items():
+        if name in OWN:
+            raise Stop(f"metrics[{name!r}] has the name of one of train.py's own columns: call it something else")
+        if not isinstance(value, (int, float, torch.Tensor)) or (torch.is_tensor(value) and value.numel() != 1):
+            raise Stop(f'metrics[{name!r}] is no single number: put one there, such as its mean')
+        found[name] = torch.as_tensor(value).detach().reshape(())
+    return found
+
+
 class Log:
     """The reports of the loop: log lines, metrics.csv, a tracker, and the `name: value` lines at the end.
 
@@ -149,7 +166,7 @@ class Log:
 
     def note(self, loss, optimizer, *parts):
         """Keep a step's loss and the optimizer's metrics without reading them back. parts: a selection's kept_share."""
-        self.noted.append({'loss': loss, **optimizer.metrics})
+        self.noted.append({'loss': loss, **checked(optimizer.metrics)})
         optimizer.metrics = {}  # what the next step does not measure is not its
         self.rates.append(optimizer.lr)
         self.parts += parts

@@ -253,30 +253,6 @@ def assert_untouched(before, after):
         assert torch.equal(a, b) if torch.is_tensor(a) else a == b, name
 
 
-STACKS = list(itertools.product(METHODS, [torch.float32, torch.bfloat16], [32, 8], [False, True], [False, True]))
-
-
-@pytest.mark.parametrize('method,dtype,bits,per_layer,checkpointing', STACKS)
-def test_every_stack_is_trained_and_choosing_touches_nothing(method, dtype, bits, per_layer, checkpointing, small_8bit):
-    options = dict(state_bits=bits, per_layer=per_layer)
-    model, optimizer = model_and_optimizer(method, dtype, checkpointing, **options)
-    before = [p.detach().clone() for p in model.parameters()]
-    choosers = [Coreset('grad', small=[2]), Coreset('zo', norm='adam', directions=2, small=[2], weights='cluster')]
-    for step, chooser in enumerate(choosers):
-        x, y = tokens_of(16, T=8, seed=step)
-        sources = torch.tensor([0] * 8 + [1] * 5 + [2] * 3)
-        state = snapshot(model, optimizer)
-        chosen, weights = chooser.choose(model, x, y, sources, 8, step, batch_size=6)
-        # a galore that has not stepped yet makes the (empty) place for a weight's state on the way, as forward does
-        assert_untouched(state, snapshot(model, optimizer))
-        assert len(set(chosen.tolist())) == 8 and {13, 14, 15} <= set(chosen.tolist())
-        parts = [chosen.split(4), *([weights.split(4)] if weights is not None else [])]
-        batches = [(x[i], y[i], *w) for i, *w in zip(*parts)]
-        assert training.training_step(model, optimizer, batches, 1e-2, 'cpu').isfinite()
-    assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
-    assert all(p.isfinite().all() for p in model.parameters())
-
-
 def test_dropout_is_off_while_choosing_and_on_again_after():
     model, optimizer = model_and_optimizer()
     for block in model.layers:
