@@ -151,7 +151,7 @@ class LoQTLinear(Packed):
     def frozen(self, dtype, with_factors):
         W = self.read('W', dtype)  # (out, in)
         if 'rest' in self._buffers:
-            W += self.read('rest', dtype)
+            W = torch.add(W, self.read('rest', dtype), out=None if W is self.W else W)
         if with_factors:
             left, right = self.factors(dtype)
             W = torch.addmm(W, left, right, alpha=self.scale, out=None if W is self.W else W)

@@ -19,18 +19,22 @@ import configurator
 if __name__ == '__main__':  # before the imports that take seconds
     config = configurator.load_or_exit(__file__, sys.argv[1:], positional='checkpoint')
 
+import contextlib
+import math
 import os
+import shutil
 from functools import partial
 
 import torch
 
 import lora
-from data import tokenizer
+from data import fields, tokenizer
 from model import KVCache, LLaMA, ModelError
-from plumbing import hf
+from plumbing import Stop, hf
 from plumbing.build import base_of, load_model
-from plumbing.checkpoint import CheckpointError
+from plumbing.checkpoint import swap
 from plumbing.hf import AdapterError, weights_folder
+from quant import Packed
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 checkpoint = ''  # folder of a run (its best/, else last/, is used) or of weights; --checkpoint= may be left out
@@ -42,9 +46,15 @@ top_k = 0  # choose among the k likeliest tokens only; 0: all
 top_p = 1.0  # choose among the likeliest tokens whose probabilities sum to this
 save_to = ''  # also write the model to this Hugging Face folder, packed weights as dense ones; '': no
 save_adapter = ''  # also write LoRA's A and B to this folder, in peft's format; '': no
+overwrite = False  # let save_to and save_adapter replace a folder that holds a model
 seed = 1  # the same seed gives the same text
 device = 'auto'  # 'auto' | 'cpu' | 'cuda': auto uses cuda if it is available
 # ---- end of config ---------------------------------------------------------------------------------------------------
+
+# What generation_config.json may ask for that changes even the likeliest text, and is not done here.
+NOT_DONE = ('no_repeat_ngram_size', 'min_length', 'min_new_tokens', 'bad_words_ids', 'suppress_tokens', 'num_beams')
+NOT_DONE += ('begin_suppress_tokens', 'forced_bos_token_id', 'forced_eos_token_id', 'sequence_bias')
+NOT_DONE += ('exponential_decay_length_penalty', 'guidance_scale')
 
 
 def problems(config):
@@ -58,43 +68,123 @@ def problems(config):
         found.append(f'top_p={config.top_p} is not a probability: use more than 0 and at most 1')
     if config.top_k < 0 or config.tokens < 1 or config.samples < 1:
         found.append('top_k, tokens and samples are counts: top_k is 0 or more, the others 1 or more')
+    if not -(2**63) <= config.seed < 2**64:
+        found.append(f'seed={config.seed} has more than 64 bits: use a smaller number')
     if config.device == 'cuda' and not torch.cuda.is_available():
         found.append("device='cuda', but torch sees no CUDA device: use --device=cpu, or install a CUDA build of torch")
     return found
 
 
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """One token id from the last position's logits (V,): nucleus sampling (1904.09751) within the top k."""
+    """One token id from the last position's logits (V,): nucleus sampling (1904.09751) within the top k.
+
+    Raises ModelError if the logits are no numbers."""
+    if not math.isfinite(highest := float(logits.max())):
+        raise ModelError('the model computes NaN or infinity: its weights are damaged, or a training that diverged')
     if temperature == 0:
         return int(logits.argmax())
-    logits, order = (logits.float() / temperature).sort(descending=True)
+    # The likeliest is at 0, so that no temperature, however low, makes an infinity of it.
+    logits, order = ((logits.float() - highest) / max(temperature, 1e-30)).sort(descending=True)
     p = logits.softmax(0)  # (V,)
     p[p.cumsum(0) - p >= top_p] = 0  # keep a token if the likelier ones sum to less than top_p; the first always stays
-    if top_k:
+    if 0 < top_k < len(p):
         p[top_k:] = 0
     return int(order[torch.multinomial(p, 1, generator=generator)])
 
 
 @torch.no_grad()
-def generate(model, ids, n, eot=None, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Yield up to n token ids that continue the list `ids`; stop after the end-of-text id."""
+def generate(model, ids, n, eot=None, temperature=1.0, top_k=0, top_p=1.0, generator=None, penalty=1.0):
+    """Yield up to n token ids that continue the list `ids`; stop after an end-of-text id.
+
+    eot: that id, a list of several, or None. penalty: what a logit is divided by, or multiplied if it is negative, once
+    its token is there (CTRL, 1909.05858, section 4.1)."""
     device, window = model.head.device, model.config.block_size
-    ids, cache = list(ids) or [eot or 0], None  # some tokenizers encode a newline as no token at all
+    ends = [] if eot is None else [eot] if isinstance(eot, int) else list(eot)
+    # some tokenizers encode a newline as no token at all
+    ids, cache = list(ids) or [next((i for i in (model.config.bos_token_id, *ends) if i is not None), 0)], None
     for _ in range(n):
         if cache is None or cache.length == window:
             # Fill a new cache: at the start, and when the window is full, from its second half at new positions.
             fresh = ids[-window:] if cache is None else ids[-(window // 2) :]
             cache = KVCache(model.config, device=device, dtype=model.activation_dtype)
-        logits = model(torch.tensor([fresh], device=device), cache=cache)[0, -1]  # (V,)
-        token = choose(logits.cpu(), temperature, top_k, top_p, generator)
+        logits = model(torch.tensor([fresh], device=device), cache=cache)[0, -1].cpu()  # (V,)
+        if penalty != 1:
+            seen = torch.tensor(sorted(set(ids)))
+            logits[seen] = torch.where(logits[seen] < 0, logits[seen] * penalty, logits[seen] / penalty)
+        token = choose(logits, temperature, top_k, top_p, generator)
         ids.append(token)
         fresh = [token]
         yield token
-        if token == eot:
+        if token in ends:
             return
 
 
+@contextlib.contextmanager
+def decoded(model):
+    """While this lasts, packed weights are kept decoded, so that they are decoded once and not for each token: the same
+    numbers to the bit. Where the memory is too small for that, they stay packed; on a card, too, which decodes them as
+    fast as it reads them, and has its memory planned for other things."""
+    layers, dtype = [module for module in model.modules() if isinstance(module, Packed)], model.activation_dtype
+    needed = sum(math.prod(shape) for layer in layers for shape in layer.shapes.values()) * dtype.itemsize
+    fits = model.head.device.type == 'cpu' and needed < free_memory() * 0.8
+    kept = [dict(layer._buffers) for layer in layers] if fits else []
+    try:
+        for layer, _ in zip(layers, kept):
+            for name in layer.shapes:
+                if name + '_absmax' in layer._buffers:
+                    dense = layer.read(name, dtype)
+                    layer.forget(name)
+                    layer.register_buffer(name, dense)
+        yield
+    finally:
+        for layer, buffers in zip(layers, kept):
+            layer._buffers.clear()
+            layer._buffers.update(buffers)
+
+
+def free_memory():
+    """Bytes of main memory that nothing uses yet; 0 where the system does not say."""
+    try:
+        with open('/proc/meminfo') as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith('MemAvailable'))
+    except (OSError, StopIteration):
+        return 0
+
+
+def check_target(folder, overwrite):
+    """Raise Stop unless a model may be written to `folder`: there is none yet, it is empty, or overwrite allows it."""
+    there = os.listdir(folder) if os.path.isdir(folder) else []
+    if not there and not os.path.lexists(folder):
+        return
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise Stop(f'{folder} is a file: choose another folder')
+    if there and not overwrite:
+        raise Stop(f'{folder} is not empty: choose another folder, or --overwrite to replace it')
+    model = {'config.json', 'adapter_config.json'} & set(there)
+    if there and not (model and all(os.path.isfile(os.path.join(folder, name)) for name in there)):
+        raise Stop(f'{folder} holds other things than a model, which --overwrite would delete: choose another folder')
+
+
+@contextlib.contextmanager
+def written(folder, overwrite):
+    """A new folder to write a model into, which takes the name `folder` at the end: what was there is read until then,
+    and no file of it is written to, since a run's last/ and best/ share theirs."""
+    check_target(folder, overwrite)
+    target = os.path.realpath(folder)  # a link goes on to lead there
+    new = os.path.join(os.path.dirname(target), f'.{os.path.basename(target)}.new')
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        os.makedirs(new)
+        yield new
+        swap(new, target)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    print(f'written: {folder}')
+
+
 def main(config):
+    for target in filter(None, (config.save_to, config.save_adapter)):
+        check_target(target, config.overwrite)  # before anything that takes time
     device = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
     folder = weights_folder(config.checkpoint)
     if adapter := hf.read_adapter(config.checkpoint):
@@ -106,34 +196,66 @@ def main(config):
         if config.save_adapter:
             base_of(folder)  # raises here, before the model is loaded, if there is no adapter
         model = load_model(folder, device, factors=bool(config.save_adapter))
-    model.set_block_size(min(model.config.block_size, 4096), device)  # a cache of 128k positions would be gigabytes
     tok = tokenizer.load(folder)
     if config.save_adapter:
-        hf.save_adapter(model, config.save_adapter, base_of(folder))
+        with written(config.save_adapter, config.overwrite) as new:
+            hf.save_adapter(model, new, base_of(folder))
     if config.save_to:
-        model.save_pretrained(config.save_to)
-        for name, content in tokenizer.files_of(folder).items():
-            with open(os.path.join(config.save_to, name), 'wb') as f:
-                f.write(content)
+        with written(config.save_to, config.overwrite) as new:
+            model.save_pretrained(new)
+            for name, content in tokenizer.files_of(folder).items():
+                with open(os.path.join(new, name), 'wb') as f:
+                    f.write(content)
+    with decoded(model):
+        write_samples(config, model, tok, folder, device)
+
+
+def write_samples(config, model, tok, folder, device):
+    """Print the prompt and what the model makes of it, `samples` times."""
     prompt = sys.stdin.read() if config.prompt == '-' else config.prompt
-    ids = tok.encode(prompt)
+    ids, ends = tok.prompt(prompt), tokenizer.ends(folder, tok)
+    window = model.config.block_size
+    if len(ids) > window:
+        print(f'note: the model reads only the last {window:,} of the {len(ids):,} tokens', file=sys.stderr)
+    model.set_block_size(min(window, len(ids) + config.tokens), device)  # what the cache and the tables are made for
     generator = torch.Generator().manual_seed(config.seed)
     for i in range(config.samples):
         if config.samples > 1:
             print(f'---- sample {i + 1}')
-        options = (config.temperature, config.top_k, config.top_p, generator)
-        new_ids = generate(model, ids, config.tokens, tok.eot, *options)
+        options = (config.temperature, config.top_k, config.top_p, generator, penalty_of(folder))
+        made = generate(model, ids, config.tokens, ends, *options)
         print(prompt, end='', flush=True)
-        for piece in tok.decode_stream(token for token in new_ids if token != tok.eot):
+        anything = False
+        for piece in tok.decode_stream(made, ids):
+            anything = True
             print(piece, end='', flush=True)
-        print()
+        print(flush=True)
+        if not anything:
+            print('note: nothing follows: the model ended at once, at end-of-text', file=sys.stderr)
+
+
+def penalty_of(folder):
+    """What generation_config.json asks for that changes even the likeliest text; a note names what is not done here."""
+    path = os.path.join(folder, 'generation_config.json')
+    if not os.path.exists(path):
+        return 1.0
+    asked = tokenizer.read_json(path, {'repetition_penalty': fields.maybe(fields.number(0.01, 100), default=1.0)})
+    for key in NOT_DONE:
+        if asked.get(key) not in (None, False, 0, 1, [], {}):
+            print(f'note: {path} asks for {key}, which sample.py does not know', file=sys.stderr)
+    return asked['repetition_penalty'] or 1.0
 
 
 if __name__ == '__main__':
     configurator.check_or_exit(config, __file__, problems)
+    for stream in (sys.stdin, sys.stdout):  # a terminal that is not UTF-8 shows what it can
+        stream.reconfigure(errors='backslashreplace')
     try:
         main(config)
-    except (ModelError, CheckpointError, tokenizer.TokenizerError, AdapterError, OSError) as error:
+    except BrokenPipeError:  # the reader, `head` perhaps, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ModelError, Stop, tokenizer.TokenizerError, AdapterError, OSError) as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
         sys.exit(130)

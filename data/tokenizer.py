@@ -3,8 +3,10 @@ Text to token ids and back. `load(folder)` reads what data/NAME/prepare.py wrote
 
     tok = tokenizer.load('data/pystdlib')
     tok.encode('def f(x):')       # [483, 287, ...], never a special token: '<|endoftext|>' in a text is plain text
+    tok.prompt('def f(x):')       # of a text to be continued, as transformers reads it: special tokens count
     tok.decode(ids)               # incomplete characters become U+FFFD
     tok.vocab_size, tok.eot       # number of ids, and the one that ends a document (None if there is none)
+    tok.bos                       # the ids that every document begins with, [] with most tokenizers
 
 Four kinds: 'bytes' (no training, no file), 'bpe' (ours, trained on your text by train_bpe), 'tiktoken:NAME' (gpt2,
 cl100k_base, ...) and 'hf' (any published tokenizer.json). Our BPE is saved in the Hugging Face format, so that
@@ -14,8 +16,9 @@ ids.
 
 import codecs
 import os
+import threading
 
-from data import fields
+from data import bpe, fields
 
 EOT = '<|endoftext|>'
 
@@ -31,21 +34,17 @@ EOT_FIELDS = {
     'eos_token_id': fields.maybe(fields.either(fields.whole(-1, 2**31), fields.several(fields.whole(-1, 2**31)))),
     'eos_token': fields.maybe(fields.either(fields.text(), fields.table())),
 }
-
-
-# GPT-4's pattern with two changes: digits in groups of two, since a small vocabulary has no room for all groups of
-# three, and whitespace in runs of at most 128, since an unbounded \s+ overflows tiktoken's regex stack on a file with a
-# million spaces.
-PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r'|\s{0,128}[\r\n]+|\s{1,128}(?!\S)|\s{1,128}'
-)
+CLASS_FIELDS = {
+    'tokenizer_class': fields.maybe(fields.text()),
+    'add_prefix_space': fields.maybe(fields.switch()),
+    'legacy': fields.maybe(fields.switch()),
+}
 
 
 class Bytes:
     """UTF-8 bytes, and one extra id for the end of a text. Also the base class of the other byte-level kinds."""
 
-    kind, json, vocab_size, eot = 'bytes', None, 257, 256
+    kind, json, vocab_size, eot, bos, special = 'bytes', None, 257, 256, [], {256}
 
     def encode(self, text):
         return list(text.encode('utf-8', 'replace'))
@@ -53,17 +52,24 @@ class Bytes:
     def encode_batch(self, texts):
         return [self.encode(text) for text in texts]
 
+    def prompt(self, text):
+        ids = []
+        for i, part in enumerate(text.split(EOT)):
+            ids += [self.eot] * bool(i) + self.encode(part)
+        return ids
+
     def decode_bytes(self, ids):
         return b''.join(bytes([i]) if i < 256 else EOT.encode() for i in ids)
 
     def decode(self, ids):
         return self.decode_bytes(ids).decode('utf-8', 'replace')
 
-    def decode_stream(self, ids):
-        """Yield text as the ids arrive; a character that spans several ids waits for the last of them."""
+    def decode_stream(self, ids, context=()):
+        """Yield text as the ids arrive, without special tokens; a character that spans several ids waits for the last
+        of them. context: the ids before."""
         decoder = codecs.getincrementaldecoder('utf-8')('replace')
         for i in ids:
-            if piece := decoder.decode(self.decode_bytes([i])):
+            if i not in self.special and (piece := decoder.decode(self.decode_bytes([i]))):
                 yield piece
         if piece := decoder.decode(b'', final=True):
             yield piece
@@ -75,12 +81,16 @@ class Tiktoken(Bytes):
     def __init__(self, encoding, kind, json=None):
         self.encoding, self.kind, self.json = encoding, kind, json
         self.vocab_size, self.eot = encoding.n_vocab, encoding._special_tokens.get(EOT)
+        self.special = {*encoding._special_tokens.values()}
 
     def encode(self, text):
         return self.encoding.encode_ordinary(text)
 
     def encode_batch(self, texts):
         return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+
+    def prompt(self, text):
+        return self.encoding.encode(text, allowed_special='all')
 
     def decode_bytes(self, ids):
         return b''.join(self._bytes_of(int(i)) for i in ids)
@@ -111,38 +121,101 @@ class HF:
         self.hf.no_truncation()
         self.hf.no_padding()
         self.hf.encode_special_tokens = True  # True means: encode their names as plain text
-        vocab = self.hf.get_vocab(with_added_tokens=True)
+        vocab, folder = self.hf.get_vocab(with_added_tokens=True), os.path.dirname(path)
         if not 0 <= max(vocab.values(), default=-1) < fields.ROWS:
             raise TokenizerError(f'{path} has no tokens, or ids of {fields.ROWS:,} and more: {ADVICE}')
-        self.eot = find_eot(os.path.dirname(path), self.hf, max(vocab.values()) + 1) if eot is None else eot
-        # Only ids that text can produce: not T5's 100 sentinels at the end, which the paper's 32,000 rows leave out.
+        self.eot = find_eot(folder, self.hf, max(vocab.values()) + 1) if eot is None else eot
         special = {token.content for token in self.hf.get_added_tokens_decoder().values() if token.special}
-        self.vocab_size = max([0, *(i for name, i in vocab.items() if name not in special or i == self.eot)]) + 1
+        self.special = {vocab[name] for name in special}
+        self.bytes = {i for name, i in vocab.items() if name.startswith('<0x')}
+        self.as_llama(folder)
+        self.bos = self.find_bos()
+        # Only ids that text can produce: not T5's 100 sentinels at the end, which the paper's 32,000 rows leave out.
+        self.vocab_size = max({*vocab.values()} - self.special | {*self.bos, self.eot or 0}) + 1
+
+    def find_bos(self):
+        """The ids that the post-processor puts before a text. What it puts behind, a continuation would come after."""
+        for text in ('a', *(self.hf.decode([i]) for i in range(300))):  # the first that is more than special tokens
+            made = in_time(lambda text=text: self.hf.encode(text), len(text))
+            if 0 in made.special_tokens_mask:
+                return made.ids[: made.special_tokens_mask.index(0)]
+        return []
+
+    def as_llama(self, folder):
+        """Read text as transformers 5 does if the folder names its LlamaTokenizer. That takes vocabulary and merges
+        from tokenizer.json and puts the space before a text itself: not before what follows a special token."""
+        config, model = (os.path.join(folder, name) for name in ('tokenizer_config.json', 'config.json'))
+        config = read_json(config, CLASS_FIELDS) if os.path.exists(config) else {'tokenizer_class': None}
+        model = read_json(model, {}).get('model_type') if os.path.exists(model) else None
+        from tokenizers import models, pre_tokenizers
+
+        ours = isinstance(self.hf.model, models.BPE) and self.hf.model.byte_fallback and model != 'mistral'
+        if ours and config['tokenizer_class'] in ('LlamaTokenizer', 'LlamaTokenizerFast'):
+            space = 'never' if config['add_prefix_space'] is False else 'always' if config['legacy'] else 'first'
+            self.hf.normalizer = None
+            self.hf.pre_tokenizer = pre_tokenizers.Metaspace('\u2581', space, split=False)
 
     def encode(self, text):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts):
+        characters = sum(map(len, texts))
+        return [e.ids for e in in_time(lambda: self.hf.encode_batch_fast(texts, add_special_tokens=False), characters)]
+
+    def prompt(self, text):
+        self.hf.encode_special_tokens = False
         try:
-            return [e.ids for e in self.hf.encode_batch_fast(texts, add_special_tokens=False)]
-        except Exception as e:  # it may lack the token for what is unknown, which it needs only now
-            raise TokenizerError(f'this tokenizer.json cannot encode the text ({e}): {ADVICE}') from e
+            return self.bos + self.encode(text)
+        finally:
+            self.hf.encode_special_tokens = True
 
     def decode(self, ids):
         return self.hf.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    def decode_stream(self, ids):
-        """Decode with the last finished piece as context: many decoders treat the first token of a text differently."""
-        context, fresh = [], []
+    def decode_stream(self, ids, context=()):
+        """Yield text as the ids arrive, without special tokens. context: the ids before them.
+
+        The last finished piece is decoded again as context: many decoders treat the first token of a text
+        differently. Tokens of a single byte wait for one that is none."""
+        context, fresh = [i for i in context if i not in self.special][-16:], []
         for i in ids:
+            if i in self.special:
+                continue
             fresh.append(int(i))
             text = self.decode(context + fresh)
-            if not text.endswith('\ufffd'):
+            if not text.endswith('\ufffd') and i not in self.bytes:
                 if piece := text[len(self.decode(context)) :]:
                     yield piece
                 context, fresh = fresh, []
         if fresh and (piece := self.decode(context + fresh)[len(self.decode(context)) :]):
             yield piece
+
+
+PATIENCE = 30  # seconds
+
+
+def in_time(encode, characters):
+    """encode() of a text of so many characters, run in a thread of its own, since nothing else can leave a regular
+    expression behind that tries for hours how a text may be divided. Raises TokenizerError then, and for any error."""
+    done, limit = [], PATIENCE + characters / 20_000  # a tenth of the speed of the slowest published tokenizers
+
+    def work():
+        try:
+            done.append((encode(), None))
+        except BaseException as error:  # panics of the library are no Exceptions
+            done.append((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)  # if it does not end, it does not keep the process
+    thread.start()
+    thread.join(limit)
+    if not done:
+        raise TokenizerError(
+            f'the regular expression in this tokenizer.json did not come to an end in {limit:.0f} s: {ADVICE}'
+        )
+    ids, error = done[0]
+    if error:  # it may lack the token for what is unknown, which it needs only now
+        raise TokenizerError(f'this tokenizer.json cannot encode the text ({error}): {ADVICE}') from error
+    return ids
 
 
 def find_eot(folder, hf, vocab_size):
@@ -152,18 +225,37 @@ def find_eot(folder, hf, vocab_size):
         if not os.path.exists(path):
             continue
         config = read_json(path, EOT_FIELDS)
-        eot, token = config.get('eos_token_id'), config.get('eos_token')
-        if isinstance(eot, list):  # LLaMA 3: end of text first, then the end-of-turn ids
-            eot = eot[0] if eot else None
-        if isinstance(token, dict):
-            fields.check(token, {'content': fields.text()}, f'{path}, eos_token', TokenizerError, ADVICE)
-            token = token['content']
-        if eot is None and token:
+        eot = next(iter(several(config)), None)  # LLaMA 3: end of text first, then the end-of-turn ids
+        if eot is None and (token := name_of(config['eos_token'], f'{path}, eos_token')):
             eot = hf.token_to_id(token)
-        if eot is not None and 0 <= eot < vocab_size:
+        if eot is not None and eot < vocab_size:
             return eot
     names = (EOT, '<|end_of_text|>', '</s>', '<eos>', '<|im_end|>', '[SEP]')
     return next((i for i in map(hf.token_to_id, names) if i is not None), None)
+
+
+def ends(folder, tok):
+    """The ids that end a generated text, as transformers' `generate` takes them: what generation_config.json names,
+    else config.json. The end of a document is one, too, if they name none, or if we prepared the data (meta.json)."""
+    named = []
+    for name in ('generation_config.json', 'config.json'):
+        path = os.path.join(folder, name)
+        named = named or (several(read_json(path, EOT_FIELDS)) if os.path.exists(path) else [])
+    ours = not named or os.path.exists(os.path.join(folder, 'meta.json'))
+    return [*dict.fromkeys([*named, *([tok.eot] if ours and tok.eot is not None else [])])]
+
+
+def several(config):
+    eos = config['eos_token_id']
+    return [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None and i >= 0]
+
+
+def name_of(token, where):
+    """The name of a token that is given as a text or as an object; None if there is none."""
+    if isinstance(token, dict):
+        fields.check(token, {'content': fields.text()}, where, TokenizerError, ADVICE)
+        return token['content']
+    return token
 
 
 def read_json(path, table=()):
@@ -195,7 +287,7 @@ def from_bpe(text):
         # The file's own pattern: PATTERN may have changed since.
         pattern = saved['pre_tokenizer']['pretokenizers'][0]['pattern']['Regex']
         specials = {token['content']: token['id'] for token in saved['added_tokens']}
-        byte_of = byte_alphabet()
+        byte_of = bpe.byte_alphabet()
         ranks = {bytes(byte_of[c] for c in t): i for t, i in saved['model']['vocab'].items() if t not in specials}
         ids = [*ranks.values(), *specials.values()]
         if not all(map(ID.fits, ids)) or len(set(ids)) < len(ids):
@@ -210,39 +302,14 @@ def from_bpe(text):
     return Tiktoken(encoding, 'bpe', text)
 
 
-def byte_alphabet():
-    """GPT-2's map of characters to bytes: printable bytes are their own character, the others start at U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(rest)}
-
-
 def train_bpe(texts, vocab_size, path=None):
-    """Train a byte-level BPE on an iterable of texts, save it as `path` (a tokenizer.json) if given, and return it.
-
-    The end-of-text token is id 0, the 256 bytes are ids 1 to 256, so any text can be encoded. A pair seen only once is
-    never merged, so a short text yields fewer ids than requested."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    if vocab_size < 257:
+    """Train our tokenizer on an iterable of texts, save it as `path` (a tokenizer.json) if given, and return it."""
+    if not 257 <= vocab_size <= fields.ROWS:
         raise TokenizerError(
-            f'vocab_size={vocab_size} is too small: 256 bytes and the end-of-text token need at least 257'
+            f'vocab_size={vocab_size} is not possible: 256 bytes and the end-of-text token need 257, '
+            f'and no model has more than {fields.ROWS:,}'
         )
-    bpe = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(PATTERN), 'isolated')
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=[EOT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    text = bpe.to_str(pretty=True)
+    text = bpe.train(texts, vocab_size, EOT)
     if path is not None:
         with open(path, 'w', encoding='utf-8') as f:
             f.write(text)
@@ -270,6 +337,37 @@ def load(folder):
     raise TokenizerError(
         f'{meta_path} names an unknown tokenizer {kind!r}: it should be bpe, bytes, tiktoken:NAME or hf'
     )
+
+
+def identity(folder):
+    """What ids mean in a folder: the name of a tokenizer without files, or (vocabulary, added tokens, merges) however
+    the file writes them, each version of a library in its way; None if the folder has no tokenizer."""
+    meta, path = os.path.join(folder, 'meta.json'), os.path.join(folder, 'tokenizer.json')
+    kind = read_json(meta, META)['tokenizer'] if os.path.exists(meta) else None
+    if not os.path.exists(path):
+        if kind in ('bpe', 'hf'):
+            raise TokenizerError(f'{path} is missing, which {meta} needs: put it back, or name another folder')
+        return kind
+    saved = fields.parse(fields.read_text(path, TokenizerError, ADVICE), path, TokenizerError, ADVICE)
+    try:
+        added = {token['content']: token['id'] for token in saved.get('added_tokens') or ()}
+        vocabulary, merges = saved['model']['vocab'], saved['model'].get('merges') or ()
+        if isinstance(vocabulary, list):  # of (token, score)
+            vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
+        return {**vocabulary, **added}, added, [pair.split(' ') if isinstance(pair, str) else pair for pair in merges]
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise TokenizerError(f'{path} is not a tokenizer ({e!r}): {ADVICE}') from e
+
+
+def same(one, other):
+    """Whether two identities are of one tokenizer. Either may have added tokens that are not in the other."""
+    if not (isinstance(one, tuple) and isinstance(other, tuple)):
+        return one == other
+    for (mine, added, _), (theirs, _, _) in ((one, other), (other, one)):
+        taken = set(theirs.values())
+        if any(token in theirs or token not in added or i in taken for token, i in mine.items() - theirs.items()):
+            return False
+    return one[2] == other[2]
 
 
 def files_of(*folders):

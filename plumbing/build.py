@@ -45,17 +45,8 @@ def data_folder(config, prepare=True):
 
 def check_tokenizer(model_folder, data_folder):
     """Raise DataError if model and data have different tokenizers: the ids of one mean nothing to the other."""
-
-    def identity(folder):  # the vocabulary if the folder has one, else the tokenizer's kind; None if unknown
-        meta, vocabulary = (os.path.join(folder, name) for name in ('meta.json', 'tokenizer.json'))
-        kind = tokenizer.read_json(meta).get('tokenizer') if os.path.exists(meta) else None
-        if kind in ('bpe', 'hf') and not os.path.exists(vocabulary):
-            raise DataError(f'{vocabulary} is missing, which {meta} needs: put it back, or name another folder')
-        model = tokenizer.read_json(vocabulary).get('model') if os.path.exists(vocabulary) else None
-        return model or kind
-
-    wanted = identity(model_folder)
-    if wanted is not None and wanted != identity(data_folder):
+    wanted = tokenizer.identity(model_folder)
+    if wanted is not None and not tokenizer.same(wanted, tokenizer.identity(data_folder)):
         raise DataError(
             f'{data_folder} was not made with the tokenizer of {model_folder}: prepare your text with it, '
             f'python data/text/prepare.py --input=FILES --tokenizer={model_folder}, and use --dataset=text'

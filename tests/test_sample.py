@@ -1,15 +1,23 @@
 """sample.py: what is chosen, what is said, and where it reads from."""
 
+import json
 import math
+import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from conftest import ROOT, run, train
 
 import configurator
+import loqt
+import lora
+import quant
 import sample
-from model import LLaMA, ModelConfig
+from data import tokenizer
+from model import LLaMA, ModelConfig, ModelError
+from plumbing import Stop
 
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=56, vocab_size=97, block_size=16)
 
@@ -79,10 +87,27 @@ def test_choose_follows_the_probabilities_and_their_cuts():
     assert frequencies(temperature=0)[1] == 1
 
 
+@pytest.mark.parametrize('temperature', [1e-40, 1e-320, 1e300])
+@pytest.mark.parametrize('size', [1, 1e-30, 1e30])
+def test_no_temperature_is_too_low_or_too_high(temperature, size):
+    logits = torch.tensor([0.0, 3.0, 1.0]) * size
+    draws = {sample.choose(logits, temperature, top_k=2**70) for _ in range(50)}
+    assert draws == ({1} if temperature < 1 and size >= 1 else {0, 1, 2} if temperature > 1 else draws)
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+@pytest.mark.parametrize('temperature', [0, 1])
+def test_logits_that_are_no_numbers_are_named(bad, temperature):
+    with pytest.raises(ModelError, match='NaN or infinity: its weights are damaged'):
+        sample.choose(torch.tensor([0.0, bad, 1.0]), temperature)
+
+
 def test_generation_stops_at_the_end_of_text(model):
     free = list(sample.generate(model, [5, 6, 7], 12, temperature=0))
     stopped = list(sample.generate(model, [5, 6, 7], 12, eot=free[4], temperature=0))
     assert stopped == free[: free.index(free[4]) + 1]
+    stopped = list(sample.generate(model, [5, 6, 7], 12, eot=[96, free[3], free[5]], temperature=0))
+    assert stopped == free[: min(free.index(free[3]), free.index(free[5])) + 1]
 
 
 def test_it_writes_text_that_goes_on_from_the_prompt_and_repeats_by_seed(trained):
@@ -117,6 +142,172 @@ def test_a_hugging_face_folder_with_its_own_tokenizer_is_read(tmp_path):
     assert done.stdout.startswith('x = ')
 
 
+# ---- against transformers
+
+
+def published(folder, spaces, bos=True, generation=None, eos=2, tokenizer_class='PreTrainedTokenizerFast', **said):
+    """A random model and a tokenizer as published ones are: of bytes (None), or of pieces with a space before each text
+    from a normalizer, or from a Metaspace with this prepend scheme."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    transformers = pytest.importorskip('transformers')
+    special = ['<unk>', '<s>', '</s>', '<|user|>', '<|end|>']
+    tok = Tokenizer(models.BPE(unk_token='<unk>', byte_fallback=bool(spaces), fuse_unk=bool(spaces)))
+    text = ['the capital of France is Paris. What is it? 42.\n  hello wörld\n'] * 4 + [(ROOT / 'README.md').read_text()]
+    if spaces:
+        first = pre_tokenizers.Metaspace('\u2581', 'always')
+        special += [f'<0x{i:02X}>' for i in range(256)]
+        strip = decoders.Strip(' ', 1, 0)
+        steps = [decoders.Replace('\u2581', ' '), decoders.ByteFallback(), decoders.Fuse(), strip]
+        tok.decoder = decoders.Sequence(steps)
+    else:
+        first, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.pre_tokenizer = first
+    tok.train_from_iterator(text, trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False))
+    if spaces == 'normalizer':
+        tok.normalizer = normalizers.Sequence([normalizers.Prepend('\u2581'), normalizers.Replace(' ', '\u2581')])
+        tok.pre_tokenizer = None
+    elif spaces:
+        tok.pre_tokenizer = pre_tokenizers.Metaspace('\u2581', spaces, split=False)
+    if bos:
+        tok.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
+    saved = json.loads(tok.to_str())
+    saved['added_tokens'] = saved['added_tokens'][:5]  # single bytes are ordinary tokens
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4)
+    sizes |= dict(num_key_value_heads=2, initializer_range=0.6, bos_token_id=1, eos_token_id=eos)
+    config = transformers.LlamaConfig(vocab_size=420, max_position_embeddings=128, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / 'generation_config.json').unlink()
+    said |= dict(tokenizer_class=tokenizer_class, bos_token='<s>', eos_token='</s>', unk_token='<unk>')
+    files = {'tokenizer.json': saved, 'tokenizer_config.json': said, 'generation_config.json': generation}
+    for name, content in files.items():
+        if content:
+            (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def said(capsys, *words):
+    """What sample.py prints, in this process."""
+    words = [str(word) for word in words]
+    sample.main(configurator.load(ROOT / 'sample.py', words, sample.problems, positional='checkpoint'))
+    return capsys.readouterr()
+
+
+LEGACY = dict(tokenizer_class='LlamaTokenizer', legacy=True)
+
+
+@pytest.mark.parametrize(
+    'how',
+    [
+        dict(spaces=None, bos=False, eos=[2, 4]),
+        dict(spaces=None, add_bos_token=False, generation={'eos_token_id': [2, 300, 310, 320, 330, 340]}),
+        dict(spaces=None, generation={'eos_token_id': 2, 'repetition_penalty': 1.3}),
+        dict(spaces='normalizer', tokenizer_class='LlamaTokenizer'),
+        dict(spaces='normalizer', bos=False, **LEGACY),
+        dict(spaces='normalizer', add_bos_token=True, bos=False),
+        dict(spaces='first', tokenizer_class='LlamaTokenizerFast', generation={'eos_token_id': [4, 310, 320, 330]}),
+        dict(spaces='always', **LEGACY),
+    ],
+    ids=str,
+)
+def test_greedy_text_is_that_of_transformers(tmp_path, capsys, how):
+    folder = published(tmp_path, **how)
+    transformers = pytest.importorskip('transformers')
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tok = transformers.AutoTokenizer.from_pretrained(folder)
+    for prompt in ('The capital of France is', '<|user|>\nWhat is it?<|end|>\n<|user|>hi', '  wörld 日本 '):
+        given = tok(prompt, return_tensors='pt')['input_ids']
+        assert tokenizer.load(folder).prompt(prompt) == given[0].tolist()
+        made = theirs.generate(given, do_sample=False, max_new_tokens=24)[0]
+        before, after = (tok.decode(ids, skip_special_tokens=True) for ids in (given[0], made))
+        ours = said(capsys, folder, f'--prompt={prompt}', '--tokens=24', '--temperature=0', '--device=cpu')
+        assert ours.out == prompt + after.removeprefix(before) + '\n'
+
+
+def test_what_is_not_done_of_a_generation_config_is_named(tmp_path, capsys):
+    folder = published(tmp_path, None, generation={'no_repeat_ngram_size': 3, 'num_beams': 1, 'bad_words_ids': [[5]]})
+    notes = [line for line in said(capsys, folder, '--tokens=1').err.splitlines() if line.startswith('note: ')]
+    named = [note.partition(' asks for ')[2].partition(',')[0] for note in notes]
+    assert named == ['no_repeat_ngram_size', 'bad_words_ids']
+
+
+def test_a_text_that_ends_at_once_says_so(tmp_path, capsys):
+    folder = published(tmp_path, None, generation={'eos_token_id': list(range(420))})
+    both = said(capsys, folder, '--prompt=The', '--temperature=0', '--tokens=9')
+    assert 'nothing follows' not in both.err  # an end of text that is a word is shown
+    saved = json.loads((folder / 'tokenizer.json').read_text())
+    token = saved['added_tokens'][0]
+    saved['added_tokens'] = [token | {'content': t, 'id': i} for t, i in saved['model']['vocab'].items()]
+    (folder / 'tokenizer.json').write_text(json.dumps(saved))
+    both = said(capsys, folder, '--prompt=<s>', '--temperature=0', '--tokens=9')
+    assert both.out == '<s>\n' and 'the model ended at once, at end-of-text' in both.err
+
+
+def test_a_prompt_longer_than_the_model_says_what_is_read(tmp_path, capsys):
+    folder = published(tmp_path, None)
+    note = said(capsys, folder, '--prompt=' + ' is' * 200, '--tokens=1').err
+    assert 'reads only the last 128 of the 201 tokens' in note
+
+
+# ---- what is written
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_nothing_is_written_over_what_is_there_unless_asked_and_shared_files_stay(trained, tmp_path, capsys):
+    out = tmp_path / 'out'
+    shutil.copytree(trained, out)
+    shutil.rmtree(out / 'best')
+    shutil.copytree(out / 'last', out / 'best', copy_function=os.link)  # as train.py saves them
+    before = contents(out / 'last')
+    for target in (out / 'best', out / 'last', out):
+        with pytest.raises(Stop, match='is not empty: choose another folder, or --overwrite'):
+            said(capsys, out, f'--save_to={target}')
+    with pytest.raises(Stop, match='holds other things than a model'):
+        said(capsys, out, f'--save_to={out}', '--overwrite')
+    with pytest.raises(Stop, match='is a file: choose another folder'):
+        said(capsys, out, f'--save_to={out / "metrics.csv"}')
+    (tmp_path / 'empty').mkdir()
+    for target, flags in ((out / 'best', ['--overwrite']), (tmp_path / 'empty', []), (tmp_path / 'a/b', [])):
+        assert f'written: {target}' in said(capsys, out, f'--save_to={target}', '--tokens=1', *flags).out
+        assert set(contents(target)) == {'config.json', 'model.safetensors', 'meta.json'}
+    assert contents(out / 'last') == before
+    assert {path.name for path in tmp_path.iterdir()} == {'out', 'empty', 'a'}
+
+
+# ---- packed weights
+
+
+@pytest.mark.parametrize('layer', [loqt.LoQTLinear, lora.LoRALinear])
+@pytest.mark.parametrize('room', [2**40, 0])
+def test_packed_weights_are_decoded_once_if_they_fit_and_the_numbers_stay(monkeypatch, layer, room):
+    model = LLaMA(
+        ModelConfig(**TINY | {'n_inner': 64}), linear=partial(layer, rank=4, quantize='nf4', double_quant=True)
+    )
+    model.materialise(seed=0)
+    linears = [module for module in model.modules() if isinstance(module, layer)]
+    for linear in linears:  # from a given weight: LoQT keeps beside it what 4 bits lose of it
+        linear.set_weight(torch.randn(linear.out_features, linear.in_features) / 8)
+        torch.nn.init.normal_(linear.B, std=0.1)
+    decoded, calls = quant.decode, []
+    monkeypatch.setattr(quant, 'decode', lambda parts, *a: calls.append('_absmax' in parts) or decoded(parts, *a))
+    monkeypatch.setattr(sample, 'free_memory', lambda: room)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    packed = list(sample.generate(model, [5, 6, 7], 9, temperature=0))
+    for_each, calls[:] = sum(calls), []
+    with sample.decoded(model):
+        once = list(sample.generate(model, [5, 6, 7], 9, temperature=0))
+        logits = model(torch.tensor([packed]))
+    assert once == packed and torch.equal(logits, model(torch.tensor([packed])))
+    assert for_each % 9 == 0 and sum(calls) >= len(linears)
+    assert (sum(calls) < for_each // 3) == bool(room)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_bad_input_is_one_sentence_each(trained, tmp_path):
     shutil.copytree(trained / 'best', tmp_path / 'broken')
     (tmp_path / 'broken/model.safetensors').write_bytes(b'123')
@@ -125,6 +316,7 @@ def test_bad_input_is_one_sentence_each(trained, tmp_path):
         ('no/such/folder',): 'holds no config.json, best/ or last/',
         (str(tmp_path / 'broken'),): 'model.safetensors is missing or broken',
         (str(trained), '--top_p=2'): 'top_p=2.0 is not a probability',
+        (str(trained), f'--seed={2**64}'): 'has more than 64 bits',
         (str(trained), '--temprature=1'): 'temperature',
     }.items():
         done = run(['sample.py', *words])

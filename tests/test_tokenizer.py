@@ -2,10 +2,12 @@
 
 import json
 import random
+import time
 
 import pytest
 import tokenizers
 
+from data import bpe as bpe_file
 from data import tokenizer
 
 CORPUS = [
@@ -219,6 +221,175 @@ def test_a_folder_that_cannot_be_read_says_why(tmp_path, files, error, says):
         tokenizer.load(tmp_path)
 
 
-def test_a_vocabulary_smaller_than_the_bytes_is_refused():
-    with pytest.raises(ValueError, match='at least 257'):
-        tokenizer.train_bpe(CORPUS, 256)
+@pytest.mark.parametrize('vocab_size', [-1, 256, 99999999999])
+def test_a_vocabulary_that_cannot_be_is_refused(vocab_size):
+    with pytest.raises(tokenizer.TokenizerError, match='need 257, and no model has more than'):
+        tokenizer.train_bpe(CORPUS, vocab_size)
+
+
+# ---- special tokens: never in a document, always in a prompt
+
+
+def published(folder, single='<s> $A', special=('<unk>', '<s>', '</s>', '<|user|>'), pieces=False):
+    """A tokenizer.json of a stranger: byte-level, or of pieces with a space before each text, as SentencePiece's."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token='<unk>'))
+    if pieces:
+        bpe.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+        bpe.decoder = tokenizers.decoders.Metaspace()
+    else:
+        bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=[*special], initial_alphabet=alphabet)
+    bpe.train_from_iterator(CORPUS, trainer)
+    ids = [(token, i) for i, token in enumerate(special)]
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=ids)
+    bpe.save(str(folder / 'tokenizer.json'))
+    return tokenizer.load(folder)
+
+
+def test_a_prompt_has_special_tokens_and_a_document_has_none(bpe, tmp_path):
+    text = 'the text <|endoftext|>\n'
+    for tok, end in ((tokenizer.Bytes(), 256), (bpe, 0), (published(tmp_path, special=('<unk>', '<|endoftext|>'),
+                                                                    single='$A'), 1)):  # fmt: skip
+        assert tok.prompt(text) == [*tok.encode('the text '), end, *tok.encode('\n')]
+        assert end not in tok.encode(text)
+
+
+@pytest.mark.parametrize(('single', 'bos'), [('$A', []), ('<s> $A', [1]), ('<s> <|user|> $A </s>', [1, 3])])
+def test_a_text_begins_with_what_the_post_processor_asks_for(tmp_path, single, bos):
+    tok = published(tmp_path, single)
+    assert tok.bos == bos
+    assert tok.prompt('self') == bos + tok.encode('self')
+    assert tok.vocab_size > max(bos, default=0)
+
+
+def test_a_stream_goes_on_from_its_prompt_and_leaves_special_tokens_out(bpe, tmp_path):
+    tok = published(tmp_path, pieces=True)
+    prompt, more = tok.prompt('def'), [*tok.encode('encode self'), 2]
+    assert ''.join(tok.decode_stream(more)) == 'encode self'  # the first token of a text lost its space
+    assert ''.join(tok.decode_stream(more, prompt)) == ' encode self'
+    assert ''.join(bpe.decode_stream([*bpe.encode('x'), bpe.eot, *bpe.encode('y')])) == 'xy'
+
+
+def test_single_bytes_wait_for_the_whole_of_their_run(tmp_path):
+    tok = published(tmp_path, special=('<unk>', '<s>', '</s>', '<|user|>', '<0x0C>', '<0xE6>'), pieces=True)
+    tok.special -= {4, 5}
+    tok.hf.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    ids = [4, 5, tok.hf.token_to_id('s'), 4]
+    assert list(tok.decode_stream(ids)) == ['\ufffd\ufffds', '\x0c']  # two bytes that are no UTF-8 together
+    assert ''.join(tok.decode_stream(ids)) == tok.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ('files', 'ends'),
+    [
+        ({}, [2]),  # '</s>', by its name
+        ({'config.json': 3}, [3]),
+        ({'config.json': [3, 1]}, [3, 1]),
+        ({'config.json': 3, 'generation_config.json': [1, -1, 0]}, [1, 0]),
+        ({'config.json': 3, 'generation_config.json': None}, [3]),
+        ({'config.json': 3, 'generation_config.json': 1, 'meta.json': 2}, [1, 2]),  # what our documents end with
+    ],
+)
+def test_all_tokens_that_a_folder_names_end_a_text(tmp_path, files, ends):
+    for name, eos in files.items():
+        (tmp_path / name).write_text(json.dumps({'eos_token_id': eos, 'eot': eos}))
+    assert tokenizer.ends(tmp_path, published(tmp_path) if 'meta.json' not in files else loaded(tmp_path, 2)) == ends
+
+
+def loaded(folder, eot):
+    published(folder)
+    return tokenizer.HF(folder / 'tokenizer.json', eot)
+
+
+# ---- the same tokenizer
+
+
+def written_anew(saved, version):
+    """The content of tokenizer.json as other versions of the libraries write it."""
+    model, added = saved['model'], saved['added_tokens']
+    if version == 'merges as texts':
+        model['merges'] = [' '.join(pair) for pair in model['merges']]
+    if version == 'in another order, with other defaults':
+        model['vocab'] = dict(reversed(model['vocab'].items()))
+        model |= {'ignore_merges': True, 'byte_fallback': None, 'fuse_unk': None}
+        saved |= {'normalizer': {'type': 'NFC'}, 'truncation': None, 'version': '2.0'}
+    if version == 'special tokens among the added ones only':
+        for token in added:
+            model['vocab'].pop(token['content'])
+    if version == 'a padding token more':
+        added.append(added[0] | {'content': '<pad>', 'id': len(model['vocab'])})
+    if version == 'another id':
+        model['vocab']['a'], model['vocab']['b'] = model['vocab']['b'], model['vocab']['a']
+    if version == 'another merge':
+        model['merges'].reverse()
+    if version == 'a token less':
+        model['vocab'].pop('\u0120self')
+    if version == 'an added token in the place of another':
+        added[0] |= {'content': '<pad>'}
+        model['vocab'].pop('<unk>')
+    return saved
+
+
+@pytest.mark.parametrize(
+    ('version', 'same'),
+    [
+        ('merges as texts', True),
+        ('in another order, with other defaults', True),
+        ('special tokens among the added ones only', True),
+        ('a padding token more', True),
+        ('another id', False),
+        ('another merge', False),
+        ('a token less', False),
+        ('an added token in the place of another', False),
+    ],
+)
+def test_a_tokenizer_saved_by_another_version_is_the_same(tmp_path, version, same):
+    published(tmp_path)
+    first = tokenizer.identity(tmp_path)
+    path = tmp_path / 'tokenizer.json'
+    path.write_text(json.dumps(written_anew(json.loads(path.read_text()), version)))
+    other = tokenizer.identity(tmp_path)
+    assert tokenizer.same(first, other) == tokenizer.same(other, first) == same
+    assert tokenizer.same(first, first) and not tokenizer.same(first, 'bytes') and not tokenizer.same(first, None)
+
+
+def test_transformers_saves_the_same_tokenizer(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    published(tmp_path)
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'pad_token': '<pad>', 'bos_token': '<s>'}))
+    transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path).save_pretrained(tmp_path / 'again')
+    one, other = (tmp_path / 'tokenizer.json').read_text(), (tmp_path / 'again/tokenizer.json').read_text()
+    assert one != other and '<pad>' in other
+    assert tokenizer.same(tokenizer.identity(tmp_path), tokenizer.identity(tmp_path / 'again'))
+
+
+# ---- what takes long
+
+
+def test_a_tokenizer_that_does_not_come_to_an_end_is_left_behind(monkeypatch):
+    monkeypatch.setattr(tokenizer, 'PATIENCE', 0.05)
+    with pytest.raises(tokenizer.TokenizerError, match=r'regular expression .* did not come to an end in 0 s'):
+        tokenizer.in_time(lambda: time.sleep(1), 10)
+    assert tokenizer.in_time(lambda: 'ids', 10) == 'ids'
+
+
+def test_a_panic_of_the_library_is_a_sentence(tmp_path):
+    published(tmp_path)
+    saved = json.loads((tmp_path / 'tokenizer.json').read_text())
+    saved['pre_tokenizer'] = {'type': 'Split', 'pattern': {'Regex': '(a+)+$'}, 'behavior': 'Isolated', 'invert': False}
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(saved))
+    with pytest.raises(tokenizer.TokenizerError, match=r'cannot encode the text \(.*retry-limit'):
+        tokenizer.load(tmp_path).encode('a' * 28 + '!')
+
+
+def test_training_on_one_long_line_of_letters_does_not_take_the_square_of_its_length():
+    letters = ''.join(random.Random(0).choices('ACGT', k=100_000))
+    begin = time.process_time()
+    tok = tokenizer.train_bpe([letters, '\n' * 100_000], 1000)
+    assert time.process_time() - begin < 3  # 6 s and more if the line is one word
+    assert tok.vocab_size == 1000 and tok.decode(tok.encode(letters)) == letters
+    pieces = [*bpe_file.short_runs(['a b' * 1000, letters, 'x\n' + '\r\n' * 1000])]
+    assert ''.join(pieces) == 'a b' * 1000 + letters + 'x\n' + '\r\n' * 1000
+    assert pieces[0] == 'a b' * 1000 and max(map(len, pieces[1:])) < 2 * bpe_file.LONGEST
