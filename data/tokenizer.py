@@ -306,7 +306,7 @@ def train_bpe(texts, vocab_size, path=None):
     """Train our tokenizer on an iterable of texts, save it as `path` (a tokenizer.json) if given, and return it."""
     if not 257 <= vocab_size <= fields.ROWS:
         raise TokenizerError(
-            f'vocab_size={vocab_size} is not possible: 256 bytes and the end-of-text token need 257, '
+            f'vocab_size={vocab_size} is not possible: 256 bytes and the end-of-text token need at least 257, '
             f'and no model has more than {fields.ROWS:,}'
         )
     text = bpe.train(texts, vocab_size, EOT)

@@ -223,7 +223,7 @@ def test_a_folder_that_cannot_be_read_says_why(tmp_path, files, error, says):
 
 @pytest.mark.parametrize('vocab_size', [-1, 256, 99999999999])
 def test_a_vocabulary_that_cannot_be_is_refused(vocab_size):
-    with pytest.raises(tokenizer.TokenizerError, match='need 257, and no model has more than'):
+    with pytest.raises(tokenizer.TokenizerError, match='need at least 257, and no model has more than'):
         tokenizer.train_bpe(CORPUS, vocab_size)
 
 
