@@ -53,6 +53,7 @@ from typing import NamedTuple
 
 BOOLS = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, 'no': False}
 EXPECTS = {bool: 'True or False', int: 'a whole number', float: 'a finite number', str: 'text'}
+FLOAT32 = 3.4e38  # the largest that a tensor's arithmetic takes
 BEGIN, END = re.compile(r'# -+ config\b'), re.compile(r'# -+ end of config\b')
 # 'a' | 'b', also 8 | 32. An open list is no list of choices: "'cpu' | 'cuda' | ...", "'a' | 'b' or a path"
 CHOICE = r"'[^']*'|-?\d+"
@@ -363,8 +364,15 @@ def at_least(config, least, *names):
 
 def between(config, low, high, *names):
     """A sentence for each of these keys that is less than low or more than high."""
-    outside = {name: value for name in names if not low <= (value := getattr(config, name)) <= high}
-    return [f'{name}={value} is out of range: use {low} to {high}' for name, value in outside.items()]
+    large = {name: value for name in names if (value := getattr(config, name)) > high}
+    too_large = [f'{name}={value} is out of range: use {low} to {high}' for name, value in large.items()]
+    return at_least(config, low, *names) + too_large
+
+
+def typed(config, *names):
+    """Those of these keys that the command line set. A key that says nothing in a run is refused if it was typed; in a
+    file, which serves many runs, it may stand."""
+    return [name for name in names if getattr(config, '_given', {}).get(name) == 'command line']
 
 
 def _unknown(s, known, moved):
@@ -400,7 +408,7 @@ def _split(argv, known, positional, errors):
         name, equals, text = word.lstrip('-').partition('=')
         name = name.replace('-', '_')
         following = rest[0] if rest and not rest[0].startswith('--') else None  # -1e-3 is a value, --rank is not
-        if not word.startswith('--'):
+        if not word.startswith('--') or word.startswith('---'):
             if word.endswith('.py'):
                 files.append(word)
             elif positional and not word.startswith('-') and not (equals and name in known):
@@ -433,6 +441,8 @@ def _convert(key, value, typed):
     if kind in (int, float):
         # 1e4 iterations are welcome, 1.5 are not; and True, which Python counts as 1, is no number here
         if type(value) not in (int, float) or not math.isfinite(value) or kind(value) != value:
+            raise ValueError
+        if kind is float and abs(value) > FLOAT32:
             raise ValueError
         value = kind(value)
     if type(value) is not kind or (key.choices and value not in key.choices):
@@ -509,14 +519,20 @@ def check_or_exit(config, script, problems):
 def _exit(script, errors):
     for error in errors:
         print('error:', ' '.join(error.splitlines()), file=sys.stderr)
-    print(f'{Path(script).name} --help lists every key', file=sys.stderr)
+    print(f'python {_command(script)} --help lists every key', file=sys.stderr)
     sys.exit(2)
+
+
+def _command(script):
+    """What to type after `python` to run this script, which may be a package's __main__.py."""
+    path = Path(script).resolve()
+    return f'-m {path.parent.name}' if path.name == '__main__.py' else path.name
 
 
 def help_text(script, positional=None):
     """The script's docstring (its launch card), then the keys as flags that can be pasted into a shell."""
     word = f' [{positional.upper()}]' if positional else ''
-    usage = f'usage: python {Path(script).name}{word} [config/NAME.py ...] [--key=value ...]'
+    usage = f'usage: python {_command(script)}{word} [config/NAME.py ...] [--key=value ...]'
     card = ast.get_docstring(ast.parse(Path(script).read_text(encoding='utf-8-sig')), clean=False)
     layout = _layout(script)
     out = ([card.strip(), ''] if card else []) + [usage] + _help_lines(layout.trunk)

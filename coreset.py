@@ -443,15 +443,21 @@ class Options:
 
 FIXED = ('coreset', 'coreset_norm', 'coreset_clusters', 'zo_directions')  # what a saved history means
 
+MOST_WINDOWS = 2**16  # in a pool, of which each is compared with each: 17 GB
+
 
 def problems(config):
     """What does not go together, a sentence each."""
     if config.coreset == 'none':
         return []
-    from configurator import at_least, between
+    from configurator import between, typed
 
-    c, found = config, at_least(config, 1, 'coreset_from', 'zo_directions')
-    found += at_least(c, 0, 'coreset_clusters', 'coreset_sparsity') + between(c, 0, 1, 'keep_small')
+    c, k = config, config.batch_size * config.gradient_accumulation_steps
+    found = between(c, 2, max(MOST_WINDOWS // max(k, 1), 2), 'coreset_from') + between(c, 1, 4096, 'zo_directions')
+    found += between(c, 0, c.coreset_from * k, 'coreset_clusters') + between(c, 0, 1, 'keep_small')
+    found += between(c, 0, 2**40, 'coreset_sparsity')
+    if c.coreset != 'zo' and typed(c, 'zo_directions'):
+        found.append(f"zo_directions is of zo alone: leave it out with coreset='{c.coreset}', or use --coreset=zo")
     if c.coreset == 'random' and c.coreset_norm != 'unit':
         found.append("coreset_norm is of what zo and grad compare: leave it out with coreset='random'")
     if c.coreset_norm == 'unit' and c.coreset_sparsity != Options.coreset_sparsity:

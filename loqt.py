@@ -349,11 +349,15 @@ FIXED = ('rank', 'scale', 'quantize', 'double_quant')
 
 def problems(config):
     """What does not go together, a sentence each."""
-    from configurator import at_least
+    from configurator import between, typed
 
-    found = at_least(config, 1, 'rank', 'update_proj_gap') + at_least(config, 0, 'psi', 'compensation')
-    if config.scale <= 0:
-        found.append(f'scale={config.scale} would undo or hold every update: use more than 0')
+    found = between(config, 1, 10**9, 'rank', 'update_proj_gap') + between(config, 1e-6, 1e4, 'scale')
+    found += between(config, 0, 10, 'psi') + between(config, 0, 100, 'compensation')
+    if config.max_iters / max(config.update_proj_gap, 1) > 1e6:
+        found.append(f'update_proj_gap={config.update_proj_gap} is over a million merges in max_iters: raise it')
+    if config.quantize == 'none':
+        useless = [name for name in typed(config, 'compensation', 'double_quant') if getattr(config, name)]
+        found += [f"{name} is of weights in 4 bits: leave it out with quantize='none'" for name in useless]
     if config.compile:
         found.append("compile=True cannot follow method='loqt', which merges inside backward: set --compile=False")
     return found

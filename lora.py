@@ -198,11 +198,12 @@ LINEARS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down
 
 def problems(config):
     """What does not go together, a sentence each."""
-    from configurator import at_least
+    from configurator import at_least, between, typed
 
-    c, found = config, at_least(config, 1, 'rank') + at_least(config, 0, 'merge_every')
-    if c.scale <= 0:
-        found.append(f'scale={c.scale} would undo or hold every update: use more than 0')
+    c, found = config, between(config, 1, 10**9, 'rank') + at_least(config, 0, 'merge_every')
+    found += between(c, 1e-6, 1e4, 'scale')
+    if c.quantize == 'none' and c.double_quant and typed(c, 'double_quant'):
+        found.append("double_quant is of weights in 4 bits: leave it out with quantize='none'")
     if not 0 <= c.dropout < 1:
         found.append(f'dropout={c.dropout} is not a share of the inputs: use at least 0 and less than 1')
     if c.dropout and c.compile:

@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 import coreset as colm
 import sample
-from configurator import at_least, method_of
+from configurator import at_least, between, method_of, typed
 from data import DataError, tokenizer
 from data.batches import Tokens, read_meta
 from memory import fit, trace
@@ -38,7 +38,7 @@ from memory.record import LiveBytes
 from model import SIZES, ModelError
 from plumbing import begin as start
 from plumbing import checkpoint, parallel, report
-from plumbing.build import SHAPE, build_model, build_on_meta, data_folder, layers_of, try_compile
+from plumbing.build import SHAPE, build_model, build_on_meta, data_folder, layers_of, shape_of, try_compile
 from plumbing.hf import AdapterError
 from plumbing.terminal import patience
 
@@ -113,19 +113,54 @@ def fixed(config):
     return (*FIXED, *method_of(config).FIXED)
 
 
+# The least and the most of numbers; what is far above hangs, or overflows, before any error says why.
+RANGES = {
+    (1, 10**9): 'max_iters',
+    (1, 2**20): 'block_size batch_size gradient_accumulation_steps',
+    (0, 2**63 - 1): 'seed',
+    (0, 1000): 'n_layer learning_rate weight_decay',
+    (0, 2**20): 'n_head n_kv_head n_embd n_inner sample_tokens',
+    (0, 2**24): 'vocab_size',
+    (0, 1e6): 'grad_clip',
+}
+MOST_TOKENS = 2**20  # in a micro-batch; a plan of more would take minutes
+
+
+def without_effect(config):
+    """One sentence for each flag that was typed and changes nothing in this run."""
+    c, found = config, []
+    if c.init_from not in ('scratch', 'resume'):
+        for key in typed(c, 'model', *SHAPE):
+            found.append(f"{key} is of new models, and init_from='{c.init_from}' has its own shape: leave it out")
+    if c.init_from == 'resume' and c.overwrite and typed(c, 'overwrite'):
+        found.append("overwrite=True replaces a run, and init_from='resume' goes on with it: leave out one of them")
+    if c.min_lr > c.learning_rate or (c.min_lr < 0 and c.min_lr != -1):
+        found.append(f'min_lr={c.min_lr} is out of range: use 0 to learning_rate={c.learning_rate}, or -1 for a tenth')
+    if c.offload and typed(c, 'offload') and not c.dry_run and parallel.device_and_dtype(c)[0] == 'cpu':
+        found.append('offload=True moves moments to main memory, where all is on a CPU: leave it out')
+    return found
+
+
 def problems(config):
     """One sentence for each combination that cannot work, including what the method and coreset.py find."""
     c, world = config, int(os.environ.get('WORLD_SIZE', 1))
-    found = at_least(c, 1, 'max_iters', 'block_size', 'batch_size', 'gradient_accumulation_steps')
-    found += at_least(c, 1, 'log_interval', 'eval_interval') + at_least(c, -1, 'warmup_iters')
-    found += at_least(c, 0, 'seed', 'learning_rate', 'weight_decay', 'grad_clip', 'lr_decay_iters')
-    found += at_least(c, 0, 'save_interval', 'sample_tokens', 'eval_tokens', *SHAPE)
+    found = at_least(c, 1, 'log_interval', 'eval_interval') + at_least(c, -1, 'warmup_iters')
+    found += at_least(c, 0, 'lr_decay_iters', 'save_interval', 'eval_tokens')
+    for (low, high), names in RANGES.items():
+        found += between(c, low, high, *names.split())
+    if c.batch_size * c.block_size > MOST_TOKENS:
+        found.append(
+            f'batch_size={c.batch_size} and block_size={c.block_size} are {c.batch_size * c.block_size:,} tokens at '
+            f'once, over {MOST_TOKENS:,}: use a smaller batch_size, with more gradient_accumulation_steps'
+        )
+    found += without_effect(c)
+    found += [f'{key} is empty: say which' for key in ('out_dir', 'dataset', 'init_from') if not getattr(c, key)]
     for key in ('beta1', 'beta2'):
         if not 0 <= getattr(c, key) < 1:
             found.append(f'{key}={getattr(c, key)} is not a decay rate: use at least 0 and less than 1')
     if c.lr_decay_iters and c.lr_decay_iters < warmup_of(c):
         found.append(f'lr_decay_iters={c.lr_decay_iters} ends before warmup_iters={warmup_of(c)}: raise it')
-    if c.warmup_iters > c.max_iters and getattr(c, '_given', {}).get('warmup_iters') == 'command line':
+    if c.warmup_iters > c.max_iters and typed(c, 'warmup_iters'):
         longer = f'warmup_iters={c.warmup_iters} is longer than max_iters={c.max_iters}'
         found.append(f'{longer}, so the rate would never reach its peak: use --warmup_iters=-1, a tenth of the run')
     if c.model not in SIZES:
@@ -224,6 +259,7 @@ def plan_only(config):
     """Build the model and the optimizer on the meta device and print the plan. The data need not be prepared."""
     device, dtype = parallel.device_and_dtype(config)
     print(configurator.as_text(config, __file__), flush=True)
+    shape_of(config)  # whatever is wrong with it is said before the model is built
     model, folder, meta = build_on_meta(config)
     setup(model, config)
     plan = plan_memory(config, model.config, device, dtype)
@@ -250,6 +286,7 @@ def main(config):
     meta = read_meta(folder)
     train_data, val_data = (Tokens(folder, split, config.block_size) for split in ('train', 'val'))
     tok = tokenizer.load(folder)
+    check_size(config, here)
     begin = start.begin(config, fixed(config), colm.FIXED, here.rank == 0)
     with LiveBytes() as building, patience('building the model'):
         layers = layers_of(config)
@@ -323,15 +360,24 @@ def main(config):
     stop.exit()
 
 
+def check_size(config, here):
+    """Raise what is wrong with the model's shape, or Stop if this machine is far too small for the run: at once, before
+    anything is built, downloaded or overwritten."""
+    if config.init_from == 'scratch' or os.path.isdir(config.init_from):
+        dtype = str(here.dtype).removeprefix('torch.')
+        if too_much := fit.cannot_fit(config, shape_of(config), dtype, here.room):
+            raise Stop(too_much)
+
+
 def announce(config, model, folder, meta, begin, here):
     """Print what the run is about to do, what of it has changed since it was saved, and whether it fits. -> Plan"""
     plan = plan_memory(config, model.config, here.device, here.dtype, model.activation_dtype)
     report.print_plan(config, model, plan, folder, meta, here.device)
     report.print_times(config, eval_tokens_of(config), warmup_of(config))
     report.print_changes(config, begin, learning_rate_at, None)
-    if here.on_cuda and plan.card > (room := torch.cuda.get_device_properties(here.device).total_memory):
+    if here.on_cuda and plan.card > here.room:
         advice = fit.memory_advice(config, model.config, problems, fixed(config) * bool(begin.saved_at))
-        print(f'warning: the plan is more than the {room / 1e9:.2f} GB of this card; try {advice}')
+        print(f'warning: the plan is more than the {here.room / 1e9:.2f} GB of this card; try {advice}')
     return plan
 
 

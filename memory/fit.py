@@ -163,6 +163,24 @@ def memory_advice(config, shape=None, problems=None, kept=()):
     return '; '.join(words for _, words in sorted(saved, reverse=True)[:3]) or 'a smaller model, or a larger card'
 
 
+def cannot_fit(config, shape, dtype, room):
+    """A sentence if this run needs far more than `room` bytes, else None: by the formula, which no run waits for and
+    which is at most a fifth too high (results/memest.md). dtype: 'float32' or 'bfloat16'."""
+    c = SimpleNamespace(**vars(config) | {'dtype': dtype})
+    windows = c.batch_size * c.gradient_accumulation_steps * (c.coreset_from if c.coreset != 'none' else 1)
+    try:
+        parts = estimate(c, shape).parts
+    except UnknownMethod:
+        parts = {}
+    parts = parts | {'tokens': 16 * windows * c.block_size}  # of the whole step, and what each is to predict
+    if (total := sum(parts.values())) <= 1.25 * room:
+        return None
+    return (
+        f'this run needs about {total / 1e9:,.0f} GB by the formula, most of it {max(parts, key=parts.get)}, and there '
+        f'are {room / 1e9:,.0f} GB: use a smaller --model, --batch_size or --block_size, or see memest.py --fit'
+    )
+
+
 def explain_out_of_memory(config, error, problems=None, kept=()):
     """What went wrong, and three flags to turn, those that save most first."""
     advice = memory_advice(config, None, problems, kept)

@@ -70,12 +70,10 @@ FIXED = ('rank', 'tensorwise')
 
 def problems(config):
     """What does not go together, a sentence each."""
-    from configurator import at_least
+    from configurator import between
 
-    found = at_least(config, 1, 'rank', 'update_proj_gap') + adam.problems(config)
-    if config.scale <= 0:
-        found.append(f'scale={config.scale} would undo or hold every update: use more than 0')
-    return found
+    found = between(config, 1, 10**9, 'rank', 'update_proj_gap') + between(config, 1e-6, 1e4, 'scale')
+    return found + adam.problems(config)
 
 
 def setup(model, config):

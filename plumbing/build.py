@@ -88,6 +88,15 @@ def check_vocabulary(shape, vocab_size):
     return shape
 
 
+def check_rank(config, shape):
+    """Raise Stop if a rank was asked for that no matrix of a block has. The default may be: it is cut to the matrix."""
+    D, F, Q = shape.n_embd, shape.n_inner, shape.n_head * shape.head_dim
+    most = max(min(D, F), min(D, Q))
+    asked = 'rank' in getattr(config, '_given', {}) and config.init_from != 'resume'
+    if asked and getattr(config, 'rank', 0) > most:
+        raise Stop(f'rank={config.rank} is above every dimension of the blocks: use less than {most}')
+
+
 def try_compile(model, data, config, device):
     """The compiled model, tried on one batch. If that fails, print why and return the model as it is."""
     try:
@@ -119,7 +128,9 @@ def shape_of(config):
     """The ModelConfig of that model. A new one is not built for it: on the meta device torch would import its compiler,
     which takes as long as torch itself."""
     _, _, vocab_size, source = where_from(config)
-    return build_on_meta(config)[0].config if source else check_vocabulary(new_shape(config, vocab_size), vocab_size)
+    shape = build_on_meta(config)[0].config if source else check_vocabulary(new_shape(config, vocab_size), vocab_size)
+    check_rank(config, shape)
+    return shape
 
 
 def where_from(config):

@@ -1,5 +1,6 @@
 """One process, or several under torchrun: the rank, device and dtype of this one, and the signals that it gets."""
 
+import math
 import os
 import signal
 import sys
@@ -23,6 +24,13 @@ class Here:
     @property
     def on_cuda(self):
         return self.device.startswith('cuda')
+
+    @property
+    def room(self):
+        """Bytes of this device's memory; of a CPU whose system does not tell, infinitely many."""
+        if self.on_cuda:
+            return torch.cuda.get_device_properties(self.device).total_memory
+        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else math.inf
 
     def say(self, *words):
         """Print, on the first process alone."""

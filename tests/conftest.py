@@ -51,10 +51,12 @@ def run(words, **kw):
 
 
 def tiny(*flags):
-    """TINY, and what else the method among the flags takes."""
+    """TINY, without the shape where a folder has one, and what else the method among the flags takes."""
     method = next((flag.partition('=')[2] for flag in flags if flag.startswith('--method=')), 'galore')
+    given = any(flag.startswith('--init_from=') and flag != '--init_from=resume' for flag in flags)
+    common = [flag for flag in TINY if not (given and flag.startswith(('--model=', '--n_')))]
     own = {'adamw': [], 'lora': ['--rank=8']}.get(method, ['--rank=8', '--update_proj_gap=5'])
-    return [*TINY, *own, *flags]
+    return [*common, *own, *flags]
 
 
 def train(out_dir, data, *flags, **kw):

@@ -538,7 +538,7 @@ def test_load_or_exit_prints_a_line_an_error_and_exits_with_2(capsys):
     lines = err.splitlines()
     assert (e.value.code, out, len(lines)) == (2, '', 4)
     assert all(line.startswith('error: ') for line in lines[:3])
-    assert lines[3] == 'toy.py --help lists every key'
+    assert lines[3] == 'python toy.py --help lists every key'
 
 
 def test_load_or_exit_returns_the_config():
@@ -605,7 +605,7 @@ def test_from_a_shell_a_script_needs_one_line(folder):
 
     assert run('--method=loqt', '--block_size=1e3').stdout == 'loqt 1000\n'
     bad = run('--method=x')
-    assert (bad.returncode, bad.stdout) == (2, '') and bad.stderr.endswith('\nreal.py --help lists every key\n')
+    assert (bad.returncode, bad.stdout) == (2, '') and bad.stderr.endswith('\npython real.py --help lists every key\n')
     assert run('--help').returncode == 0
 
 
@@ -1047,7 +1047,7 @@ def test_check_or_exit_prints_problems_as_load_or_exit_does(run, capsys):
     with pytest.raises(SystemExit) as e:
         check_or_exit(config, 'run.py', lambda c: [*at_least(c, 1, 'rank'), 'two\nlines'])
     assert e.value.code == 2
-    expected = 'error: rank=0 is too small: use 1 or more\nerror: two lines\nrun.py --help lists every key\n'
+    expected = 'error: rank=0 is too small: use 1 or more\nerror: two lines\npython run.py --help lists every key\n'
     assert capsys.readouterr() == ('', expected)
 
 

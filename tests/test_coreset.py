@@ -550,7 +550,9 @@ def test_colm_as_published_chooses_what_its_equations_choose_and_trains_lora_on_
 
 IMPOSSIBLE = {
     '--coreset=zo --zo_directions=1': 'use --coreset_norm=adam, or more --zo_directions',
-    '--coreset=grad --coreset_from=0': 'coreset_from=0 is too small: use 1 or more',
+    '--coreset=grad --coreset_from=0': 'coreset_from=0 is too small: use 2 or more',
+    '--coreset=grad --coreset_clusters=33': 'coreset_clusters=33 is out of range: use 0 to 16',
+    '--coreset=grad --zo_directions=4': "leave it out with coreset='grad', or use --coreset=zo",
     '--coreset=grad --coreset_clusters=-1': 'coreset_clusters=-1 is too small: use 0 or more',
     '--coreset=grad --keep_small=2': 'keep_small=2.0 is out of range: use 0 to 1',
     '--coreset=random --coreset_norm=adam': "leave it out with coreset='random'",

@@ -347,7 +347,8 @@ def tuned(tmp_path_factory, data):
     flags = ['--method=lora', '--dropout=0.1', '--learning_rate=1e-2', '--quantize=none', f'--dataset={data}']
     flags.append(f'--out_dir={folder / "run"}')
     here(training, *flags, f'--init_from={folder / "base"}', '--max_iters=5')
-    here(training, *flags, '--init_from=resume', '--max_iters=10')
+    shape = [f'--{name}=0' for name in ('n_layer', 'n_head', 'n_embd', 'n_inner')]  # the folder's
+    here(training, *flags, '--init_from=resume', '--max_iters=10', *shape)
     return folder
 
 

@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 import configurator
 import lora
 import train as training
+from data import DataError
 from memory.formula import Plan
-from model import LLaMA
-from plumbing import MOVED, build, parallel, report, resume
+from model import LLaMA, ModelError
+from plumbing import MOVED, Stop, build, parallel, report, resume
 from plumbing import begin as begin_module
 from plumbing.metrics import Metrics
 
@@ -439,7 +440,7 @@ IMPOSSIBLE = {
     '--method=loqt --compile': 'set --compile=False',
     '--method=qgalore --compile': 'weight_bits=8 .* set --compile=False',
     '--method=loqt --psi=-1': 'psi=-1.0 is too small: use 0 or more',
-    '--scale=0': 'scale=0.0 would undo or hold every update: use more than 0',
+    '--scale=0': 'scale=0.0 is too small: use 1e-06 or more',
     '--save_merged=False': "method='galore' packs none: leave it out",
     # keys of another method, and words that have gone
     '--method=loqt --basis_bits=4': "basis_bits is galore's: leave it out with method='loqt', or use --method=galore",
@@ -447,6 +448,30 @@ IMPOSSIBLE = {
     '--lazy=0.5': "lazy is qgalore's: leave it out with method='galore', or use --method=qgalore",
     '--residual=fira': 'Fira is a method of its own: --method=fira',
     '--method=apollo_mini': '--method=apollo --tensorwise --rank=1 --scale=11.3',
+    # what says nothing in the run that it was typed for, and numbers that hang or overflow
+    '--min_lr=5': 'min_lr=5.0 is out of range: use 0 to learning_rate=0.001, or -1 for a tenth',
+    '--min_lr=-.5': 'min_lr=-0.5 is out of range',
+    '--warmup_iters=100': 'warmup_iters=100 is longer than max_iters=20',
+    '--init_from=resume --overwrite': 'leave out one of them',
+    '--init_from=x --n_layer=3': "n_layer is of new models, and init_from='x' has its own shape: leave it out",
+    '--offload': 'where all is on a CPU: leave it out',
+    '--method=loqt --quantize=none --compensation=2': "compensation is of weights in 4 bits: leave it out",
+    '--method=loqt --quantize=none --double_quant': 'double_quant is of weights in 4 bits',
+    '--method=lora --quantize=none --double_quant': 'double_quant is of weights in 4 bits',
+    '--method=loqt --compensation=1000000': 'compensation=1000000 is out of range: use 0 to 100',
+    '--method=loqt --psi=0 --update_proj_gap=1 --max_iters=1e9': 'is over a million merges in max_iters: raise it',
+    '--scale=1e30': 'scale=1e.30 is out of range',
+    '--learning_rate=1e30': 'learning_rate=1e.30 is out of range: use 0 to 1000',
+    '--seed=9223372036854775808': 'seed=9223372036854775808 is out of range: use 0 to 9223372036854775807',
+    '--batch_size=100000000': 'batch_size=100000000 is out of range: use 1 to 1048576',
+    '--batch_size=1000000': '32,000,000 tokens at once, over 1,048,576: use a smaller batch_size, with more grad',
+    '--n_layer=100000000': 'n_layer=100000000 is out of range: use 0 to 1000',
+    '--coreset=grad --coreset_from=100000000': 'coreset_from=100000000 is out of range: use 2 to 16384',
+    '--out_dir=': 'out_dir is empty: say which',
+    '--dataset=': 'dataset is empty: say which',
+    '---rank=8': "expected a config file .* got '---rank=8', did you mean --rank=8?",
+    '--learning_rate=nan': 'learning_rate expects a finite number',
+    '--learning_rate=1e39': 'learning_rate expects a finite number',
     '--coreset_from=2': 'coreset_from says something with coreset alone: .* --coreset=grad',
 }
 
@@ -463,6 +488,25 @@ def test_a_run_in_the_same_folder_is_refused_until_told_what_to_do(finished, dat
     before = weights(finished.out / 'last')
     assert_one_sentence(train(finished.out, data), 'holds a run already', '--init_from=resume', '--overwrite')
     assert same(before, weights(finished.out / 'last'))
+
+
+@pytest.mark.parametrize(
+    'flag, sentence',
+    {
+        '--rank=100': 'rank=100 is above every dimension of the blocks: use less than 32',
+        '--n_head=5': 'n_embd',
+        '--batch_size=32768': 'needs about .* GB by the formula, most of it activations, and there are 2 GB: use',
+        '--coreset=grad --coreset_from=16000': 'needs about .* GB by the formula, most of it activations',
+        '--block_size=100000': 'too few for a window of 100000: lower block_size',
+    }.items(),
+)
+def test_what_is_wrong_is_said_before_the_folder_that_holds_a_run(flag, sentence, finished, data, monkeypatch):
+    monkeypatch.setattr(parallel.Here, 'room', 2e9)  # bytes
+    config = configurator.load(
+        ROOT / 'train.py', tiny(f'--dataset={data}', f'--out_dir={finished.out}', *flag.split()), training.problems
+    )
+    with pytest.raises((Stop, DataError, ModelError), match=sentence):
+        training.main(config)
 
 
 def test_a_checkpoint_of_another_shape_names_the_flag(finished, data):
