@@ -4,9 +4,13 @@ The cost of choosing a batch: facility location alone, its share of a training s
     python -m bench.choosing                     # about five minutes on one CPU core; writes results/choosing.md
 """
 
+from bench import parser
+
+if __name__ == '__main__':
+    parser().parse_args()
+
 import os
 import statistics
-import sys
 import time
 
 import torch
@@ -169,4 +173,4 @@ def main():
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()

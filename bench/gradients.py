@@ -8,7 +8,7 @@ import torch
 
 import galore
 import train
-from bench.measure import block_matrices, clear, made_in, named, on_meta, rank_of, run_config, sizes, unhook
+from bench.measure import block_matrices, clear, made_in, named, on_meta, rank_of, run_config, sizes
 from configurator import method_of
 from data.batches import Tokens
 from plumbing.build import build_model, data_folder
@@ -75,7 +75,6 @@ def measure_refresh(config):
             row = [named(size, blocks), f'{m} x {n}', config.rank or rank_of(size), len(found)]
             row += [f'{new.mean():.4f}', f'{new.min():.4f}', f'{stale.mean():.4f}']
             rows.append([*row, 1000 * taken, 1000 * svd, f'1/{svd / taken:.0f}'])
-        unhook(optimizer)
         del model, optimizer, step
         clear()
     return rows
@@ -123,7 +122,6 @@ def measure_memory(config):
         row = [named(size, blocks), name, most[0] / 1e6, most[0] / largest, most[1] / 1e6, made / 1e6]
         rows.append(row)
         print(f'memory: {size}: {name}: {most[0] / 1e6:.1f} MB of full gradients', flush=True)
-        unhook(optimizer)
         del model, optimizer, step
         clear()
     return rows

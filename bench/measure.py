@@ -51,15 +51,6 @@ def clear():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def unhook(optimizer):
-    """Remove the hooks of our optimizer. Autograd stores them in C++, invisible to Python's garbage collector, so the
-    optimizer and its parameters would never be freed."""
-    parameters = [p for group in optimizer.param_groups for p in group['params']]
-    for p in (*parameters, *getattr(optimizer, 'placeholder', {}).values()):
-        if p._post_accumulate_grad_hooks:
-            p._post_accumulate_grad_hooks.clear()
-
-
 def timed(step):
     started = time.perf_counter()
     step()

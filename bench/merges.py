@@ -24,7 +24,6 @@ from bench.measure import (
     run_config,
     sizes,
     state_tensors,
-    unhook,
 )
 from galore import short_side_first
 from memory.trace import trace_step
@@ -108,7 +107,6 @@ def measure_packed(config):
             train.training_step(model, optimizer, [(x, x)], 1e-3, 'cpu')
             weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
             states, kind = sum(t.nbytes for _, t in state_tensors(optimizer)), 'real'
-            unhook(optimizer)
             del model, optimizer
         else:
             with torch.device('meta'):
@@ -151,7 +149,6 @@ def measure_peaks(config):
             rows.append(
                 [named(size, blocks), name, peaks[False] / 1e6, peaks[True] / 1e6, largest / 1e6, f'{more:.2f}']
             )
-            unhook(optimizer)
             del model, optimizer, step
             clear()
     return rows

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 
 import adam
-from bench.measure import NEVER, clear, interleaved, made_in, rank_of, sizes, state_bytes, unhook
+from bench.measure import NEVER, clear, interleaved, made_in, rank_of, sizes, state_bytes
 from bench.others import bitsandbytes_adamw, galore_torch, galore_torch_adamw
 from galore import GaLoreAdamW
 from methods.apollo import ApolloAdamW
@@ -77,7 +77,6 @@ def measure_optimizers(config):
             plain[name]()  # makes states and bases
             plain[name]()
             made[name], kept[name] = made_in(plain[name]), state_bytes(optimizer)
-            unhook(optimizer)
         plain = interleaved(plain, config.repeats, config.seconds)
         print(f'optimizers: {size}: {BASELINE} takes {1000 * plain[BASELINE]:.1f} ms; now refreshes', flush=True)
         all_due = interleaved(

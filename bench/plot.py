@@ -5,10 +5,20 @@ Loss curves of several runs in one picture, from their metrics.csv (pip install 
     python -m bench.plot out/* --png=results/laptop.png --x=seconds --y=val_loss
 """
 
-import argparse
 import csv
 import os
 import sys
+
+from bench import parser
+
+COLUMNS = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'learning_rate', 'grad_norm', 'tokens_per_second']
+if __name__ == '__main__':
+    asked = parser()
+    asked.add_argument('runs', nargs='+', help='folders of runs, or metrics.csv files')
+    asked.add_argument('--png', default='loss.png', help='the file to write (default: loss.png)')
+    asked.add_argument('--x', default='step', choices=COLUMNS[:3], help='column of the x axis (default: step)')
+    asked.add_argument('--y', default='val_loss', choices=COLUMNS[3:], help='column of the y axis (default: val_loss)')
+    args = asked.parse_args()
 
 
 def read(run, x, y):
@@ -37,13 +47,6 @@ def draw(runs, png, x='step', y='val_loss', labels=None, title=None):
 
 
 if __name__ == '__main__':
-    columns = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'learning_rate', 'grad_norm', 'tokens_per_second']
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('runs', nargs='+', help='folders of runs, or metrics.csv files')
-    parser.add_argument('--png', default='loss.png', help='the file to write (default: loss.png)')
-    parser.add_argument('--x', default='step', choices=columns[:3], help='column of the x axis (default: step)')
-    parser.add_argument('--y', default='val_loss', choices=columns[3:], help='column of the y axis (default: val_loss)')
-    args = parser.parse_args()
     try:
         draw(args.runs, args.png, args.x, args.y)
         print(f'written: {args.png}')

@@ -4,7 +4,7 @@ import torch
 
 import galore
 import train
-from bench.measure import clear, on_meta, run_config, state_tensors, unhook
+from bench.measure import clear, on_meta, run_config, state_tensors
 from configurator import method_of
 from memory.trace import trace_step
 from model import SIZES, ModelConfig
@@ -22,7 +22,6 @@ def real_states(size, *flags):
         tokens = torch.randint(model.config.vocab_size, (1, 32))
         train.training_step(model, optimizer, [(tokens, tokens)], 1e-3, 'cpu')
     kept = list(state_tensors(optimizer))
-    unhook(optimizer)
     return kept
 
 

@@ -24,7 +24,6 @@ from bench.measure import (
     sizes,
     state_bytes,
     timed,
-    unhook,
 )
 from bench.optimizers import AUTHORS, BASELINE, has_bases
 from bench.others import galore_torch, galore_torch_adamw, transformers_llama
@@ -125,18 +124,15 @@ def measure_training(config):
         found = {}
         for group in groups(names, size, blocks, config.memory_gb * 1e9):
             print(f'training: {named(size, blocks)}: {"; ".join(group)}', flush=True)
-            methods, made, kept, used = {}, {}, {}, []
+            methods, made, kept = {}, {}, {}
             for name in group:
                 model, optimizer, step = trainer(name, size, blocks, f'--update_proj_gap={NEVER}', '--stagger=False')
                 methods[name] = functools.partial(step, x, y)
                 step(x[:1], y[:1])  # makes states and bases
                 made[name] = made_in(methods[name])
                 kept[name] = sum(p.nbytes for p in model.parameters()) + state_bytes(optimizer)
-                used.append(optimizer)
             plain = interleaved(methods, config.rounds)
-            for optimizer in used:
-                unhook(optimizer)
-            del methods, used, model, optimizer, step
+            del methods, model, optimizer, step
             clear()
             for name in group:
                 refresh = theirs if name == AUTHORS else ours if has_bases(name) else 0.0
@@ -169,7 +165,6 @@ def measure_stall(config):
         mean, slowest = statistics.mean(best), max(best)
         rows.append([named(size, blocks), T, f'{7 * blocks / T:.2f}', 1000 * mean, 1000 * slowest])
         rows[-1].append(slowest / mean)
-        unhook(optimizer)
         del model, optimizer, step
         clear()
     return rows

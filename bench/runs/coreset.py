@@ -6,7 +6,15 @@ Batches of 64 chosen from 256 against batches of 64, 128 and 256, five seeds eac
     python -m bench.runs.coreset --report                   # only the tables, from the finished runs
 """
 
-import argparse
+from bench import parser
+
+if __name__ == '__main__':
+    asked = parser()
+    asked.add_argument('--math', default='', help='folder with a train.jsonl of {source, instruction, output}')
+    asked.add_argument('--report', action='store_true', help='only the tables, from the finished runs')
+    asked.add_argument('--seeds', type=int, default=5, choices=range(1, 6), help='runs of each method')
+    args = asked.parse_args()
+
 import json
 import os
 import re
@@ -22,7 +30,7 @@ from bench.runs.coreset_data import BATCH, OUT, POOL, ROOT, T, Windows, prepare
 from memory.record import LiveBytes
 from model import LLaMA, ModelConfig
 
-STEPS, WARM, SEEDS, RATE, CAP = 32, 400, 5, 1e-3, 1.0
+STEPS, WARM, RATE, CAP = 32, 400, 1e-3, 1.0
 SHAPE = dict(n_layer=3, n_head=4, n_embd=64, n_inner=176, block_size=T)
 KEPT = dict(keep_small=CAP)
 # name: (batch size, use of sources: 'kept' | 'shares' | 'none', options of Coreset or the name of a rule in other_rule)
@@ -350,12 +358,7 @@ def report():
     draw(found, os.path.join(ROOT, 'results', 'coreset.png'))
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument('--math', default='')
-    parser.add_argument('--report', action='store_true')
-    parser.add_argument('--seeds', type=int, default=SEEDS)
-    args = parser.parse_args()
+def main(args):
     if args.report:
         return report()
     os.makedirs(OUT, exist_ok=True)
@@ -384,4 +387,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    main(args)

@@ -7,6 +7,11 @@ Two optimizer steps, with a checkpoint and a new process between them. The first
 micro-batches; the second refreshes every basis (T = 1), each from the only full gradient in memory.
 """
 
+from bench import parser
+
+if __name__ == '__main__':
+    parser().parse_args()
+
 import os
 import re
 import subprocess

@@ -4,6 +4,11 @@ GaLore against AdamW on the laptop configs, each with its own best learning rate
     python -m bench.runs.laptop    # nine runs of about three minutes on two CPU cores; finished ones are kept
 """
 
+from bench import parser
+
+if __name__ == '__main__':
+    parser().parse_args()
+
 import os
 import subprocess
 import sys

@@ -4,6 +4,13 @@ LoQT on the laptop config, against AdamW, GaLore and LoRA, and with single parts
     python -m bench.runs.loqt    # 22 runs, two at a time, 80 minutes on two CPU cores; finished ones are kept
 """
 
+from bench import parser
+
+if __name__ == '__main__':
+    asked = parser()
+    asked.add_argument('--clock', help='only clock the merges of the laptop run, seconds to this file')
+    args = asked.parse_args()
+
 import json
 import os
 import subprocess
@@ -42,7 +49,7 @@ def share_of_merges():
     path = os.path.join(laptop.ROOT, 'out', 'laptop', 'share.json')
     if not os.path.exists(path):
         environment = {key: value for key, value in os.environ.items() if key != 'OMP_NUM_THREADS'}
-        words = [sys.executable, '-m', 'bench.runs.loqt', path]
+        words = [sys.executable, '-m', 'bench.runs.loqt', f'--clock={path}']
         subprocess.run(words, cwd=laptop.ROOT, check=True, env=environment)
     with open(path) as f:
         return json.load(f)
@@ -125,4 +132,4 @@ def main():
 
 
 if __name__ == '__main__':
-    clock_merges(sys.argv[1]) if sys.argv[1:] else main()
+    clock_merges(args.clock) if args.clock else main()

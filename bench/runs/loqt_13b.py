@@ -4,6 +4,11 @@ Real steps of LoQT's 24 GB config on a CPU with 24 GB of memory: LLaMA-13B itsel
     python -m bench.runs.loqt_13b    # 45 minutes on two cores; a finished run is kept in out/real
 """
 
+from bench import parser
+
+if __name__ == '__main__':
+    parser().parse_args()
+
 import os
 
 from bench.runs.galore_7b import ROOT, cells, run

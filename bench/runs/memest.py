@@ -4,6 +4,13 @@ memest's formula against its trace, its plans against real runs and against publ
     python -m bench.runs.memest    # 100 traces, and 60 steps of each laptop config: 15 minutes on two CPU cores
 """
 
+from bench import parser
+
+if __name__ == '__main__':
+    asked = parser()
+    asked.add_argument('--tracked', help='only track the memory of one laptop config, named without .py')
+    args = asked.parse_args()
+
 import contextlib
 import io
 import json
@@ -129,7 +136,7 @@ def real_runs():
         '|---|---|---|---|',
     ]
     for config in sorted(name[:-3] for name in os.listdir(ROOT + '/config') if name.endswith('laptop.py')):
-        words = [sys.executable, '-m', 'bench.runs.memest', '--tracked', config]
+        words = [sys.executable, '-m', 'bench.runs.memest', f'--tracked={config}']
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
         plan, real = json.loads(done.stdout.splitlines()[-1])
         lines.append(f'| {config} | {plan / 1e6:.1f} | {real / 1e6:.1f} | {100 * (plan / real - 1):+.2f} % |')
@@ -228,4 +235,4 @@ def main():
 
 
 if __name__ == '__main__':
-    tracked(sys.argv[2]) if sys.argv[1:2] == ['--tracked'] else main()
+    tracked(args.tracked) if args.tracked else main()

@@ -10,7 +10,15 @@ unit, quality. The models are built here from their published shapes; nothing is
 about their run, or whose run our trace does not cover, are listed with the reason.
 """
 
-import argparse
+from bench import parser
+
+if __name__ == '__main__':
+    asked = parser()
+    asked.add_argument('--points', required=True, help='CSV file of measurements')
+    asked.add_argument('--only', default='', help='ids or beginnings of ids, separated by commas')
+    asked.add_argument('--out', default='results/memest_points.md', help='the file to write')
+    args = asked.parse_args()
+
 import csv
 import json
 import os
@@ -326,23 +334,20 @@ NOTES = """## What was decided, and when
   hold those of a longer one, so the largest tensors have segments of several sizes; a trace has only one size."""
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[1])
-    parser.add_argument('--points', required=True, help='CSV file of measurements')
-    parser.add_argument('--only', default='', help='ids or beginnings of ids, separated by commas')
-    parser.add_argument('--out', default=os.path.join(ROOT, 'results', 'memest_points.md'))
-    args = parser.parse_args()
+def main(args):
     if not os.path.exists(args.points):
         sys.exit(f'{args.points} does not exist: give --points a CSV file with the columns that this script names')
     torch.set_num_threads(1)
     with open(args.points, newline='') as f:
         rows = [row for row in csv.DictReader(f) if row['id'].startswith(tuple(args.only.split(',')))]
+    if not rows:
+        sys.exit(f'no id in {args.points} begins with {args.only}: leave out --only to predict all')
     done, without = predict(rows)
     text = report(done, without, f'python -m bench.runs.memest_points --points={os.path.basename(args.points)}')
-    with open(args.out, 'w') as f:
+    with open(os.path.join(ROOT, args.out), 'w') as f:
         f.write(text)
     print(text)
 
 
 if __name__ == '__main__':
-    main()
+    main(args)

@@ -4,6 +4,11 @@ GaLore's options and descendants on the laptop config, at equal steps: makes opt
     python -m bench.runs.options    # 15 runs, 40 minutes on two CPU cores; finished ones are kept
 """
 
+from bench import parser
+
+if __name__ == '__main__':
+    parser().parse_args()
+
 import os
 import re
 
