@@ -27,6 +27,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
@@ -36,17 +41,6 @@ FORMAT = 1
 SPLITS = ('train', 'val')
 BATCH_CHARACTERS = 4_000_000  # encoded at a time: about 1M tokens, some 40 MB as Python lists
 PIECE_CHARACTERS = 500_000  # a longer document is encoded in pieces, so that one huge file also uses all cores
-
-
-def read_text(path):
-    data = Path(path).read_bytes()
-    try:
-        return data.decode('utf-8')
-    except UnicodeDecodeError as e:
-        raise DataError(
-            f'{path} is not UTF-8 (byte {e.start:,}): '
-            f'convert it first, e.g. iconv -f latin1 -t utf-8 {path} > converted.txt'
-        ) from e
 
 
 def split_of(name, val_share):
@@ -106,7 +100,11 @@ class Writer:
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob('.preparing-*'):  # by one that was killed; one that still runs holds its lock
+            if lock(left):
+                shutil.rmtree(left, ignore_errors=True)
         self.work = Path(tempfile.mkdtemp(prefix='.preparing-', dir=self.folder))
+        self.lock = lock(self.work)
         return self
 
     def __exit__(self, error, *_):
@@ -115,6 +113,7 @@ class Writer:
                 self._finish()
         finally:
             self.bar.close()
+            self.lock.close()
             shutil.rmtree(self.work, ignore_errors=True)
 
     def add(self, source, split, text):
@@ -133,7 +132,7 @@ class Writer:
 
     def _flush(self):
         chunks = {}
-        encoded = self.tok.encode_batch([piece for _, _, piece, _, _ in self.waiting])
+        encoded = encode_pieces(self.tok, [(piece, first) for _, _, piece, first, _ in self.waiting])
         for (source, split, piece, first, last), ids in zip(self.waiting, encoded):
             if first:
                 self.taking = not self.full(split)  # never half a document
@@ -213,6 +212,30 @@ class Writer:
                 (self.folder / name).unlink(missing_ok=True)
         for name in [*names, 'meta.json']:
             os.replace(self.work / name, self.folder / name)
+
+
+def lock(folder):
+    """The open file that locks a work folder until this process ends, however it ends; None if another holds it."""
+    file = open(folder / 'lock', 'w')  # noqa: SIM115
+    if fcntl:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            return None
+    return file
+
+
+def encode_pieces(tok, pieces):
+    """The ids of each (piece of a text, whether it is the first), as in the whole text: what the tokenizer puts before
+    every text stands before the first only, and so does the space of SentencePiece."""
+    newline = tok.encode('\n')  # what the piece before ends with
+    encoded = tok.encode_batch([piece if first else '\n' + piece for piece, first in pieces])
+    for (piece, first), ids in zip(pieces, encoded):
+        if first:
+            yield tok.bos + ids
+        else:
+            yield ids[len(newline) :] if ids[: len(newline)] == newline else tok.encode(piece)
 
 
 def cut(text, size=None):

@@ -1,9 +1,11 @@
 """What the prepare.py scripts promise: the format, determinism, one-sentence errors, no half-written data."""
 
+import bz2
 import gzip
 import hashlib
 import itertools
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -11,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
-from data import common, tokenizer
+from data import DataError, common, tokenizer
+from data import files as files_of
 from data.c4 import prepare as c4
 from data.pystdlib import prepare as pystdlib
 from data.shakespeare import prepare as shakespeare
@@ -148,6 +152,34 @@ def test_a_long_document_is_encoded_in_pieces_with_the_same_ids(tmp_path, monkey
     assert check_format(tmp_path) == {('s', 'train'): [text], ('s', 'val'): [text]}
 
 
+def spaced(bos):
+    """A tokenizer of pieces as SentencePiece's, with a space before each text, and <s> if its file asks for that."""
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token='<unk>', byte_fallback=True))
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace('\u2581', 'first', split=False)
+    special = ['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256)), '\u2581', 'a', 'b', '\u2581a', 'ab']
+    vocabulary = {token: i for i, token in enumerate(special)}
+    hf.model = tokenizers.models.BPE(vocabulary, [('\u2581', 'a'), ('a', 'b')], unk_token='<unk>', byte_fallback=True)
+    hf.add_special_tokens(['<unk>', '<s>', '</s>'])
+    if bos:
+        hf.post_processor = tokenizers.processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
+    return hf
+
+
+@pytest.mark.parametrize('bos', [[], [1]])
+def test_what_stands_before_a_text_stands_before_each_document_and_not_before_its_pieces(tmp_path, monkeypatch, bos):
+    hf = spaced(bos)
+    hf.save(str(tmp_path / 'tokenizer.json'))
+    text = 'ab a\n\nb ab\n' * 20 + 'a'
+    monkeypatch.setattr(common, 'PIECE_CHARACTERS', 15)
+    with common.Writer(tmp_path / 'out', tokenizer.load(tmp_path), 'test') as out:
+        for split in ('train', 'train', 'val'):
+            out.add('s', split, text)
+    document = [*hf.encode(text).ids, 2]  # with <s> before it, where the file asks for that
+    assert document[: len(bos)] == bos and document.count(1) == len(bos)
+    ids = read(tmp_path / 'out')[1]
+    assert ids['train'].tolist() == document * 2 and ids['val'].tolist() == document
+
+
 def test_limits_take_whole_documents_until_they_are_reached(tmp_path):
     with common.Writer(tmp_path, tokenizer.Bytes(), 'test', limits={'train': 25, 'val': 1}) as out:
         for n in range(9):
@@ -184,6 +216,26 @@ def test_a_crash_while_replacing_never_leaves_a_folder_that_looks_complete(prepa
         out.add('new', 'train', 'new text')
         out.add('new', 'val', 'new text')
     assert not (prepared / 'meta.json').exists()
+
+
+def test_what_a_killed_one_left_is_cleared_by_the_next_and_what_a_living_one_writes_is_not(prepared):
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from data import common, tokenizer
+common.Writer({str(prepared)!r}, tokenizer.Bytes(), 'killed').__enter__().add('s', 'train', 'text')
+os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, '-c', code], check=False).returncode == -9
+    (left,) = prepared.glob('.preparing-*')
+    with common.Writer(prepared, tokenizer.Bytes(), 'living') as out:
+        out.add('s', 'train', 'train')
+        out.add('s', 'val', 'val')
+        assert not left.exists() and out.work.exists()
+        with pytest.raises(RuntimeError), common.Writer(prepared, tokenizer.Bytes(), 'beside it') as other:
+            assert out.work.exists() and other.work.exists()
+            raise RuntimeError
+    assert not list(prepared.glob('.preparing-*')) and read(prepared)[0]['made_by'] == 'living'
 
 
 def test_a_new_kind_of_tokenizer_leaves_no_old_tokenizer_json(tmp_path):
@@ -380,6 +432,86 @@ def test_text_makes_a_source_of_each_file_of_a_glob(tmp_path):
     assert texts['a.txt', 'train'] == [('a.txt' * 100)[:475]]
     assert texts['a.txt', 'val'] == [('a.txt' * 100)[475:]]
     assert set(texts) == {(name, split) for name in ('a.txt', 'b.txt') for split in common.SPLITS}
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_no_split_is_less_than_half_of_its_share(tmp_path, seed):
+    for i in range(42):  # with 40 files the hash leaves val empty 13 times in 100
+        (tmp_path / f'{seed}_chapter{i}.txt').write_text(f'chapter {i}\n' * (1 if i % 3 else 400))
+    meta = text_data.prepare(tmp_path / 'out', [str(tmp_path)], 'bytes')
+    share = meta['val_tokens'] / (meta['val_tokens'] + meta['train_tokens'])
+    assert 0.025 <= share <= 0.5
+
+
+def test_the_hash_is_kept_where_it_is_fair(tmp_path):
+    found = [('s', f'file{i}', tmp_path / f'file{i}') for i in range(400)]
+    for _, _, path in found:
+        path.write_text('some text')
+    assert not text_data.by_position(found, 0.05)
+    (tmp_path / 'file7').write_text('some text' * 10_000)  # nearly all of the text, on the side of train
+    assert common.split_of('file7', 0.05) == 'train' and text_data.by_position(found, 0.05)
+
+
+TEXT = 'Zwölf Boxkämpfer, 東京 😀\n' * 9
+
+
+@pytest.mark.parametrize(
+    ('name', 'data'),
+    [
+        ('utf8.txt', TEXT.encode()),
+        ('utf8_bom.txt', TEXT.encode('utf-8-sig')),
+        ('utf16.txt', TEXT.encode('utf-16')),
+        ('utf16be.txt', b'\xfe\xff' + TEXT.encode('utf-16-be')),
+        ('utf32.txt', TEXT.encode('utf-32')),
+        ('a.txt.gz', gzip.compress(TEXT.encode())),
+        ('named_txt.txt', gzip.compress(TEXT.encode('utf-16'))),
+        ('a.txt.bz2', bz2.compress(TEXT.encode())),
+        ('a.md.xz', lzma.compress(TEXT.encode('utf-8-sig'))),
+    ],
+)
+def test_text_is_read_however_it_is_coded_and_packed(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    assert files_of.read_text(tmp_path / name) == TEXT
+    assert [path.name for path in text_data.walk(tmp_path)] == [name]
+
+
+@pytest.mark.parametrize(
+    ('name', 'data', 'says'),
+    [
+        ('a.txt', TEXT.encode('utf-16-le'), r'looks like UTF-16: iconv -f utf-16le'),
+        ('a.txt', 'plain'.encode('utf-16-be'), r'looks like UTF-16: iconv -f utf-16be'),
+        ('a.txt', TEXT.encode('utf-16')[:-1], r'begins as utf-16 and is broken at byte'),
+        ('a.txt', bytes(99), r'full of NUL bytes\): leave it out'),
+        ('a.txt', 'Zwölf'.encode('latin1'), r'is not UTF-8 \(byte 2\): .* iconv -f latin1'),
+        ('a.txt.gz', gzip.compress(TEXT.encode())[:-9], r'packed by gzip and broken'),
+        ('train.parquet', b'PAR1....PAR1', r'a Parquet table, not text: python -c "import datasets'),
+        ('a.docx', b'PK\x03\x04....', r'a zip archive, not text: unzip .*pandoc'),
+        ('a.pdf', b'%PDF-1.7', r'a PDF, not text: pdftotext'),
+        ('a.tar.gz', gzip.compress(bytes(257) + b'ustar' + bytes(250)), r'a tar archive, not text: tar -xf'),
+        ('a.zst', b'\x28\xb5\x2f\xfd....', r'packed by zstd, not text: zstd -d'),
+        ('a.jsonl', b'{"prompt": "p", "answer": "a"}\n', r'JSON lines, not text: jq -r \'\.prompt\''),
+        (
+            'a.jsonl.gz',
+            gzip.compress(b'{"text": "t", "url": "u"}\n'),
+            r'JSON lines: python data/c4/prepare.py --input=',
+        ),
+    ],
+)
+def test_what_is_no_text_is_named_with_what_to_type(tmp_path, name, data, says):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=says):
+        files_of.read_text(tmp_path / name)
+
+
+def test_a_folder_of_something_else_says_of_what(tmp_path):
+    (tmp_path / 'part.parquet').write_bytes(b'PAR1....PAR1')
+    with pytest.raises(DataError, match=r'part.parquet is a Parquet table'):
+        text_data.find([str(tmp_path)])
+
+
+def test_json_that_is_no_lines_of_objects_is_text(tmp_path):
+    (tmp_path / 'a.json').write_text('[\n 1,\n 2\n]\n')
+    assert files_of.read_text(tmp_path / 'a.json') == '[\n 1,\n 2\n]\n'
 
 
 def test_text_with_many_files_keeps_whole_files_apart(tmp_path):

@@ -48,7 +48,7 @@ def prepare(out_dir, tokenizer='bpe', vocab_size=4096, root=None):
     documents, skipped = [], 0
     for source, split, path in find(root):
         try:
-            documents.append((source, split, path.read_bytes().decode('utf-8')))
+            documents.append((source, split, path.read_bytes().decode('utf-8-sig')))
         except UnicodeDecodeError:
             skipped += 1
     if not documents:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data import DataError, common  # noqa: E402
+from data import DataError, common, files  # noqa: E402
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -48,7 +48,7 @@ def fetch(cache):
 
 
 def prepare(out_dir, tokenizer='bytes', vocab_size=1024, path=None):
-    text = common.read_text(path or fetch(Path(out_dir) / 'input.txt'))
+    text = files.read_text(path or fetch(Path(out_dir) / 'input.txt'))
     n = int(len(text) * 0.9)
     tok = common.choose_tokenizer(tokenizer, [text[:n]], vocab_size)
     with common.Writer(out_dir, tok, common.made_by('shakespeare')) as out:

@@ -6,7 +6,8 @@ Make a data set of your own text files.
     python data/text/prepare.py --input wiki/ code/ --out_dir=data/mix   # several folders: each one is a source
     python data/text/prepare.py --input=book.txt --tokenizer=bytes       # one file: its last 5 % are the val split
 
-Then train with --dataset=text (or the name of out_dir). Files must be UTF-8.
+Then train with --dataset=text (or the name of out_dir). Files are UTF-8, or UTF-16 with a byte order mark, and
+may be packed by gzip, bzip2 or xz.
 """
 
 import glob
@@ -17,16 +18,21 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data import DataError, common  # noqa: E402
+from data import DataError, common, files  # noqa: E402
 
 # Files taken from a folder. A file that --input names may have any ending.
 ENDINGS = ('.txt', '.md', '.rst', '.tex', '.py', '.c', '.h', '.cpp', '.cu', '.js', '.ts', '.java', '.go', '.rs', '.sh')
 
 
+def unpacked_name(name):
+    stem, ending = os.path.splitext(name.lower())
+    return stem if ending in files.PACKED else name.lower()
+
+
 def walk(folder):
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith('.') and f not in ('__pycache__', 'node_modules'))
-        yield from (Path(parent, name) for name in sorted(names) if name.lower().endswith(ENDINGS))
+        yield from (Path(parent, name) for name in sorted(names) if unpacked_name(name).endswith(ENDINGS))
 
 
 def find(inputs):
@@ -48,21 +54,32 @@ def find(inputs):
         found = []
         for path in paths:
             source = path.relative_to(common_parent).as_posix()
-            files = walk(path) if path.is_dir() else [path]
-            found += [(source, file.relative_to(common_parent).as_posix(), file) for file in files]
+            inside = walk(path) if path.is_dir() else [path]
+            found += [(source, file.relative_to(common_parent).as_posix(), file) for file in inside]
     found = list({path: (source, name, path) for source, name, path in reversed(found)}.values())[::-1]
     if not found:
+        for other in (file for path in paths for file in sorted(path.rglob('*')) if file.is_file()):
+            files.look(other)  # says what it is, if it is a table, an archive, ...
         raise DataError(f'--input={" ".join(inputs)} holds no text file ({" ".join(ENDINGS)})')
     return found
 
 
+def by_position(found, val_share):
+    """Whether val is to be the last part of each file. Many files are split by name instead, so that no val text
+    continues a train text, unless chance leaves a side less than half of its share."""
+    sizes = {'train': 0, 'val': 0}
+    for _, name, path in found:
+        sizes[common.split_of(name, val_share)] += path.stat().st_size
+    total, wanted = sum(sizes.values()), {'train': 1 - val_share, 'val': val_share}
+    return len(found) * val_share < 2 or any(sizes[split] < wanted[split] / 2 * total for split in sizes)
+
+
 def documents(found, val_share):
-    """Yield (source, split, text). Many files are split by name, so that no val text continues a train text. With few
-    files that could leave val empty or put most of a source in it, so val is the last part of each file instead."""
-    by_position = len(found) * val_share < 2
+    """Yield (source, split, text)."""
+    cut_each = by_position(found, val_share)
     for source, name, path in found:
-        text = common.read_text(path)
-        if by_position:
+        text = files.read_text(path)
+        if cut_each:
             n = int(len(text) * (1 - val_share))
             yield source, 'train', text[:n]
             yield source, 'val', text[n:]
