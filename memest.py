@@ -16,9 +16,10 @@ of its own.
 import sys
 
 from memory import flags
-from plumbing import MOVED, Stop
+from plumbing import MOVED, Stop, terminal
 
 if __name__ == '__main__':  # before the imports that take seconds: --help and mistyped keys are answered at once
+    terminal.prepare()
     asked = flags.read(sys.argv[1:], MOVED)
 
 import json

@@ -15,8 +15,10 @@ Generate text from a checkpoint of ours or any Hugging Face LLaMA folder, and pr
 import sys
 
 import configurator
+from plumbing import terminal
 
 if __name__ == '__main__':  # before the imports that take seconds
+    terminal.prepare()
     config = configurator.load_or_exit(__file__, sys.argv[1:], positional='checkpoint')
 
 import contextlib
@@ -32,7 +34,7 @@ from data import fields, tokenizer
 from model import KVCache, LLaMA, ModelError
 from plumbing import Stop, hf
 from plumbing.build import base_of, load_model
-from plumbing.checkpoint import swap
+from plumbing.checkpoint import swap, verify
 from plumbing.hf import AdapterError, weights_folder
 from quant import Packed
 
@@ -187,6 +189,7 @@ def main(config):
         check_target(target, config.overwrite)  # before anything that takes time
     device = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
     folder = weights_folder(config.checkpoint)
+    verify(folder, weights_alone=not config.save_adapter)
     if adapter := hf.read_adapter(config.checkpoint):
         base = {key: adapter[key] for key in ('quantize', 'double_quant')}  # as it was when the adapter was made
         linear = partial(lora.LoRALinear, rank=adapter['r'], alpha=adapter['lora_alpha'], **base)

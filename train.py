@@ -374,7 +374,7 @@ def announce(config, model, folder, meta, begin, here):
     plan = plan_memory(config, model.config, here.device, here.dtype, model.activation_dtype)
     report.print_plan(config, model, plan, folder, meta, here.device)
     report.print_times(config, eval_tokens_of(config), warmup_of(config))
-    report.print_changes(config, begin, learning_rate_at, None)
+    report.print_changes(config, begin, learning_rate_at)
     if here.on_cuda and plan.card > here.room:
         advice = fit.memory_advice(config, model.config, problems, fixed(config) * bool(begin.saved_at))
         print(f'warning: the plan is more than the {here.room / 1e9:.2f} GB of this card; try {advice}')

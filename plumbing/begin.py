@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from data import fields
+from data.batches import fingerprint
 from plumbing import Stop, resume
 from plumbing.checkpoint import load_optimizer, load_selection, tidy, verify
 from plumbing.hf import download, load_adapter, read_adapter, weights_folder
@@ -30,13 +31,14 @@ A_STEP = dict.fromkeys(('batch_size', 'block_size', 'gradient_accumulation_steps
 class Begin:
     """Where a run starts from. weights: folder to load them from, None for new ones; adapter: PEFT folder to load
     LoRA's A and B from; saved_at: the checkpoint that a resumed run continues; run: its run.json; replaces: the out_dir
-    of an earlier run, which stays as it is until this one has saved something."""
+    of an earlier run, which stays as it is until this one has saved something; data: the data set's fingerprint."""
 
     weights: str | None = None
     adapter: str | None = None
     saved_at: str | None = None
     run: dict = field(default_factory=lambda: {'step': 0, 'best_val_loss': 1e30, 'seconds': 0.0})
     replaces: str | None = None
+    data: str | None = None
 
     @property
     def step(self):
@@ -45,6 +47,7 @@ class Begin:
     def restore(self, model, optimizer, selection, data, config):
         """Load what is not part of the weights: the adapter, the optimizer's and the selection's state, the place in
         the data."""
+        self.data = fingerprint(os.path.dirname(data.path))
         if self.adapter:
             load_adapter(model, self.adapter)
         if self.saved_at:
@@ -69,15 +72,16 @@ class Begin:
         """What run.json says of the place in the data after this many steps."""
         new = step - self.step
         windows = self.windows + new * windows_a_step(config)
-        return {'step': step, 'windows': windows, 'tokens': self.tokens + new * tokens_a_step(config)}
+        tokens = self.tokens + new * tokens_a_step(config)
+        return {'step': step, 'windows': windows, 'tokens': tokens, 'data': self.data}
 
-    def changes(self, config, learning_rate_at, data):
-        """Yield a sentence for each thing that is not as it was when the run was saved. data: Tokens' fingerprint."""
+    def changes(self, config, learning_rate_at):
+        """Yield a sentence for each thing that is not as it was when the run was saved."""
         was, step = self.run.get('config', {}), self.step
         for key, value in vars(config).items():
             if key in was and was[key] != value and key not in resume.OF_A_SESSION:
                 yield f'{key} {was[key]} -> {value}' + (f': {MEANS[key]}' if key in MEANS else '')
-        if self.run.get('data', data) != data and was.get('dataset') == config.dataset:
+        if self.run.get('data', self.data) != self.data and was.get('dataset') == config.dataset:
             yield MEANS['data']
         if was:
             old, new = (learning_rate_at(step, SimpleNamespace(**vars(config) | keys)) for keys in (was, {}))

@@ -165,7 +165,8 @@ def verify(folder, weights_alone=False):
     for name, found in found_now.items():
         if found != files[name]:
             what = 'is missing' if found is None else 'is damaged: its bytes are not those that were saved'
-            raise CheckpointError(f'{os.path.join(folder, name)} {what}: {advice_for_broken(folder)}')
+            advice = 'save it again, or name another folder' if weights_alone else advice_for_broken(folder)
+            raise CheckpointError(f'{os.path.join(folder, name)} {what}: {advice}')
 
 
 def load_optimizer(path, optimizer):

@@ -112,8 +112,8 @@ def print_times(config, eval_tokens, warmup):
         print(f'warm-up: {warmup:,} steps, longer than this run: the rate stays below learning_rate', flush=True)
 
 
-def print_changes(config, begin, learning_rate_at, data):
-    if changes := list(begin.changes(config, learning_rate_at, data)):
+def print_changes(config, begin, learning_rate_at):
+    if changes := list(begin.changes(config, learning_rate_at)):
         print(*[f'changed since {begin.saved_at} was saved:', *changes], sep='\n    ', flush=True)
 
 

@@ -61,14 +61,15 @@ def prepare():
 @contextlib.contextmanager
 def patience(what, after=3.0):
     """While the block runs, say `what` it does after three seconds, and again each time the wait has doubled. Yields a
-    function that takes the share done so far, 0 to 1, where that is known. Only the first process speaks."""
+    function that takes the share done so far, 0 to 1, where that is known. Only the first process speaks, and
+    to stderr: what a script prints may be read by another."""
     begun, done, share = time.monotonic(), threading.Event(), [None]
 
     def wait(seconds=after):
         while not done.wait(seconds):
             passed = time.monotonic() - begun
             part = f', {share[0]:.0%} done' if share[0] is not None else ''
-            print(f'{what}: {passed:.0f} s so far{part}', flush=True)
+            print(f'{what}: {passed:.0f} s so far{part}', file=sys.stderr, flush=True)
             seconds = min(passed, 60)
 
     thread = threading.Thread(target=wait, daemon=True)

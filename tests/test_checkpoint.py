@@ -117,6 +117,8 @@ def test_weights_to_start_from_are_checked_but_not_the_states_beside_them(copied
     assert begin.begin(fresh, ()).weights == str(copied / 'best')
     content = (copied / 'best/model.safetensors').read_bytes()
     (copied / 'best/model.safetensors').write_bytes(content[:-4] + bytes(4))
+    told = run(['sample.py', copied])
+    assert (told.returncode, told.stdout) == (1, '') and 'model.safetensors is damaged' in told.stderr
     with pytest.raises(checkpoint.CheckpointError, match='is damaged: its bytes are not those that were saved'):
         begin.begin(fresh, ())
 
@@ -293,7 +295,9 @@ def test_what_has_changed_is_said_a_line_each_before_anything_is_overwritten(fin
     c = load(
         *again(finished, '--max_iters=20', '--learning_rate=0.1', '--batch_size=2', '--seed=7', '--save_interval=9')
     )
-    told = list(begin.begin(c, ()).changes(c, training.learning_rate_at, None))
+    found = begin.begin(c, ())
+    found.data = found.run['data']
+    told = list(found.changes(c, training.learning_rate_at))
     assert [line.split(':')[0] for line in told] == [
         'seed 1 -> 7',
         'max_iters 10 -> 20',
@@ -304,7 +308,22 @@ def test_what_has_changed_is_said_a_line_each_before_anything_is_overwritten(fin
     ]
     assert told[-1].endswith('at step 10 0.0001 -> 0.0628') and 'none is read twice' in told[2]
     same = load(*again(finished))
-    assert list(parts(finished).changes(same, training.learning_rate_at, None)) == []
+    assert list(found.changes(same, training.learning_rate_at)) == []
+
+
+def test_data_prepared_anew_since_the_run_began_is_noticed(copied, data, tmp_path, capsys):
+    other = Path(shutil.copytree(data, tmp_path / 'data'))
+    tokens = np.fromfile(other / 'train.bin', np.uint16)
+    np.roll(tokens, 1).tofile(other / 'train.bin')  # the same counts, other text
+    flags = ['--max_iters=11', '--eval_interval=100', f'--dataset={other}']
+    session(copied, data, '--init_from=resume', *flags)
+    told = capsys.readouterr().out
+    assert f'dataset {data} -> {other}: another text from here on' in told and 'prepared anew' not in told
+    np.roll(tokens, 2).tofile(other / 'train.bin')
+    session(copied, data, '--init_from=resume', *flags, '--max_iters=12')
+    assert 'the data set was prepared anew since the run began' in capsys.readouterr().out
+    session(copied, data, '--init_from=resume', *flags, '--max_iters=13')
+    assert 'prepared anew' not in capsys.readouterr().out
 
 
 def test_a_run_only_evaluated_writes_nothing_and_a_finished_one_may_be(copied, capsys):

@@ -314,7 +314,7 @@ def test_bad_input_is_one_sentence_each(trained, tmp_path):
     for words, expected in {
         (): 'no checkpoint: type python sample.py FOLDER',
         ('no/such/folder',): 'holds no config.json, best/ or last/',
-        (str(tmp_path / 'broken'),): 'model.safetensors is missing or broken',
+        (str(tmp_path / 'broken'),): 'model.safetensors is damaged: its bytes are not those that were saved',
         (str(trained), '--top_p=2'): 'top_p=2.0 is not a probability',
         (str(trained), f'--seed={2**64}'): 'has more than 64 bits',
         (str(trained), '--temprature=1'): 'temperature',

@@ -58,8 +58,9 @@ def test_a_silence_of_more_than_three_seconds_is_filled_and_a_shorter_one_is_not
     with terminal.patience('evaluating', after=0.05) as tell:
         tell(0.25)
         time.sleep(0.2)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == 'evaluating: 0 s so far, 25% done' and 2 <= len(lines) <= 3, (
+    told = capsys.readouterr()
+    lines = told.err.splitlines()
+    assert told.out == '' and lines[0] == 'evaluating: 0 s so far, 25% done' and 2 <= len(lines) <= 3, (
         'and again when the wait has doubled'
     )
     with terminal.patience('evaluating'):
@@ -67,7 +68,7 @@ def test_a_silence_of_more_than_three_seconds_is_filled_and_a_shorter_one_is_not
     monkeypatch.setenv('RANK', '1')
     with terminal.patience('evaluating', after=0.01):
         time.sleep(0.05)
-    assert capsys.readouterr().out == ''
+    assert capsys.readouterr().err == ''
 
 
 # ---- signals ---------------------------------------------------------------------------------------------------------
