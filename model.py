@@ -44,12 +44,15 @@ class ModelConfig:
     eos_token_id: int | list | None = None
 
     def __post_init__(self):
+        for key in ('n_layer', 'n_head', 'n_embd', 'n_inner', 'vocab_size', 'block_size'):
+            if getattr(self, key) < 1:
+                raise ModelError(f'{key}={getattr(self, key)} is too small: use 1 or more')
         if not self.head_dim and self.n_embd % self.n_head:
             raise ModelError(f'n_embd={self.n_embd} does not divide into n_head={self.n_head} heads: change one')
         self.max_positions = self.max_positions or self.block_size
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
-        if self.n_head % self.n_kv_head:
+        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
             raise ModelError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}: change one')
         if self.head_dim % 2:
             raise ModelError(f'head_dim={self.head_dim} is odd, but rotary embeddings turn pairs: change n_embd')

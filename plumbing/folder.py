@@ -79,6 +79,8 @@ COMPUTED = {
     'residual_multiplier': (1.0, None),
     'logits_scaling': (1.0, None),
     'num_local_experts': (None,),
+    'pruned_heads': ({}, None),
+    'use_bidirectional_attention': (False, None),
 }
 ROPE = {'rope_type': one_of('default', 'llama3'), 'rope_theta': THETA}
 SCALING = {
@@ -328,4 +330,4 @@ def check_adapter_tensors(folder, stored, held):
 
 def finite(tensor):
     """Whether all numbers of a tensor are finite, without a temporary of its size."""
-    return math.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))
+    return all(map(math.isfinite, torch.aminmax(tensor)))  # NaN is the least and the largest of all

@@ -235,13 +235,16 @@ def save_adapter(model, folder, base):
     if quantize != 'none':
         metadata['base'] = quantize + ', double_quant' * double_quant
     os.makedirs(folder, exist_ok=True)
-    config, weights = (os.path.join(folder, name) for name in ('adapter_config.json', 'adapter_model.safetensors'))
+    names = ('adapter_config.json', 'adapter_model.safetensors', 'README.md')
+    config, weights, card = (os.path.join(folder, name) for name in names)
+    for path in filter(os.path.lexists, (config, weights, card)):  # a link would be written through
+        os.remove(path)
     with open(config, 'w') as f:
         json.dump(stored, f, indent=2)
     save_file(tensors, weights, metadata=metadata)
     shutil.copymode(config, weights)  # not only the owner's
     if quantize != 'none':
-        with open(os.path.join(folder, 'README.md'), 'w') as f:
+        with open(card, 'w') as f:
             f.write(CARD.format(base=base, double_quant=double_quant))
 
 

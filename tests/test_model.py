@@ -248,5 +248,8 @@ def test_too_long_a_window_and_impossible_heads_say_what_to_change():
         model(torch.zeros(1, 25, dtype=torch.int64))
     with pytest.raises(ModelError, match='n_head'):
         ModelConfig(n_embd=32, n_head=5)
-    with pytest.raises(ModelError, match='n_kv_head'):
-        ModelConfig(n_embd=32, n_head=4, n_kv_head=3)
+    for wrong in (3, -1):
+        with pytest.raises(ModelError, match='n_kv_head'):
+            ModelConfig(n_embd=32, n_head=4, n_kv_head=wrong)
+    with pytest.raises(ModelError, match='n_head=0 is too small: use 1 or more'):
+        ModelConfig(n_head=0)
