@@ -217,7 +217,11 @@ def write_samples(config, model, tok, folder, device):
     """Print the prompt and what the model makes of it, `samples` times."""
     prompt = sys.stdin.read() if config.prompt == '-' else config.prompt
     ids, ends = tok.prompt(prompt), tokenizer.ends(folder, tok)
-    window = model.config.block_size
+    window, rows = model.config.block_size, model.config.vocab_size
+    if max(ids, default=0) >= rows:
+        raise ModelError(
+            f'{folder}: its tokenizer has id {max(ids)}, its model {rows} rows: they do not belong together'
+        )
     if len(ids) > window:
         print(f'note: the model reads only the last {window:,} of the {len(ids):,} tokens', file=sys.stderr)
     model.set_block_size(min(window, len(ids) + config.tokens), device)  # what the cache and the tables are made for

@@ -262,26 +262,18 @@ ADAPTER = {
     'layers_to_transform': maybe(either(whole(0, 4096), several(whole(0, 4096)))),
     'exclude_modules': maybe(several(text())),
 }
-# Fields that may say nothing (false, null, empty), or this. init_lora_weights: what leaves the base's weights alone.
+# Fields that may be false, null or missing, or this; an empty object is a wish to peft, but where it is a default.
+# init_lora_weights: those that leave the base's weights alone.
 PLAIN = {
     'peft_type': ('LORA',),
     'bias': ('none',),
     'init_lora_weights': (True, 'gaussian', 'eva', 'orthogonal', 'mica'),
-    'fan_in_fan_out': (),
-    'modules_to_save': (),
-    'trainable_token_indices': (),
-    'target_parameters': (),
-    'rank_pattern': (),
-    'alpha_pattern': (),
-    'lora_bias': (),
-    'layer_replication': (),
-    'layers_pattern': (),
-    'alora_invocation_tokens': (),
-    'arrow_config': (),
-    'kasa_config': (),
-    'velora_config': (),
-    'monteclora_config': (),
-    'megatron_config': (),
+    'rank_pattern': ({},),
+    'alpha_pattern': ({},),
+    'modules_to_save': ([],),
+    **dict.fromkeys(('fan_in_fan_out', 'trainable_token_indices', 'target_parameters', 'lora_bias'), ()),
+    **dict.fromkeys(('layer_replication', 'layers_pattern', 'alora_invocation_tokens'), ()),
+    **dict.fromkeys(('arrow_config', 'kasa_config', 'velora_config', 'monteclora_config', 'megatron_config'), ()),
 }
 
 
@@ -296,7 +288,7 @@ def read_adapter(folder):
     odd = dict.fromkeys(name for name in stored if name.startswith('use_'))  # options of a later peft
     for name in {**odd, **PLAIN}:
         value, allowed = stored.get(name), PLAIN.get(name, ())
-        if value and not any(same(value, plain) for plain in allowed):
+        if value is not None and not any(same(value, plain) for plain in (False, *allowed)):
             what = f'{name}={fields.shown(value)}'
             raise AdapterError(f'{path}: {what} is not plain LoRA: merge it with peft, and use the result')
     stored = fields.check(stored, ADAPTER, path, AdapterError, advice)
