@@ -14,7 +14,6 @@ import shutil
 
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 from model import Linear, LLaMA, ModelError
 from plumbing.folder import (
@@ -28,6 +27,7 @@ from plumbing.folder import (
     read_config,
     read_header,
 )
+from plumbing.terminal import patience
 
 WINDOW = 2**17  # positions that a model without a given block_size has rotary tables for
 
@@ -107,7 +107,8 @@ def read_tensors(model, held, dtype, device):
     by_file = {}
     for name, one in held.items():
         by_file.setdefault(one.path, []).append((name, one.raw))
-    with tqdm(total=len(held), desc='reading weights', delay=3, leave=False, disable=None) as bar:
+    done = 0
+    with patience('reading weights') as tell:
         for path, names in by_file.items():
             for name, tensor in tensors_of(path, names):
                 if not finite(tensor):
@@ -118,7 +119,8 @@ def read_tensors(model, held, dtype, device):
                     module.to_empty(device=device, recurse=False).set_weight(tensor)
                 else:
                     setattr(module, leaf, nn.Parameter(tensor))
-                bar.update()
+                done += 1
+                tell(done / len(held))
 
 
 def tensors_of(path, names):

@@ -58,6 +58,9 @@ def prepare():
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # an exception might be swallowed by a library's import
 
 
+waiting = []  # one for each patience that is in force
+
+
 @contextlib.contextmanager
 def patience(what, after=3.0):
     """While the block runs, say `what` it does after three seconds, and again each time the wait has doubled. Yields a
@@ -69,9 +72,11 @@ def patience(what, after=3.0):
         while not done.wait(seconds):
             passed = time.monotonic() - begun
             part = f', {share[0]:.0%} done' if share[0] is not None else ''
-            print(f'{what}: {passed:.0f} s so far{part}', file=sys.stderr, flush=True)
+            if waiting[-1] is share:  # of what waits for one another, the innermost speaks
+                print(f'{what}: {passed:.0f} s so far{part}', file=sys.stderr, flush=True)
             seconds = min(passed, 60)
 
+    waiting.append(share)
     thread = threading.Thread(target=wait, daemon=True)
     if os.environ.get('RANK', '0') == '0':
         thread.start()
@@ -81,3 +86,4 @@ def patience(what, after=3.0):
         done.set()
         if thread.ident:
             thread.join()  # so that its line does not run into the next one
+        waiting.remove(share)

@@ -63,6 +63,9 @@ def test_a_silence_of_more_than_three_seconds_is_filled_and_a_shorter_one_is_not
     assert told.out == '' and lines[0] == 'evaluating: 0 s so far, 25% done' and 2 <= len(lines) <= 3, (
         'and again when the wait has doubled'
     )
+    with terminal.patience('building', after=0.02), terminal.patience('reading', after=0.05):
+        time.sleep(0.15)
+    assert {line.split(':')[0] for line in capsys.readouterr().err.splitlines()} == {'reading'}
     with terminal.patience('evaluating'):
         pass
     monkeypatch.setenv('RANK', '1')
