@@ -283,6 +283,13 @@ def parser(doc):
     return argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
+def folder(text):
+    """The type of --out_dir."""
+    if not text:
+        raise argparse.ArgumentTypeError('it is empty, which would be the folder you are in: name one, or . for that')
+    return text
+
+
 def run(main):
     """Run main(). An error that the user can fix becomes one sentence on stderr and exit code 1, with no traceback."""
     try:

@@ -345,6 +345,14 @@ def test_c4_says_what_is_wrong_with_a_file(tmp_path, prepared):
     assert files(prepared) == before
 
 
+@pytest.mark.parametrize('tokens', ['inf', '-inf', 'nan', '1e400', '0', '-5', 'many'])
+def test_c4_takes_no_number_of_tokens_that_is_none(capsys, monkeypatch, tokens):
+    monkeypatch.setattr(sys, 'argv', ['prepare.py', f'--tokens={tokens}'])
+    with pytest.raises(SystemExit) as end:
+        c4.main()
+    assert end.value.code == 2 and 'argument --tokens: ' in capsys.readouterr().err
+
+
 def test_c4_without_a_network_fails_at_once_and_names_the_alternative(tmp_path):
     env = {**os.environ, 'HF_HUB_OFFLINE': '1'}  # the same path as a network that is down, on any machine
     for args in ([], [f'--input={c4_file(tmp_path / "c4.jsonl")}', '--tokenizer=nobody/has-this']):
@@ -548,6 +556,14 @@ def test_an_error_is_one_sentence_and_leaves_the_old_folder_intact(tmp_path, pre
     assert says in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert files(prepared) == before
+
+
+@pytest.mark.parametrize('prepare', [pystdlib, c4, shakespeare, text_data], ids=lambda module: module.__name__)
+def test_an_empty_out_dir_is_not_the_folder_one_is_in(capsys, monkeypatch, prepare):
+    monkeypatch.setattr(sys, 'argv', ['prepare.py', '--input=x', '--out_dir='])
+    with pytest.raises(SystemExit) as end:
+        prepare.main()
+    assert end.value.code == 2 and 'argument --out_dir: it is empty' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name', ['pystdlib', 'c4', 'shakespeare', 'text'])

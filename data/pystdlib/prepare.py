@@ -66,7 +66,9 @@ def main():
     parser = common.parser(__doc__)
     parser.add_argument('--tokenizer', default='bpe', help='bpe | bytes | tiktoken:NAME | folder with a tokenizer.json')
     parser.add_argument('--vocab_size', type=int, default=4096, help='ids of a bpe tokenizer, at least 257')
-    parser.add_argument('--out_dir', default=str(HERE), help='where train.bin, val.bin and meta.json go')
+    parser.add_argument(
+        '--out_dir', type=common.folder, default=str(HERE), help='where train.bin, val.bin and meta.json go'
+    )
     args = parser.parse_args()
     start = time.time()
     meta = prepare(args.out_dir, args.tokenizer, args.vocab_size)

@@ -64,7 +64,9 @@ def main():
         '--tokenizer', default='bytes', help='bytes | bpe | tiktoken:NAME | folder with a tokenizer.json'
     )
     parser.add_argument('--vocab_size', type=int, default=1024, help='ids of a bpe tokenizer, at least 257')
-    parser.add_argument('--out_dir', default=str(HERE), help='where train.bin, val.bin and meta.json go')
+    parser.add_argument(
+        '--out_dir', type=common.folder, default=str(HERE), help='where train.bin, val.bin and meta.json go'
+    )
     args = parser.parse_args()
     start = time.time()
     if args.input and not Path(args.input).is_file():
