@@ -216,6 +216,7 @@ def main(config):
 def write_samples(config, model, tok, folder, device):
     """Print the prompt and what the model makes of it, `samples` times."""
     prompt = sys.stdin.read() if config.prompt == '-' else config.prompt
+    prompt = prompt.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')  # bytes that are no UTF-8: U+FFFD
     ids, ends = tok.prompt(prompt), tokenizer.ends(folder, tok)
     window, rows = model.config.block_size, model.config.vocab_size
     if max(ids, default=0) >= rows:
@@ -255,8 +256,8 @@ def penalty_of(folder):
 
 if __name__ == '__main__':
     configurator.check_or_exit(config, __file__, problems)
-    for stream in (sys.stdin, sys.stdout):  # a terminal that is not UTF-8 shows what it can
-        stream.reconfigure(errors='backslashreplace')
+    sys.stdin.reconfigure(errors='surrogateescape')
+    sys.stdout.reconfigure(errors='backslashreplace')  # a terminal that is not UTF-8 shows what it can
     try:
         main(config)
     except BrokenPipeError:  # the reader, `head` perhaps, has enough

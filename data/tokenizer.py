@@ -278,6 +278,9 @@ def from_tiktoken(name):
     return Tiktoken(encoding, f'tiktoken:{name}')
 
 
+EVERY_KIND = ''.join(map(chr, range(0x600))) + ' \n\t東京😀'  # letters, digits, marks, spaces
+
+
 def from_bpe(text):
     """Our own tokenizer.json, given as text, run by tiktoken. Our ids are in merge order, so they are its ranks."""
     import tiktoken
@@ -295,6 +298,8 @@ def from_bpe(text):
         if len({token for token in ranks if len(token) == 1}) < 256 or not pattern:
             raise ValueError('a byte that has no token, or no pattern')
         encoding = tiktoken.Encoding('bpe', pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+        if encoding.decode(encoding.encode_ordinary(EVERY_KIND)) != EVERY_KIND:
+            raise ValueError('a pattern that leaves out part of a text')
     except Exception as e:
         raise TokenizerError(
             f'this tokenizer.json is not one that train_bpe wrote ({e!r}): prepare the data again'

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -242,6 +244,14 @@ def test_a_text_that_ends_at_once_says_so(tmp_path, capsys):
     (folder / 'tokenizer.json').write_text(json.dumps(saved))
     both = said(capsys, folder, '--prompt=<s>', '--temperature=0', '--tokens=9')
     assert both.out == '<s>\n' and 'the model ended at once, at end-of-text' in both.err
+
+
+def test_a_prompt_of_bytes_that_are_no_text_and_a_terminal_of_another_coding(tmp_path):
+    folder = published(tmp_path, None)
+    words = [sys.executable, 'sample.py', str(folder), '--prompt=-', '--tokens=3']
+    environment = os.environ | {'PYTHONIOENCODING': 'ascii', 'PYTHONUTF8': '0', 'PYTHONWARNINGS': 'ignore'}
+    done = subprocess.run(words, input=b'caf\xe9', cwd=ROOT, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0 and done.stdout.startswith(rb'caf\ufffd'), done.stderr
 
 
 def test_a_prompt_longer_than_the_model_says_what_is_read(tmp_path, capsys):

@@ -384,6 +384,14 @@ def test_a_panic_of_the_library_is_a_sentence(tmp_path):
         tokenizer.load(tmp_path).encode('a' * 28 + '!')
 
 
+@pytest.mark.parametrize('pattern', ['(a+)+$', r'\p{L}+|\s+', '(', ''])
+def test_a_pattern_that_leaves_out_text_or_does_not_parse_is_refused(bpe, pattern):
+    saved = json.loads(bpe.json)
+    saved['pre_tokenizer']['pretokenizers'][0]['pattern']['Regex'] = pattern
+    with pytest.raises(tokenizer.TokenizerError, match='is not one that train_bpe wrote'):
+        tokenizer.from_bpe(json.dumps(saved))
+
+
 def test_training_on_one_long_line_of_letters_does_not_take_the_square_of_its_length():
     letters = ''.join(random.Random(0).choices('ACGT', k=100_000))
     begin = time.process_time()
