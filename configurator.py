@@ -39,6 +39,7 @@ import functools
 import importlib
 import io
 import math
+import os
 import re
 import shlex
 import shutil
@@ -416,8 +417,8 @@ def _split(argv, known, positional, errors):
                 positional = None  # a second one is a prompt without its quotes, more likely than a change of mind
             else:
                 hint = f', did you mean --{name}={text or "..."}?' if name in known else ''
-                hint = f', did you mean {word}.py?' if Path(f'{word}.py').is_file() else hint
-                errors.append(f'command line: expected a config file (NAME.py) or --key=value, got {word!r}{hint}')
+                hint = f', did you mean {word}.py?' if os.path.isfile(f'{word}.py') else hint
+                errors.append(f'command line: expected a config file (NAME.py) or --key=value, got {word!r:.80}{hint:.80}')
         elif equals:
             flags.append((name, text))
         elif name in known and isinstance(known[name].default, bool):

@@ -4,6 +4,7 @@ import functools
 
 import torch
 
+from adam import kernels
 from bench.measure import NEVER, WINDOW
 from model import SIZES, ModelConfig
 
@@ -35,6 +36,7 @@ def galore_torch_adamw(projected, others, rank):
 
 
 def bitsandbytes_adamw(parameters):
+    kernels()  # without its warning
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(parameters, lr=1e-3)

@@ -7,6 +7,7 @@ Loss curves of several runs in one picture, from their metrics.csv (pip install 
 
 import csv
 import os
+import re
 import sys
 
 from bench import parser
@@ -28,6 +29,15 @@ def read(run, x, y):
         return [(float(row[x]), float(row[y])) for row in csv.DictReader(f) if row[x] and row[y]]
 
 
+def table_in(path, heading):
+    """Rows (dicts) of the first table under `## heading` of a file in results/, from which pictures are drawn anew."""
+    with open(path, encoding='utf-8') as f:
+        part = re.split(rf'^## {re.escape(heading)}.*$', f.read(), maxsplit=1, flags=re.M)
+    lines = part[1].split('\n## ')[0].splitlines() if part[1:] else []
+    rows = [[cell.strip() for cell in line.strip().strip('|').split('|')] for line in lines if line.startswith('|')]
+    return [dict(zip(rows[0], row)) for row in rows[2:]]
+
+
 def draw(runs, png, x='step', y='val_loss', labels=None, title=None):
     """One line per run: y over x, both columns of metrics.csv."""
     import matplotlib
@@ -41,7 +51,7 @@ def draw(runs, png, x='step', y='val_loss', labels=None, title=None):
         axes.plot(*zip(*points), label=f'{label}: {points[-1][1]:.3f}', marker='o' if len(points) < 20 else None, ms=3)
     axes.set(xlabel=x.replace('_', ' '), ylabel=y.replace('_', ' '), title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc='outside lower left', fontsize=8)  # never over a curve
     figure.savefig(png, dpi=120)
     plt.close(figure)
 

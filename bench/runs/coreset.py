@@ -12,6 +12,7 @@ if __name__ == '__main__':
     asked = parser()
     asked.add_argument('--math', default='', help='folder with a train.jsonl of {source, instruction, output}')
     asked.add_argument('--report', action='store_true', help='only the tables, from the finished runs')
+    asked.add_argument('--draw', action='store_true', help='only the picture, from the tables in results/coreset.md')
     asked.add_argument('--seeds', type=int, default=5, choices=range(1, 6), help='runs of each method')
     args = asked.parse_args()
 
@@ -26,6 +27,7 @@ import torch
 
 import adam
 import coreset
+from bench.plot import table_in
 from bench.runs.coreset_data import BATCH, OUT, POOL, ROOT, T, Windows, prepare
 from memory.record import LiveBytes
 from model import LLaMA, ModelConfig
@@ -323,27 +325,32 @@ def pairs(found):
     return lines
 
 
-def draw(found, png):
+def draw(md, png):
+    """A panel for each data set, of the tables in coreset.md, and one of the loss over the time of a step."""
     import matplotlib
 
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(found) + 1, figsize=(5 * len(found) + 5, 5), layout='constrained')
-    for axes, (name, runs) in zip(panels, found.items()):
-        for method, rs in ((method, list(by_seed.values())) for method, by_seed in runs.items()):
-            x, y = ([np.mean([r[key] for r in rs]), np.std([r[key] for r in rs]) / max(len(rs) - 1, 1) ** 0.5]
-                    for key in ('mixture', 'macro'))  # fmt: skip
-            axes.errorbar(x[0], y[0], xerr=x[1], yerr=y[1], fmt='o', ms=4)
-            axes.annotate(method, (x[0], y[0]), fontsize=7, xytext=(3, 3), textcoords='offset points')
-        axes.set(title=f'{name}, {STEPS} steps', xlabel='mixture loss', ylabel='mean over sources')
-    name = 'redundant' if 'redundant' in found else next(iter(found))
-    for method, rs in ((method, list(by_seed.values())) for method, by_seed in found[name].items()):
-        seconds, losses = (np.mean([[point[i] for point in r['curve']] for r in rs], 0) for i in (1, 2))
-        panels[-1].plot(seconds, losses, marker='.', label=method)
-    panels[-1].set(title=f'{name}, over time', xlabel='CPU seconds', ylabel='mixture loss')
-    panels[-1].legend(fontsize=7)
+    tables = {name: rows for name in DATA if (rows := table_in(md, f'{name}:'))}
+    figure, panels = plt.subplots(1, len(tables) + 1, figsize=(4 * len(tables) + 4, 6.5), layout='constrained')
+    marks = [f'{colour}{mark}' for mark in 'os^D' for colour in ('C0', 'C1', 'C2', 'C3', 'C4', 'C5')]
+    marks = dict(zip(METHODS, marks))  # the same in all panels
+    name = 'redundant' if 'redundant' in tables else next(iter(tables))
+    for axes, (title, rows) in zip(panels, [*tables.items(), (f'{name}, over time', tables[name])]):
+        timed = axes is panels[-1]
+        for row in rows:
+            (x, dx), (y, dy) = ([float(n) for n in row[key].split('+-')] for key in ('mixture', 'mean over sources'))
+            if timed:
+                x, dx, y, dy = float(row['ms a step']), None, x, dx
+            mark = marks[row['method']]
+            axes.errorbar(x, y, xerr=dx, yerr=dy, fmt=mark[2:], color=mark[:2], ms=6, label=row['method'])
+        axes.set(title=f'{title}, {STEPS} steps', xlabel='mixture loss', ylabel='mean over sources')
+        if timed:
+            axes.set(title=title, xlabel='CPU ms a step, log scale', ylabel='mixture loss', xscale='log')
+        axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.18), fontsize=8)  # below, never over a point
     figure.savefig(png, dpi=110)
+    plt.close(figure)
 
 
 def report():
@@ -355,10 +362,12 @@ def report():
     lines += ['## Differences, seed by seed', '', *pairs(found), '', *CONCLUSIONS, '', '![losses](coreset.png)', '']
     with open(os.path.join(ROOT, 'results', 'coreset.md'), 'w') as f:
         f.write('\n'.join(lines))
-    draw(found, os.path.join(ROOT, 'results', 'coreset.png'))
+    draw(*(os.path.join(ROOT, 'results', f'coreset.{kind}') for kind in ('md', 'png')))
 
 
 def main(args):
+    if args.draw:
+        return draw(*(os.path.join(ROOT, 'results', f'coreset.{kind}') for kind in ('md', 'png')))
     if args.report:
         return report()
     os.makedirs(OUT, exist_ok=True)
