@@ -418,7 +418,8 @@ def _split(argv, known, positional, errors):
             else:
                 hint = f', did you mean --{name}={text or "..."}?' if name in known else ''
                 hint = f', did you mean {word}.py?' if os.path.isfile(f'{word}.py') else hint
-                errors.append(f'command line: expected a config file (NAME.py) or --key=value, got {word!r:.80}{hint:.80}')
+                expected = 'expected a config file (NAME.py) or --key=value'
+                errors.append(f'command line: {expected}, got {word!r:.80}{hint:.80}')
         elif equals:
             flags.append((name, text))
         elif name in known and isinstance(known[name].default, bool):

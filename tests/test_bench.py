@@ -1,9 +1,16 @@
 """bench: every part at tiny size gives its rows, of numbers that can be."""
 
 import importlib.util
+import inspect
+import re
+import shutil
 
 import pytest
-from conftest import run
+from conftest import ROOT, run
+
+import configurator
+from bench import __main__ as bench
+from bench import gradients
 
 PARTS = ['optimizer', 'training', 'stall', 'refresh', 'memory']
 TINY = [f'--{name}_sizes=9m:1' for name in PARTS] + ['--claim_sizes=9m', '--state_sizes=9m 60m', '--real_sizes=9m']
@@ -114,10 +121,45 @@ def test_groups_hold_the_baseline_and_every_method_once():
     assert [name for group in several for name in group[1:]] == names[1:]
 
 
-def test_one_part_alone_writes_nothing_and_unknown_sizes_are_refused(tmp_path):
-    done = run(['-m', 'bench', '--only=memory', '--memory_sizes=9m:1', f'--out={tmp_path / "bench.md"}'])
-    assert done.returncode == 0 and '## Gradients alive at once' in done.stdout, done.stderr
-    assert not list(tmp_path.iterdir())
-    done = run(['-m', 'bench', '--optimizer_sizes=9mm', '--training_sizes=9m:x', '--real_sizes=9m:1'])
-    assert done.returncode == 2
-    assert all(f'{word} is not' in done.stderr for word in ('9mm', '9m:x', '9m:1'))
+def test_one_part_alone_writes_nothing(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, 'ROOT', str(tmp_path))
+    bench.main(configurator.load(bench.__file__, ['--only=memory', '--memory_sizes=9m:1'], bench.problems))
+    assert '## Gradients alive at once' in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+REFUSED = {
+    '--optimizer_sizes=9mm': '9mm is not NAME or NAME:BLOCKS',
+    '--training_sizes=9m:x': '9m:x is not NAME or NAME:BLOCKS',
+    '--stall_sizes=9m:100000000': 'is not NAME or NAME:BLOCKS',
+    '--real_sizes=9m:1': '9m:1 is not a NAME',
+    '--only=foo': "only expects 'all' | 'optimizers'",
+    '--only=merge --refresh_sizes=9m': "refresh_sizes is of refresh: leave it out with only='merge'",
+    '--only=merge --out=x.md': "out is of full runs: leave it out with only='merge'",
+    '--only=picture --out=no.md': "out='no.md' is no file with tables",
+    '--repeats=0': 'repeats=0 is too small: use 1 or more',
+    '--minutes=nan': 'minutes expects a finite number',
+}
+
+
+@pytest.mark.parametrize('flags', REFUSED)
+def test_what_cannot_be_measured_is_refused_with_what_to_type(flags):
+    with pytest.raises(configurator.ConfigError) as error:
+        configurator.load(bench.__file__, flags.split(), bench.problems)
+    assert REFUSED[flags] in str(error.value)
+
+
+def test_the_headings_of_the_keys_name_the_parts_that_read_them():
+    keys = configurator.keys(bench.__file__)
+    headed = {name: set(key.section.partition(':')[0].split(', ')) for name, key in keys.items() if key.section}
+    for part, (measure, *_) in bench.PARTS.items():
+        code = inspect.getsource(measure) + inspect.getsource(gradients.real_run) * (part in ('refresh', 'memory'))
+        assert {name for name, parts in headed.items() if part in parts} == set(re.findall(r'config\.(\w+)', code)), (
+            part
+        )
+
+
+def test_the_picture_is_drawn_from_the_tables(tmp_path):
+    pytest.importorskip('matplotlib')
+    shutil.copy(ROOT / 'results' / 'bench.md', tmp_path)
+    assert bench.draw(str(tmp_path / 'bench.md'))
+    assert (tmp_path / 'bench.png').read_bytes().startswith(b'\x89PNG')
