@@ -34,7 +34,7 @@ def run(method, rate, *flags):
             subprocess.run([sys.executable, 'train.py', *words], cwd=ROOT, stdout=f, check=True)
         os.rename(log + '.part', log)  # an interrupted run starts again
     lines = read_lines(log)
-    found = dict(line.split(': ', 1) for line in lines[-10:])
+    found = dict(line.split(': ', 1) for line in lines[-12:])
     found['sample'] = [line for line in lines if line.startswith('sample: ')][-1].removeprefix('sample: ')
     return found | {'folder': os.path.join(ROOT, out_dir)}
 
