@@ -15,6 +15,7 @@ ids.
 """
 
 import codecs
+import contextlib
 import os
 import threading
 
@@ -125,30 +126,30 @@ class HF:
         if not 0 <= max(vocab.values(), default=-1) < fields.ROWS:
             raise TokenizerError(f'{path} has no tokens, or ids of {fields.ROWS:,} and more: {ADVICE}')
         self.eot = find_eot(folder, self.hf, max(vocab.values()) + 1) if eot is None else eot
-        special = {token.content for token in self.hf.get_added_tokens_decoder().values() if token.special}
-        self.special = {vocab[name] for name in special}
+        self.special = {i for i, token in self.hf.get_added_tokens_decoder().items() if token.special}
         self.bytes = {i for name, i in vocab.items() if name.startswith('<0x')}
         self.as_llama(folder)
-        self.bos = self.find_bos()
+        self.bos = in_time(self.find_bos, 0)
         # Only ids that text can produce: not T5's 100 sentinels at the end, which the paper's 32,000 rows leave out.
         self.vocab_size = max({*vocab.values()} - self.special | {*self.bos, self.eot or 0}) + 1
 
     def find_bos(self):
         """The ids that the post-processor puts before a text. What it puts behind, a continuation would come after."""
         for text in ('a', *(self.hf.decode([i]) for i in range(300))):  # the first that is more than special tokens
-            made = in_time(lambda text=text: self.hf.encode(text), len(text))
-            if 0 in made.special_tokens_mask:
-                return made.ids[: made.special_tokens_mask.index(0)]
+            with contextlib.suppress(Exception):  # it may know no token for this one
+                made = self.hf.encode(text)
+                if 0 in made.special_tokens_mask:
+                    return made.ids[: made.special_tokens_mask.index(0)]
         return []
 
     def as_llama(self, folder):
         """Read text as transformers 5 does if the folder names its LlamaTokenizer. That takes vocabulary and merges
         from tokenizer.json and puts the space before a text itself: not before what follows a special token."""
-        config, model = (os.path.join(folder, name) for name in ('tokenizer_config.json', 'config.json'))
-        config = read_json(config, CLASS_FIELDS) if os.path.exists(config) else {'tokenizer_class': None}
-        model = read_json(model, {}).get('model_type') if os.path.exists(model) else None
         from tokenizers import models, pre_tokenizers
 
+        config, model = (os.path.join(folder, name) for name in ('tokenizer_config.json', 'config.json'))
+        config = read_json(config, CLASS_FIELDS) if os.path.exists(config) else {'tokenizer_class': None}
+        model = read_json(model).get('model_type') if os.path.exists(model) else None
         ours = isinstance(self.hf.model, models.BPE) and self.hf.model.byte_fallback and model != 'mistral'
         if ours and config['tokenizer_class'] in ('LlamaTokenizer', 'LlamaTokenizerFast'):
             space = 'never' if config['add_prefix_space'] is False else 'always' if config['legacy'] else 'first'

@@ -264,6 +264,16 @@ def test_a_text_begins_with_what_the_post_processor_asks_for(tmp_path, single, b
     assert tok.vocab_size > max(bos, default=0)
 
 
+def test_what_begins_a_text_is_found_for_a_tokenizer_that_does_not_know_every_text(tmp_path):
+    hf = tokenizers.Tokenizer(tokenizers.models.WordLevel({'<s>': 0, 'word': 1}, unk_token='<none>'))
+    hf.add_special_tokens(['<s>'])
+    hf.post_processor = tokenizers.processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 0)])
+    hf.save(str(tmp_path / 'tokenizer.json'))
+    assert tokenizer.load(tmp_path).prompt('word') == [0, 1]
+    with pytest.raises(tokenizer.TokenizerError, match='cannot encode the text'):
+        tokenizer.load(tmp_path).prompt('another')
+
+
 def test_a_stream_goes_on_from_its_prompt_and_leaves_special_tokens_out(bpe, tmp_path):
     tok = published(tmp_path, pieces=True)
     prompt, more = tok.prompt('def'), [*tok.encode('encode self'), 2]
