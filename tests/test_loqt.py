@@ -8,7 +8,7 @@ from test_galore import TINY, matrix, train
 
 import loqt
 from adam import split_decay
-from galore import GaLoreAdamW, orthonormal_basis, rotate_moments
+from galore import GaLoreAdamW, orthonormal_basis, rotate_moments, short_side_first
 from loqt import LoQTAdamW, LoQTLinear, merge, replace_linears, update_steps
 from memory.record import LiveBytes
 from model import LLaMA, ModelConfig
@@ -261,6 +261,29 @@ def test_the_first_backward_makes_P_and_compensates_for_a_weight_that_was_given(
     P = layer.read('P', torch.float32)
     assert (P.T @ P - torch.eye(48)).abs().max() < 0.1
     torch.testing.assert_close(layer.B.grad, layer.scale * P.T @ (delta.T @ x), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize('compensation,most', [(0, 0.095), (5, 0.07)])
+def test_what_the_first_step_loses_of_given_weights_is_shown_and_compensation_makes_it_small(compensation, most):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(96, 64), torch.nn.Linear(64, 96))
+    given = [linear.weight.detach().clone() for linear in model]
+    layers = replace_linears(model, rank=24, compensation=compensation)
+    optimizer = LoQTAdamW(split_decay(model.parameters()), layers, total_steps=60, lr=0.0)
+    shown = []
+    for _ in range(3):
+        model(torch.randn(50, 96)).square().mean().backward()
+        optimizer.step()
+        shown.append(optimizer.metrics.pop('rounded', None))
+    lost = [(whole(layer) - W).norm() / W.norm() for layer, W in zip(layers, given)]
+    for layer, W in zip(layers, given):  # a later merge of the same weight takes fewer rounds
+        W, P = short_side_first(W), layer.read('P', torch.float32)
+        one, few = (loqt.compensate(W, P, layer, rounds)[2] for rounds in (1, compensation))
+        assert one >= few and (few > (whole(layer) - given[layers.index(layer)]).norm() / W.norm()) == (
+            compensation > 0
+        )
+    torch.testing.assert_close(shown[0], torch.stack(lost).mean(), rtol=0.02, atol=0)  # 8 bits until then
+    assert 0.05 < shown[0] < most and shown[1] is None and shown[2] is None
 
 
 def test_merging_without_a_gradient_says_what_to_do():
