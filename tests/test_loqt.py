@@ -263,7 +263,7 @@ def test_the_first_backward_makes_P_and_compensates_for_a_weight_that_was_given(
     torch.testing.assert_close(layer.B.grad, layer.scale * P.T @ (delta.T @ x), atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize('compensation,most', [(0, 0.095), (5, 0.07)])
+@pytest.mark.parametrize('compensation,most', [(0, 0.095), (2, 0.07)])
 def test_what_the_first_step_loses_of_given_weights_is_shown_and_compensation_makes_it_small(compensation, most):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(96, 64), torch.nn.Linear(64, 96))
@@ -276,12 +276,11 @@ def test_what_the_first_step_loses_of_given_weights_is_shown_and_compensation_ma
         optimizer.step()
         shown.append(optimizer.metrics.pop('rounded', None))
     lost = [(whole(layer) - W).norm() / W.norm() for layer, W in zip(layers, given)]
-    for layer, W in zip(layers, given):  # a later merge of the same weight takes fewer rounds
-        W, P = short_side_first(W), layer.read('P', torch.float32)
-        one, few = (loqt.compensate(W, P, layer, rounds)[2] for rounds in (1, compensation))
-        assert one >= few and (few > (whole(layer) - given[layers.index(layer)]).norm() / W.norm()) == (
-            compensation > 0
-        )
+    later = [  # of a merge of the same weights that takes only as many rounds as it is told
+        loqt.compensate(short_side_first(W), layer.read('P', torch.float32), layer, compensation)[2]
+        for layer, W in zip(layers, given)
+    ]
+    assert shown[0] < (0.99 if compensation else 1.01) * torch.stack(later).mean()
     torch.testing.assert_close(shown[0], torch.stack(lost).mean(), rtol=0.02, atol=0)  # 8 bits until then
     assert 0.05 < shown[0] < most and shown[1] is None and shown[2] is None
 
