@@ -132,7 +132,8 @@ class LoQTLinear(Packed):
         self.keep('W', W.to(self.B.dtype))
         self.keep('P', torch.zeros(self.shapes['P'], device=W.device, dtype=self.B.dtype))
         if precious and self.quantize != 'none':
-            self.keep('rest', W.float() - self.read('W', torch.float32))
+            rest = self.read('W', torch.float32)
+            self.keep('rest', torch.sub(W, rest, out=rest))
         self.started, self.collect, self.G = False, True, None
 
     @classmethod

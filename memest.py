@@ -3,14 +3,17 @@ The peak memory of a run, known before it starts: a step of it is run on fake te
 
     python memest.py config/galore_7b_4090.py                   # a table: what takes how much, and what holds the peak
     python memest.py config/galore_7b_4090.py --instant --json  # by the formula, for scripts
+    python memest.py config/galore_7b_4090.py --fit --gpus=4    # every method on four cards of --gpu_gb=24
     python train.py config/galore_7b_4090.py --dry_run          # its first line is the same plan
     plan = trace(config)                                        # a Plan; config: a namespace with train.py's keys
 
 The step is train.py's own, with the method's own optimizer, so the plan cannot drift from the code (LLMem, 2404.10933,
 fits formulas to a loaded model). A few layers are traced, and the record of the rest is written by repetition, storage
-by storage (memory/record.py). Three steps: the first, which makes moments and bases, an ordinary one, and one in which
-layers are due for a new basis or a merge. What no trace sees, CUDA's context and the workspaces of libraries, has lines
-of its own.
+by storage (memory/record.py). The model is built, and takes three steps: the first, which makes moments and bases, an
+ordinary one, and one in which layers are due for a new basis or a merge. What no trace sees, CUDA's context and the
+workspaces of libraries, has lines of its own. No data and no weights are needed: of a folder its config.json is enough.
+
+GB are 1e9 bytes. A card is given as it is sold: --gpu_gb=24 are 24 x 2^30 bytes, 25.8 GB.
 """
 
 import sys
@@ -23,6 +26,7 @@ if __name__ == '__main__':  # before the imports that take seconds: --help and m
     asked = flags.read(sys.argv[1:], MOVED)
 
 import json
+import textwrap
 import time
 from types import SimpleNamespace
 
@@ -32,10 +36,11 @@ import train
 from data import DataError
 from memory import llmem
 from memory.cuda import CONTEXT
-from memory.fit import MARGIN, PCI_EXPRESS, fit, seconds_per_token
+from memory.fit import MARGIN, NO_PRETRAINING, PCI_EXPRESS, fit, fit_several, seconds_per_token
 from memory.formula import Plan, UnknownMethod, estimate
+from memory.trace import WHAT
 from model import ModelError
-from plumbing.build import build_on_meta, shape_of
+from plumbing.build import shape_of
 from plumbing.parallel import device_and_dtype
 
 __all__ = ['Plan', 'estimate', 'fit', 'trace']
@@ -45,8 +50,7 @@ def trace(config, device=None):
     """The Plan of a configuration (a namespace with train.py's keys): of a run on a card, or, where the weights are
     fp32 and there is none, on this CPU; device: 'cuda' plans for a card all the same. Raises what train.py raises."""
     here, dtype = device_and_dtype(config)
-    model, _, _ = build_on_meta(config)
-    return train.plan_memory(config, model.config, device or here, dtype)
+    return train.plan_memory(config, shape_of(config), device or here, dtype)
 
 
 def main(argv):
@@ -60,8 +64,9 @@ def answer(argv, own, config):
         from memory import hf
 
         return hf.main(argv)
+    flags.for_a_card(own, config)
     configurator.check_or_exit(config, train.__file__, train.problems)
-    shape = shape_of(config)
+    shape = native_shape(config)
     if 'fit' in own:
         print_fit(config, shape, own)
     elif 'llmem' in own:
@@ -70,6 +75,16 @@ def answer(argv, own, config):
         print_gpus(config, shape, own)
     else:
         print_plan(config, shape, own)
+
+
+def native_shape(config):
+    """shape_of, and where train.py has no such model, the command that plans transformers' own."""
+    try:
+        return shape_of(config)
+    except ModelError as error:
+        if 'computes' not in str(error) and 'supported' not in str(error):
+            raise
+        raise ModelError(f"{error}; python memest.py --hf={config.init_from} plans transformers' own model") from None
 
 
 # ---- one plan ------------------------------------------------------------------------------------------------------
@@ -83,32 +98,51 @@ def print_plan(config, shape, own):
         if 'instant' in own:
             raise
         print(f"no formula knows method='{config.method}': this is a trace alone", file=sys.stderr)
+    if 'json' not in own:
+        print(described(config, shape), flush=True)
     plan = instant if 'instant' in own else trace(config)
     seconds = time.perf_counter() - started
     compared = instant if plan.context else None  # the formula is a card's
+    card = own.get('gpu_gb', 0) * 2**30
     if 'json' in own:
         found = {key: getattr(plan, key) for key in ('weights', 'states', 'total', 'allocated', 'reserved', 'context')}
         found |= {'card': plan.card, 'moment': plan.moment, 'parts': plan.parts}
+        found |= dict(zip(('device', 'dtype'), place(config)))
         print(json.dumps(found | ({'formula': compared.total} if compared else {})))
     else:
-        print(
-            f'{shape.n_layer} layers, method {config.method}, {config.batch_size} x {config.block_size} tokens; '
-            'planned, not measured'
-        )
         print(table(plan))
         if compared:
             error = 100 * (compared.total / plan.total - 1)
             print(f'by the formula {compared.total / 1e9:.3f} GB ({error:+.2f} %); {seconds:.1f} s')
-        if 'gpu_gb' in own:
-            room = own['gpu_gb'] * 2**30 - plan.card * (1 + MARGIN)
-            says = f'fits, {room / 2**30:.2f} GiB to spare' if room >= 0 else f'is {-room / 2**30:.2f} GiB too much'
-            print(
-                f'a card of {own["gpu_gb"]:g} GiB: {says} (with {100 * MARGIN:g} % kept free); '
-                '--fit shows what else does'
-            )
+        if card:
+            print(verdict(plan.card, card) + '; --fit shows what else does')
     if 'plot' in own and plan.peak:
-        draw(plan, own['plot'])
+        from memory.picture import draw
+
+        draw(plan, own['plot'], described(config, shape), card)
         print(f'written: {own["plot"]}', file=sys.stderr if 'json' in own else sys.stdout)
+
+
+def place(config):
+    """-> where a plan is of, 'a card' or 'this CPU', and the weights' dtype there."""
+    device, dtype = device_and_dtype(config)
+    dtype = str(dtype).removeprefix('torch.')
+    return 'a card' if device.startswith('cuda') or dtype == 'bfloat16' else 'this CPU', dtype
+
+
+def described(config, shape):
+    where, dtype = place(config)
+    name = config.model if config.init_from in ('scratch', 'resume') else config.init_from
+    return (
+        f'{name}, {shape.n_layer} layers, method {config.method}, {config.batch_size} x {config.block_size} tokens, '
+        f'{dtype} on {where}: planned, not measured'
+    )
+
+
+def verdict(need, card):
+    room = card - need * (1 + MARGIN)
+    says = f'fits, {room / 1e9:.2f} GB to spare' if room >= 0 else f'is {-room / 1e9:.2f} GB too much'
+    return f'a card of {card / 2**30:g} GB, {card / 1e9:.2f}e9 bytes: {says} (with {100 * MARGIN:g} % kept free)'
 
 
 def table(plan, width=40):
@@ -118,45 +152,17 @@ def table(plan, width=40):
         lines.append(f'{name:52} {size / 1e9:9.3f} GB  {"█" * round(width * size / plan.total)}')
     lines.append(f'{"= alive at the peak":52} {plan.total / 1e9:9.3f} GB  {plan.moment}')
     if plan.context:
-        gib = f'{plan.card / 2**30:.2f} GiB'
         lines += [
             f"{'with what the allocator rounds up, and cuBLAS':52} {plan.allocated / 1e9:9.3f} GB  allocated",
             f'{"with what it cannot use":52} {plan.reserved / 1e9:9.3f} GB  reserved',
-            f"{'with CUDA itself':52} {plan.card / 1e9:9.3f} GB  = {gib}, as nvidia-smi would show",
+            f"{'with CUDA itself':52} {plan.card / 1e9:9.3f} GB  as nvidia-smi would show",
         ]
     if plan.peak:
         lines.append('largest at the peak:')
-        for size, shape, operation, layer in plan.peak.largest:
+        for size, shape, operation, layer, what in plan.peak.largest:
             of = f', layer {layer}' if layer is not None else ''
-            lines.append(f'  {size / 1e6:10.1f} MB  {" x ".join(map(str, shape))}  {operation or "weights"}{of}')
+            lines.append(f'  {size / 1e6:10.1f} MB  {" x ".join(map(str, shape))}, {WHAT[what]}{of} ({operation})')
     return '\n'.join(lines)
-
-
-def draw(plan, png):
-    """Memory over three steps, phases in colours."""
-    import matplotlib
-
-    matplotlib.use('Agg')  # a file, no window
-    import matplotlib.pyplot as plt
-
-    from memory.trace import PHASES
-
-    points = plan.peak.timeline
-    every = max(len(points) // 20_000, 1)
-    fullest = [max(points[i : i + every]) for i in range(0, len(points), every)]
-    figure, axes = plt.subplots(figsize=(10, 5), layout='constrained')
-    for phase, name in PHASES.items():
-        of_phase = [alive / 1e9 if kind == phase else 0 for alive, kind in fullest]
-        if any(of_phase):
-            axes.fill_between(range(len(fullest)), of_phase, step='mid', label=name, alpha=0.8)
-    axes.axhline(plan.total / 1e9, color='black', lw=0.8, ls='--')
-    axes.set(
-        ylabel='GB alive', xlabel='the first step, an ordinary one, one with a refresh: tensors made', title=plan.moment
-    )
-    axes.set_xticks([])
-    axes.legend(loc='lower right')
-    figure.savefig(png, dpi=120)
-    plt.close(figure)
 
 
 # ---- tables of many ------------------------------------------------------------------------------------------------
@@ -168,24 +174,27 @@ def print_gpus(config, shape, own):
     plan = estimate(config, shape)
     if n % tp:
         raise ValueError(f'--gpus={n} cannot be cut into groups of --tp={tp}: use a tp that divides them')
-    print(f'{n} GPUs, planned; each, or with tp each group, has {config.batch_size} x {config.block_size} tokens')
-    print(f'{"":10} {"GiB a GPU":>9}  fits {gb:g} GiB   what torch calls it')
+    print(described(config, shape))
+    print(f'{n} GPUs; each, or with tp each group, has {config.batch_size} x {config.block_size} tokens')
+    print(f'{"":10} {"GB a GPU":>9}  fits {gb:g} GB     what torch calls it')
     for how, words in llmem.WAYS.items():
         need = llmem.several_gpus(plan.pieces, n, how, tp if how == 'zero3' else 1)['total'] + CONTEXT
-        print(f'{how:10} {need / 2**30:9.2f}  {"yes" if need * (1 + MARGIN) <= gb * 2**30 else "no":11} {words}')
+        fits = 'yes' if need * (1 + MARGIN) <= gb * 2**30 else 'no'
+        print(textwrap.fill(f'{how:10} {need / 1e9:9.2f}  {fits:14} {words}', 100, subsequent_indent=' ' * 37))
     parts = estimate(SimpleNamespace(**vars(config) | {'batch_size': 1}), shape).pieces
     seconds = seconds_per_token(config, shape) * config.block_size
     exchanged = (6 if config.checkpointing else 4) * shape.n_layer * config.block_size * shape.n_embd * 2
     ways = llmem.choose(parts, gb * 2**30 / (1 + MARGIN) - CONTEXT, n, seconds, PCI_EXPRESS, exchanged,
                         tps=(tp,) if tp > 1 else ())  # fmt: skip
-    print('(train.py itself averages over processes, as ddp does; the others want torch around a loop of your own)')
+    print('(train.py averages over processes, as ddp does; the others want torch around a loop of your own)')
     if config.method in ('loqt', 'lora') or getattr(config, 'weight_bits', 16) == 8:
         print('(packed weights are buffers, which fully_shard does not cut: zero2 and zero3 are too low here)')
     print(
         'with the largest batches that fit, fastest first:' if ways else 'none of these fits: try --fit, or more GPUs'
     )
     for row in ways:
-        print(f'{row["way"]:10} batch {row["batch"]} a group; {row["reason"]}')
+        says = f'{row["way"]:10} batch {row["batch"]} a group; {row["reason"]}'
+        print(textwrap.fill(says, 100, subsequent_indent=' ' * 11))
 
 
 def print_llmem(config, shape, own):
@@ -195,33 +204,44 @@ def print_llmem(config, shape, own):
     norms = (2 * shape.n_layer + 1) * shape.n_embd
     counts = llmem.Model(table, size - table, size - norms, table, shape.vocab_size, shape.n_layer, shape.n_embd)
     print(
-        f"LLMem's equations, {config.batch_size} x {config.block_size} tokens, fp16 with checkpointing, on {n} GPU(s):"
+        f"LLMem's equations, {config.batch_size} x {config.block_size} tokens, fp16 with checkpointing, a GPU of {n}:"
     )
     tp = own.get('tp') or next(k for k in range(max(n // 2, 1), 0, -1) if n % k == 0)
     for how in llmem.METHODS if n > 1 else ('CDP',):
         need = llmem.peak(counts, how, config.batch_size, config.block_size, n, tp if how == 'DP+TP' else 1)
-        print(f'{how:6} {need / 2**30:9.2f} GiB a GPU')
+        print(f'{how:6} {need / 1e9:9.2f} GB')
     choice, _ = llmem.decide(counts, gb * 2**30, n, tp=tp, sequence=config.block_size)
-    print(f'its choice for cards of {gb:g} GiB: {choice}')
+    print(f'its choice for cards of {gb:g} GB: {choice}')
 
 
 def print_fit(config, shape, own):
-    gb = own.get('gpu_gb', 24.0)
-    rows = fit(config, gb * 2**30, shape, train.problems)
+    gb, n = own.get('gpu_gb', 24.0), own.get('gpus', 1)
+    several = f' each of {n} GPUs of' if n > 1 else ''
+    rows = fit_several(config, gb * 2**30, n, shape, train.problems) if n > 1 else (
+        fit(config, gb * 2**30, shape, train.problems)
+    )  # fmt: skip
     if not rows:
-        print(f'nothing fits {gb:g} GiB: use a smaller --model or --block_size, or more cards (--gpus=N)')
+        print(f'nothing fits {gb:g} GB: use a smaller --model or --block_size, or more cards (--gpus=N)')
         return
-    print(
-        f'what fits {gb:g} GiB by the formula, with the largest batch, fastest first; planned, not measured on a card.'
-    )
-    print('It knows the gaps of an allocator on average alone: trace what you choose, with --gpu_gb.')
-    print(f'{"":26} {"checkpointing":>13} {"batch":>6} {"GiB":>6} {"speed":>6}   flags')
-    best = rows[0][4]
-    for name, checkpointing, batch, plan, seconds, words in rows:
+    windows = config.batch_size * config.gradient_accumulation_steps
+    where = described(config, shape).partition(', method')[0]
+    print(f'{where} in {place(config)[1]}: what fits{several} {gb:g} GB by the formula, fastest first,')
+    print(f'with the largest batch of at most the {windows} windows of a step (more: --gradient_accumulation_steps).')
+    print("Planned, not measured; it knows an allocator's gaps on average: trace what you choose (--gpu_gb).")
+    print(f'{"":26} {"checkpoints":>11} {"batch":>6} {"GB":>6} {"speed":>6}{"  way" * (n > 1)}')
+    scratch, best, marked = config.init_from == 'scratch', rows[0].seconds, False
+    for row in rows:
+        star = '*' * (scratch and row.name in NO_PRETRAINING)
+        marked |= bool(star)
         print(
-            f'{name:26} {"yes" if checkpointing else "no":>13} {batch:6d} {plan.card / 2**30:6.2f} '
-            f'{best / seconds:6.2f}   {words}'
+            f'{row.name + star:26} {"yes" if row.checkpointing else "no":>11} {row.batch:6d} '
+            f'{row.bytes / 1e9:6.2f} {best / row.seconds:6.2f}{f"  {row.way}" * (n > 1)}'
         )
+        print('    ' + ' \\\n    '.join(textwrap.wrap(row.flags, 92, break_on_hyphens=False)))
+    if marked:
+        print('* trains little beside frozen random weights: no substitute for pretraining from scratch')
+    if n > 1:
+        print('way: train.py averages over processes, as ddp does; the others want a loop of your own (--gpus)')
 
 
 if __name__ == '__main__':
@@ -231,3 +251,5 @@ if __name__ == '__main__':
         sys.exit(f'error: {error.name} is not installed: pip install -r requirements-extra.txt')
     except (ValueError, OSError, Stop, DataError, ModelError) as error:
         sys.exit(f'error: {error}')
+    except KeyboardInterrupt:
+        sys.exit(130)

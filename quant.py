@@ -53,18 +53,28 @@ def nf4_on_cpu(A):
     """The same, to the bit for finite and normal numbers, without the five temporaries of A's size that bitsandbytes
     makes on a CPU, and in half its time: a number's code is how many of the 15 boundaries between 16 values lie below
     it, counted in the cache."""
+    packed, absmax, pieces = room_for_nf4(A)
+    for piece in pieces:
+        code_piece_(*piece)
+    return packed, absmax
+
+
+def room_for_nf4(A):
+    """Codes (n / 2, 1) and scales (n / 64,) of a flat A (n,), empty; and [(piece of A, its codes, its scales)]."""
     packed = torch.empty(A.numel() // 2, 1, dtype=torch.uint8)
     absmax = torch.empty(A.numel() // BLOCK_4BIT)
-    for piece, pairs, scales in zip(A.split(1 << 17), packed.split(1 << 16), absmax.split((1 << 17) // BLOCK_4BIT)):
-        blocks = piece.float().view(-1, BLOCK_4BIT)
-        torch.amax(blocks.abs(), 1, out=scales)
-        blocks = blocks / (scales + (scales == 0))[:, None]
-        codes, above = torch.zeros(blocks.shape, dtype=torch.uint8), torch.empty(blocks.shape, dtype=torch.bool)
-        for low, high in itertools.pairwise(NF4):
-            codes += torch.gt(blocks, (low + high) / 2, out=above).view(torch.uint8)
-        codes = codes.view(-1, 2)
-        torch.add(codes[:, 1], codes[:, 0], alpha=16, out=pairs[:, 0])  # the first of two in the upper half
-    return packed, absmax
+    return packed, absmax, [*zip(A.split(1 << 17), packed.split(1 << 16), absmax.split((1 << 17) // BLOCK_4BIT))]
+
+
+def code_piece_(piece, pairs, scales):
+    blocks = piece.float().view(-1, BLOCK_4BIT)
+    torch.amax(blocks.abs(), 1, out=scales)
+    blocks = blocks / (scales + (scales == 0))[:, None]
+    codes, above = torch.zeros(blocks.shape, dtype=torch.uint8), torch.empty(blocks.shape, dtype=torch.bool)
+    for low, high in itertools.pairwise(NF4):
+        codes += torch.gt(blocks, (low + high) / 2, out=above).view(torch.uint8)
+    codes = codes.view(-1, 2)
+    torch.add(codes[:, 1], codes[:, 0], alpha=16, out=pairs[:, 0])  # the first of two in the upper half
 
 
 def decode(parts, shape, dtype):

@@ -46,32 +46,6 @@ class FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
-class FlashAttention(torch.autograd.Function):
-    """The tensors of CUDA's flash attention, without its padding: the result lies in memory by token, so that nobody
-    has to copy it; backward sums dq in fp32, keeps a number a row, and has dk and dv for each head of q.
-
-    FusedAttention follows the kernel's source more closely: the order of allocation, and rows and widths rounded up.
-    Live bytes are mostly the same; what the allocator makes of them differs by up to 2 MB. The published plans of our
-    own model rest on this class (results/memest.md), those of other models on that one (results/memest_points.md)."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        B, H, T, d = q.shape
-        out = q.new_empty(B, T, H, d).transpose(1, 2)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(B, H, T, dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx, delta):
-        q, k, v, _, rows = ctx.saved_tensors
-        _sums = torch.empty_like(q, dtype=torch.float32), torch.empty_like(rows)
-        dq, dk, dv = (A.new_empty(A.shape[0], A.shape[2], q.shape[1], A.shape[3]).transpose(1, 2) for A in (q, k, v))
-        groups = q.shape[1] // k.shape[1]
-        if groups > 1:
-            dk, dv = (A.unflatten(1, (-1, groups)).sum(2) for A in (dk, dv))
-        return dq, dk, dv
-
-
 class FusedAttention(torch.autograd.Function):
     """The tensors of CUDA's flash and memory-efficient attention, forward and backward.
 

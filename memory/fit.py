@@ -2,10 +2,13 @@
 What fits a card: every method by the formula, with the largest batch; and the flags that save most.
 """
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import configurator
-from memory.formula import UnknownMethod, estimate
+from memory import llmem
+from memory.cuda import CONTEXT
+from memory.formula import Plan, UnknownMethod, estimate
 
 # What a run can be turned into; a way says all options that it stands for, whatever the run had. Learning rates are not
 # touched, since each method wants its own (see its config files).
@@ -31,6 +34,8 @@ WAYS = {
     'LoRA': LORA | dict(quantize='none', double_quant=False),
     'QLoRA': LORA | dict(quantize='nf4', double_quant=True),
 }  # fmt: skip
+
+NO_PRETRAINING = ('LoRA', 'QLoRA')  # from scratch these leave the blocks' random weights as they are, but for rank r
 
 CARRIED = ('rank', 'update_proj_gap', 'stagger')  # how large a subspace is and how often it turns: to any other method
 
@@ -76,28 +81,76 @@ def seconds_per_token(config, shape):
 # ---- what fits ---------------------------------------------------------------------------------------------------
 
 
-def fit(config, gpu_bytes, shape, problems):
-    """Rows (name, checkpointing, batch, Plan, seconds a token, flags) of every way to run this model that fits a card
-    of gpu_bytes by the formula, with the largest batch that does and divides the windows of a step, fastest first: on
-    one card, what LLMem's algorithm 1 is for. problems: train.problems, which knows what does not go together. flags:
-    what to type after the command line that gave `config`."""
-    total, rows = config.batch_size * config.gradient_accumulation_steps, []
-    batches = [batch for batch in range(total, 0, -1) if total % batch == 0]
+@dataclass
+class Row:
+    """A way to run a model. batch: windows in a micro-batch, the largest that fits; bytes: of a card; seconds: a token,
+    on all cards; flags: what to type after the command line that gave the config; way: to use several cards."""
+
+    name: str
+    checkpointing: bool
+    batch: int
+    plan: Plan
+    bytes: float
+    seconds: float
+    flags: str
+    way: str = ''
+
+
+def turned_ways(config):
+    """Yield (name, config) of every way, without and with checkpointing."""
     for name, way in WAYS.items():
         turned = turn(config, way)
         for checkpointing in (False, True):
-            for batch in batches:
-                micro_batches = dict(batch_size=batch, gradient_accumulation_steps=total // batch)
-                c = SimpleNamespace(**vars(turned) | micro_batches | dict(checkpointing=checkpointing))
-                try:
-                    plan = estimate(c, shape)
-                except UnknownMethod:  # a way that somebody added
-                    break
-                if plan.card * (1 + MARGIN) <= gpu_bytes and not problems(c):
-                    words = flags(config, c)
-                    rows.append((name, checkpointing, batch, plan, seconds_per_token(c, shape), words))
-                    break
-    return sorted(rows, key=lambda row: row[4])
+            yield name, SimpleNamespace(**vars(turned) | dict(checkpointing=checkpointing))
+
+
+def fit(config, gpu_bytes, shape, problems):
+    """Rows of every way to run this model that fits a card of gpu_bytes by the formula, with the largest batch that
+    does and divides the windows of a step, fastest first: on one card, what LLMem's algorithm 1 is for. problems:
+    train.problems, which knows what does not go together."""
+    total, rows = config.batch_size * config.gradient_accumulation_steps, []
+    batches = [batch for batch in range(total, 0, -1) if total % batch == 0]
+    for name, turned in turned_ways(config):
+        for batch in batches:
+            micro_batches = dict(batch_size=batch, gradient_accumulation_steps=total // batch)
+            c = SimpleNamespace(**vars(turned) | micro_batches)
+            try:
+                plan = estimate(c, shape)
+            except UnknownMethod:  # a way that somebody added
+                break
+            if plan.card * (1 + MARGIN) <= gpu_bytes and not problems(c):
+                seconds = seconds_per_token(c, shape)
+                rows.append(Row(name, c.checkpointing, batch, plan, plan.card, seconds, flags(config, c)))
+                break
+    return sorted(rows, key=lambda row: row.seconds)
+
+
+def fit_several(config, gpu_bytes, n, shape, problems):
+    """The same on n cards: of each way of `fit` the fastest way of llmem.WAYS to use them, with micro-batches that
+    divide a card's share of the windows of a step."""
+    rows, total = [], config.batch_size * config.gradient_accumulation_steps
+    for name, turned in turned_ways(config):
+        c = SimpleNamespace(**vars(turned) | dict(batch_size=1, gradient_accumulation_steps=total))
+        if problems(c):
+            continue
+        try:
+            parts = estimate(c, shape).pieces
+        except UnknownMethod:
+            continue
+        packed = getattr(c, 'quantize', 'none') != 'none' or getattr(c, 'weight_bits', 16) == 8
+        ways = [way for way in llmem.WAYS if not packed or way in ('ddp', 'ddp_copy', 'zero1')]  # buffers are not cut
+        exchanged = (6 if c.checkpointing else 4) * shape.n_layer * c.block_size * shape.n_embd * 2
+        room = gpu_bytes / (1 + MARGIN) - CONTEXT
+        one = seconds_per_token(c, shape) * c.block_size
+        found = llmem.choose(parts, room, n, one, PCI_EXPRESS, exchanged, ways)
+        for row in found[:1]:
+            share = max(total // (row['samples'] // row['batch']), 1)  # of the windows of a step, for each group
+            batch = max(b for b in range(1, share + 1) if share % b == 0 and b <= row['batch'])
+            c.batch_size, c.gradient_accumulation_steps = batch, max(total // batch, 1)
+            plan, size = estimate(c, shape), llmem.several_gpus(estimate(c, shape).pieces, n, row['way'])['total']
+            seconds = 1 / (row['samples_per_second'] * c.block_size)
+            rows.append(Row(name, c.checkpointing, batch, plan, size + CONTEXT, seconds, flags(config, c), row['way']))
+    return sorted(rows, key=lambda row: row.seconds)
 
 
 def turn(config, way):

@@ -11,13 +11,13 @@ import configurator
 TRAIN = str(Path(__file__).resolve().parent.parent / 'train.py')
 
 FLAGS = {
-    'gpu_gb': (float, 24, 'the card, in GiB'),
-    'fit': (bool, '', 'every method, the largest batch that fits, and the flags to type'),
+    'gpu_gb': (float, 24, 'the card, as it is sold: 24 x 2^30 bytes; the plan is then of bf16 on it'),
+    'fit': (bool, '', 'every method, the largest batch that fits, and the flags to type; with --gpus on all of them'),
     'gpus': (int, 4, 'what each of several GPUs holds'),
     'tp': (int, 2, 'with --gpus: size of the tensor-parallel groups'),
     'instant': (bool, '', 'by the formula, without a trace'),
     'json': (bool, '', 'numbers instead of a table'),
-    'plot': (str, 'plan.png', 'memory over three steps, as a picture'),
+    'plot': (str, 'plan.png', 'what lives there while the model is built and takes three steps, as a picture'),
     'hf': (str, 'path/to/config.json', "transformers' own model instead: see python memest.py --hf --help"),
 }
 
@@ -37,6 +37,16 @@ def read(argv, moved):
     return own, configurator.load_or_exit(TRAIN, [*rest, '--dry_run'], moved=moved)
 
 
+def for_a_card(own, config):
+    """Where one is given, or only a formula for cards is asked for, the plan is of a card: bf16 unless dtype says else.
+    Raises ValueError where --device=cpu says the opposite."""
+    asked = [name for name in ('gpu_gb', 'gpus', 'fit', 'instant') if name in own]
+    if asked and config.device == 'cpu':
+        raise ValueError(f'--{asked[0]} plans for a card, and --device=cpu is none: leave out one of them')
+    if asked:
+        config.device = 'cuda'
+
+
 def help_text():
     lines = ['python memest.py CONFIG [--key=value ...], keys as train.py has them, and of its own:\n']
     for name, (kind, example, meaning) in FLAGS.items():
@@ -54,7 +64,7 @@ def split(argv):
             own['llmem'] = True
             continue
         if word.startswith('--gpu') and name not in FLAGS:
-            raise ValueError(f'--{name} is unknown: use --gpu_gb=24, the card in GiB, or --gpus=4, how many')
+            raise ValueError(f'--{name} is unknown: use --gpu_gb=24, the size of the card, or --gpus=4, how many')
         if not word.startswith('--') or name not in FLAGS:
             rest.append(word)
             continue

@@ -6,7 +6,7 @@ The peak memory of a run as a formula: instant, where a trace takes seconds, and
 
 Letters: N = batch_size block_size tokens, D n_embd, F n_inner, V vocab_size, L n_layer, Q and K widths of all query and
 of all key heads, H query heads; a and w are bytes of an activation and of a weight, 2 on a card. Everything is counted
-as on a card: flash attention, fused norms, fused Adam.
+as on a card: its attention's kernels, fused norms, fused Adam.
 
 The peak is the largest of a step's moments, each of them a sum of parts. Left out, because they are small: gradients of
 norms, the number a row that attention and norms keep in backward, scalars. What a method makes of one matrix of a block
@@ -16,11 +16,11 @@ is in matrices.py; a method that is not there is refused.
 from dataclasses import dataclass, field
 
 from memory.cuda import CONTEXT, workspace
-from memory.matrices import METHODS, adam_moments, update_of
+from memory.matrices import METHODS, PIECE, adam_moments, update_of
 from memory.record import MB
 from model import SIZES, HeadLoss, ModelConfig
 
-SLACK, SLACK_BYTES = 0.04, 200 * MB  # reserved beyond what is alive: about the mean in results/memest.md
+SLACK, SLACK_BYTES = 0.06, 60 * MB  # reserved beyond what is alive: about the mean of random configurations
 
 
 class UnknownMethod(ValueError):
@@ -64,8 +64,9 @@ def estimate(config, shape=None):
     model, a data set's vocabulary). Raises UnknownMethod, and KeyError where the model is not in SIZES."""
     run = Run(config, shape or shape_of(config))
     stays = what_stays(run)
-    moments = during_backward(run) | during_the_update(run) | during_the_choice(run)
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    moments = while_building(run) | during_the_first_bases(run) | during_backward(run)
+    moments |= during_the_update(run) | during_the_choice(run)
+    moment = max(moments, key=lambda name: sum((stays | moments[name]).values()))
     parts = stays | moments[moment]
     total, states = sum(parts.values()), stays['states'] + stays['bases']
     reserved = int(total * (1 + SLACK)) + SLACK_BYTES + 2 * workspace()
@@ -91,9 +92,11 @@ class Run:
             raise UnknownMethod(f"no formula knows method='{c.method}', only a trace does: leave out --instant, --gpus")
         self.config, self.shape = c, s
         self.a = self.w = 4 if c.dtype == 'float32' else 2
+        self.a_logit = 4 if self.a == 4 else 4 + self.a  # in fp32, and in the activations' dtype
         self.N = c.batch_size * c.block_size
         self.D, self.F, self.V, self.L, self.H = s.n_embd, s.n_inner, s.vocab_size, s.n_layer, s.n_head
         self.Q, self.K = s.n_head * s.head_dim, s.n_kv_head * s.head_dim
+        self.math_attention = self.a == 4 and self.Q != self.K  # flash attention alone shares heads; it takes 16 bits
         Q, K, D, F = self.Q, self.K, self.D, self.F
         sides = {'q': (Q, D), 'k': (K, D), 'v': (K, D), 'o': (D, Q), 'gate': (F, D), 'up': (F, D), 'down': (D, F)}
         self.block = {name: METHODS[c.method](self, name, *side) for name, side in sides.items()}
@@ -134,6 +137,10 @@ def activations_of_a_block(run):
     norm; gate, silu(gate), up and their product."""
     c, a, N, D, F = run.config, run.a, run.N, run.D, run.F
     kept = a * N * (4 * D + 2 * run.Q + 2 * run.K + 4 * F) + N * (4 * run.H + 8)
+    if (
+        run.math_attention
+    ):  # q and k scaled, k and v repeated for each head, a number a score, attention's result copied
+        kept += a * N * (2 * run.Q - 2 * run.K) + 4 * run.H * N * (c.block_size - 1)
     if c.method != 'lora':
         return kept
     # A frozen layer keeps no input. One with an adapter keeps its input, x A^T, and A and B in the activations' dtype.
@@ -155,39 +162,50 @@ def activations(run):
 
 
 def due(run):
-    """The matrices that get a new basis, or merge, in one step."""
+    """The matrices that get a new basis, or merge, in one step: all, or the last ones as far as they come."""
     c, block = run.config, list(run.block.values())
     if not block[0].renewal:
         return []
-    together = min(-(-len(block) * run.L // c.update_proj_gap), len(block))
-    return block[-together:] if c.stagger else run.L * block
+    every = block * run.L
+    together = -(-len(every) // c.update_proj_gap)
+    return every[-together:] if c.stagger else every
 
 
 def logits(run):
     """HeadLoss.ROWS rows of them in fp32, and in the activations' dtype."""
-    return min(HeadLoss.ROWS, run.N) * run.V * (4 + (run.a if run.a < 4 else 0))
+    return min(HeadLoss.ROWS, run.N) * run.V * run.a_logit
+
+
+def waiting(run):
+    """Full gradients that wait: earlier micro-batches left them, or a merge waits for the norm to clip by."""
+    waits = run.accumulates or (run.config.method == 'loqt' and run.config.grad_clip > 0)
+    return sum(x.due for x in due(run)) * waits
+
+
+def in_the_block(run):
+    """-> bytes of the backward of a block's first matrix, `down`, whose input has the gradient a N F beside the
+    residual stream a N D; and of making its basis, or merging it, there."""
+    down, stream, inner = run.block['down'], run.a * run.N * run.D, run.a * run.N * run.F
+    one_matrix = max(down.decoded, down.backward + (0 if run.piles_up else down.update))
+    return stream + inner + max(inner, one_matrix), (stream + inner + down.renewal) * bool(down.renewal)
 
 
 def during_backward(run):
     """{moment: {part: bytes}} from the loss to the embedding's gradient."""
-    a, N, D, F = run.a, run.N, run.D, run.F
+    a, N, D = run.a, run.N, run.D
     all_activations, saved, again = activations(run)
-    full_gradients = sum(x.due for x in due(run)) * run.accumulates  # which earlier micro-batches left
     if run.accumulates:  # earlier micro-batches left all gradients; per layer each goes when its weight has moved
         at_the_last_block = run.all_grads - run.table_grad * (not run.piles_up)
         at_the_first_block = run.all_grads if run.piles_up else run.block_grads + run.table_grad
     else:  # they come one by one, the head's first, and pile up or go at once
         at_the_last_block = run.table_grad * run.piles_up
         at_the_first_block = (run.table_grad + (run.L - 1) * run.block_grads) * run.piles_up
-
-    # The first matrix of a block's backward is `down`; its input has the gradient a N F, the residual stream a N D.
-    down, stream = run.block['down'], a * N * D
-    one_matrix = down.backward + down.decoded + (0 if run.piles_up else down.update)
-    in_the_block = stream + a * N * F + max(a * N * F, one_matrix)
+    full_gradients, (backward, renewal) = waiting(run) * run.accumulates, in_the_block(run)
     return {
         'loss': {
             'activations': all_activations,
             'earlier gradients': run.all_grads * run.accumulates + full_gradients,
+            'what was given, until the first merge': given(run),
             'gradient of the head': run.table_grad,
             'logits': logits(run),
             'last norm and its gradient': 3 * a * N * D + 4 * N,
@@ -195,24 +213,49 @@ def during_backward(run):
         'backward of the last block': {
             'activations': all_activations + again,
             'gradients': at_the_last_block,
-            'in the block': in_the_block,
+            'in the block': backward,
         },
         'a new basis or a merge': {
             'activations': all_activations + again,
             'gradients': at_the_last_block + full_gradients,
-            'in the block': stream + a * N * F + down.renewal if down.renewal else 0,
+            'in the block': renewal,
         },
         'backward of the first block': {
             'activations': saved + again,
             'gradients': at_the_first_block,
-            'in the block': in_the_block,
+            'in the block': backward,
         },
         "the embedding's gradient": {
-            'activations': stream,
+            'activations': a * N * D,
             'gradients': (run.all_grads - run.table_grad * (not run.accumulates)) * run.piles_up + run.table_grad,
             'update': 0,
         },
     }
+
+
+def during_the_first_bases(run):
+    """{moment: {part: bytes}} of the first step, in which every matrix gets a basis, or merges, from the gradient of
+    the first micro-batch; those gradients come one by one."""
+    all_activations, saved, again = activations(run)
+    kept, (_, renewal) = run.piles_up or run.accumulates, in_the_block(run)
+    return {
+        'the first basis of the last block': {
+            'activations': all_activations + again,
+            'gradients': run.table_grad * kept,
+            'what was given, until the first merge': given(run),
+            'in the block': renewal,
+        },
+        'the first basis of the first block': {
+            'activations': saved + again,
+            'gradients': (run.table_grad + (run.L - 1) * run.block_grads) * kept,
+            'in the block': renewal,
+        },
+    }
+
+
+def given(run):
+    """What LoQT keeps of weights that it was given, until a first merge compensates for what 4 bits lose."""
+    return run.L * sum(x.at_first for x in run.block.values())
 
 
 def update_of_the_table(run):
@@ -222,16 +265,34 @@ def update_of_the_table(run):
     return (update_of(run.table, run.D, bits, run.w) + moments) * run.trains_outside
 
 
-def update_of_the_largest(run):
-    return max(run.block.values(), key=lambda x: x.m * x.n).update
+def while_building(run):
+    """{moment: {part: bytes}}: a layer's weight in full, before there are states."""
+    one_layer = max(x.building for x in run.block.values()) - run.w * run.table * (
+        run.tables - 1
+    )  # the head comes last
+    more = given(run) + run.L * sum(x.until_setup for x in run.block.values())
+    nothing = {'states': 0, 'bases': 0, 'tokens': 0}
+    return {'building the model': nothing | {'one layer in full': max(one_layer, 0), 'what does not stay': more}}
+
+
+def updates_of_a_block(run):
+    """Most bytes of gradients that are left and of temporaries, as the matrices of a block move one after another."""
+    left = most = 0
+    for x in run.block.values():
+        moments = x.state(run.config.state_bits) * run.config.offload
+        most = max(most, x.update + moments - left)
+        left += x.grad
+    return most
 
 
 def during_the_update(run):
     """{moment: {part: bytes}} of the optimizer's walk through its groups, which under AdamW and LoRA begins with the
     embedding and under the others with the blocks. Per layer, the head moves as backward begins."""
-    blocks_first = run.config.method not in ('adamw', 'lora')
+    c, blocks_first = run.config, run.config.method not in ('adamw', 'lora')
     at_the_embedding = run.all_grads - run.L * run.block_grads * blocks_first
+    at_the_blocks = run.all_grads - run.table_grad * (not blocks_first)
     at_the_head = run.all_grads if run.accumulates else run.table_grad
+    merging = [x for x in due(run) if x.renewal] if c.method == 'loqt' and c.grad_clip else []
     return {
         "the embedding's update": {
             'gradients': at_the_embedding if run.piles_up else run.table_grad,
@@ -239,30 +300,41 @@ def during_the_update(run):
         },
         "the head's update": {
             'activations': (activations(run)[0] + 2 * run.a * run.N * run.D) * (not run.piles_up),
-            'gradients': at_the_head * (not run.piles_up),
+            'gradients': (at_the_head + waiting(run)) * (not run.piles_up),
             'update': update_of_the_table(run),
         },
-        "a matrix's update": {'gradients': run.all_grads * run.piles_up, 'update': update_of_the_largest(run)},
+        "a matrix's update": {'gradients': at_the_blocks * run.piles_up, 'update': updates_of_a_block(run)},
+        'a merge that waited for the norm': {
+            'gradients': (at_the_blocks + sum(x.due for x in merging[1:])) * bool(merging),
+            'update': max((x.renewal for x in merging), default=0),
+        },
     }
 
 
 def during_the_choice(run):
     """{moment: {part: bytes}} of coreset's choice among a pool. Of each window it holds the hidden states in fp32, and
-    for 'grad' the factors X and D of its gradient. Then comes one micro-batch through the last block and its backward,
-    or the Gram matrix, from some columns of all gradients at a time."""
-    c, a, N, D, K = run.config, run.a, run.N, run.D, run.K
+    for 'grad' the factors X and D of its gradient. Then comes one micro-batch through the last block: for 'zo' in fp32,
+    one weight after another and at last the head, for 'grad' with its backward; or the Gram matrix, from some columns
+    of all gradients at a time."""
+    c, a, N, D, F, K = run.config, run.a, run.N, run.D, run.F, run.K
     if c.coreset not in ('zo', 'grad'):
         return {}
-    pool = c.batch_size * c.gradient_accumulation_steps * c.coreset_from
+    pool, rows = c.batch_size * c.gradient_accumulation_steps * c.coreset_from, min(HeadLoss.ROWS, N)
+    into = c.rank if c.method == 'lora' else D  # of what the V projection trains
+    wide = 4 * (a < 4)  # bytes of a number that was not in fp32
     if c.coreset == 'zo':
-        seen, busy = 4 * pool * c.zo_directions, 4 * N * (6 * D + 3 * run.F + K)
+        down = run.block['down']
+        weight = wide * D * F + (down.decoded if down.decoded else 0)
+        inside = 4 * N * (2 * D + 3 * F) + weight
+        at_the_end = 4 * N * 2 * D + wide * run.table + 4 * rows * run.V
+        seen = 4 * pool * c.zo_directions
+        busy = (a + wide + 4) * N * D + 8 * N * K + 4 * K * into + max(inside, at_the_end)
     else:
-        into = c.rank if c.method == 'lora' else D  # of what the V projection trains
-        tail = activations_of_a_block(run) + min(HeadLoss.ROWS, N) * run.V * (4 + a) + 3 * a * N * D
-        columns = max((1 << 25) // (pool * K), 1) * pool * K
-        product = min(columns, pool * K * into) * (4 + a if a < 4 else 4) + 4 * pool * pool
+        tail = activations_of_a_block(run) + rows * run.V * run.a_logit + 3 * a * N * D
+        columns = min(max(PIECE // (pool * K), 1), into)
+        product = pool * K * columns * run.a_logit + 4 * pool * pool
         seen, busy = a * pool * c.block_size * (into + K), max(tail, product)
-    hidden_states = 16 * pool * c.block_size + 4 * pool * D  # with tokens and targets
+    hidden_states = 32 * pool * c.block_size + 4 * pool * D  # with tokens and targets, those of the pool and a copy
     return {'the choice of the batch': {'seen of the pool': hidden_states + seen, 'activations': busy}}
 
 
@@ -278,7 +350,7 @@ def for_several_gpus(run, stays):
         root=run.w * (run.tables * run.table + run.D),
         head=run.w * run.table,
         norms=run.w * run.norms,
-        temporaries=max(update_of_the_table(run), update_of_the_largest(run)),
+        temporaries=max(update_of_the_table(run), *(x.update for x in run.block.values())),
         activations=kept - whole if c.checkpointing else L * (kept - whole),
         residual=activations(run)[0] + whole if c.checkpointing else L * whole,
         logits=logits(run),

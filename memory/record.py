@@ -153,8 +153,9 @@ class LiveBytes(TorchDispatchMode):
 class Chunk:
     """A stretch of the record in one layer; layer None: outside of the layers.
 
-    events: ('+', bytes, phase, operation, shape): a storage is made; ('-', chunk, i): the i-th that this chunk made is
-    dropped. made: how many it made."""
+    events: ('+', bytes, what, operation, shape, phase): a storage is made; ('-', chunk, i): the i-th that this chunk
+    made is dropped. `what` is the phase in which it was made until somebody knows better (`Record.relabel`). made: how
+    many it made."""
 
     layer: int | None
     events: list = field(default_factory=list)
@@ -169,7 +170,8 @@ class Record(LiveBytes):
     def __init__(self):
         super().__init__()
         self.chunks, self.phase = [Chunk(None)], ''
-        self.place = weakref.WeakKeyDictionary()  # storage -> (chunk, i)
+        self.place = weakref.WeakKeyDictionary()  # storage -> [chunk, i], the list that its finalizer holds
+        self.births = {}  # (chunk, i) -> index of the event
 
     def at(self, layer):
         if layer != self.chunks[-1].layer:
@@ -179,28 +181,46 @@ class Record(LiveBytes):
         new = storage not in self.seen
         super().add(storage, tensor, function)
         if new:
-            self.place[storage] = len(self.chunks) - 1, self.chunks[-1].made - 1
+            self.place[storage] = self.latest
 
-    def relabel(self, storages, phase):
-        """Write into the record that these storages were made in this phase."""
-        places = {self.place[storage] for storage in storages if storage in self.place}  # else it lives in main memory
-        for c in {c for c, _ in places}:
-            births = (e for e, event in enumerate(self.chunks[c].events) if event[0] == '+')
-            for i, e in enumerate(births):
-                if (c, i) in places:
-                    sign, size, _, *rest = self.chunks[c].events[e]
-                    self.chunks[c].events[e] = (sign, size, phase, *rest)
+    def relabel(self, storages, what):
+        """Write into the record what these storages are."""
+        for place in {tuple(self.place[storage]) for storage in storages if storage in self.place}:  # else offloaded
+            events, e = self.chunks[place[0]].events, self.births[place]
+            sign, size, _, *rest = events[e]
+            events[e] = (sign, size, what, *rest)
+
+    def give_to_layers(self, located):
+        """What was made outside of the layers and belongs to one is dropped there and made anew in its layer, so that
+        the record of more layers has more of it. located: (layer or None, tensor)."""
+        storages = {tensor.untyped_storage(): layer for layer, tensor in located if layer is not None}
+        outside = [s for s in storages if s in self.place and self.chunks[self.place[s][0]].layer is None]
+        self.at(None)
+        births = []
+        for storage in outside:
+            place = self.place[storage]
+            births.append(self.chunks[place[0]].events[self.births[tuple(place)]])
+            self.chunks[-1].events.append(('-', *place))
+        for storage, birth in zip(outside, births):
+            self.at(storages[storage])
+            self.place[storage][:] = self.born(birth)
 
     def made(self, size, tensor, function):
-        chunk = self.chunks[-1]
         operation = function.overloadpacket.__name__ if function is not None else ''
-        chunk.events.append(('+', size, self.phase, operation, tuple(tensor.shape) if tensor is not None else ()))
-        chunk.made += 1
-        return len(self.chunks) - 1, chunk.made - 1
+        shape = tuple(tensor.shape) if tensor is not None else ()
+        self.latest = self.born(('+', size, self.phase, operation, shape, self.phase))
+        return self.latest
 
-    def drop(self, block, size):
+    def born(self, event):
+        chunk, place = self.chunks[-1], [len(self.chunks) - 1, self.chunks[-1].made]
+        self.births[tuple(place)] = len(chunk.events)
+        chunk.events.append(event)
+        chunk.made += 1
+        return place
+
+    def drop(self, place, size):
         self.now -= size
-        self.chunks[-1].events.append(('-', *block))
+        self.chunks[-1].events.append(('-', *place))
 
 
 # ---- depth -------------------------------------------------------------------------------------------------------
@@ -319,8 +339,8 @@ class Peak:
     """The moment when most bytes are alive, and what holds them.
 
     live: those bytes; allocated, reserved: the allocator's peaks; phase, operation, layer: of the storage made last;
-    kinds: bytes by the phase in which they were made; largest: (bytes, shape, operation, layer) of the five largest
-    storages; timeline: (bytes alive, phase) at each storage made; full: see Allocator."""
+    kinds: bytes by what they are; largest: (bytes, shape, operation, layer, what) of the five largest storages; chunks:
+    the record; full: see Allocator."""
 
     live: int = 0
     allocated: int = 0
@@ -330,14 +350,14 @@ class Peak:
     layer: int | None = None
     kinds: Counter = field(default_factory=Counter)
     largest: list = field(default_factory=list)
-    timeline: list = field(default_factory=list)
+    chunks: list = field(default_factory=list, repr=False)
     full: bool = False
 
 
 def replay(chunks, limit=None):
     """Walk through a record, counting real sizes, and the blocks of an Allocator. -> Peak"""
     allocator, alive, now = Allocator(limit), {}, 0  # alive: (chunk, i) -> (block, event)
-    peak, moment = Peak(), None
+    peak, moment = Peak(chunks=chunks), None
     for c, chunk in enumerate(chunks):
         i = 0
         for event in chunk.events:
@@ -350,22 +370,41 @@ def replay(chunks, limit=None):
             now += event[1]
             if now > peak.live:
                 peak.live, moment = now, (c, i)
-            peak.timeline.append((now, event[2]))
             i += 1
     peak.allocated, peak.reserved, peak.full = allocator.peak_allocated, allocator.peak_reserved, allocator.full
     if moment is None:
         return peak
     peak.layer = chunks[moment[0]].layer
-    for size, phase, operation, shape, layer in alive_at(chunks, *moment):
-        peak.kinds[phase] += size
-        peak.largest.append((size, shape, operation, layer))
+    for (size, what, operation, shape, phase), layer in alive_at(chunks, *moment):
+        peak.kinds[what] += size
+        peak.largest.append((size, shape, operation, layer, what))
         peak.phase, peak.operation = phase, operation  # in the end those of the storage that made the peak
     peak.largest = sorted(peak.largest, key=lambda row: row[0], reverse=True)[:5]
     return peak
 
 
+def levels(chunks):
+    """Yield (bytes alive, phase, Counter of them by what they are) when a storage is made; the Counter stays one."""
+    alive, kinds, now = {}, Counter(), 0
+    for c, chunk in enumerate(chunks):
+        i = 0
+        for event in chunk.events:
+            if event[0] == '-':
+                size, what = alive.pop(event[1:])
+                kinds[what] -= size
+                now -= size
+                continue
+            _, size, what, *_, phase = event
+            alive[c, i] = size, what
+            kinds[what] += size
+            now += size
+            yield now, phase, kinds
+            i += 1
+
+
 def alive_at(chunks, c, i):
-    """(bytes, phase, operation, shape, layer) of all that is alive when chunk c has made its i-th, oldest first."""
+    """((bytes, what, operation, shape, phase), layer) of all that is alive when chunk c has made its i-th, oldest
+    first."""
     alive = {}
     for at, chunk in enumerate(chunks[: c + 1]):
         made = 0
@@ -373,7 +412,7 @@ def alive_at(chunks, c, i):
             if event[0] == '-':
                 del alive[event[1:]]
                 continue
-            alive[at, made] = (*event[1:], chunk.layer)
+            alive[at, made] = event[1:], chunk.layer
             made += 1
             if (at, made) == (c, i + 1):
                 return alive.values()

@@ -3,9 +3,10 @@ A training step on fake tensors, which have shapes and no bytes: what it makes, 
 
     plan = trace_step(model_config, dtype, config, method.setup, training_step)      # a formula.Plan
 
-The step is train.py's own, with the method's own optimizer, so the plan cannot drift from the code. At most four layers
-are traced; the record of a deeper model repeats the third, storage by storage (record.py). Three steps: the first,
-which makes moments and bases, an ordinary one, and one in which layers are due for a new basis or a merge.
+The model is built as train.py builds it, and the step is train.py's own, with the method's own optimizer, so the plan
+cannot drift from the code. At most four layers are traced; the record of a deeper model repeats the third, storage by
+storage (record.py). Three steps: the first, which makes moments and bases, an ordinary one, and one in which layers are
+due for a new basis or a merge.
 """
 
 import contextlib
@@ -22,47 +23,67 @@ from torch._subclasses import FakeTensorMode
 import adam
 import model as models
 import quant
-from memory.cuda import FlashAttention, FusedRMSNorm, workspace
+from memory.cuda import FusedRMSNorm, cuda_attention, workspace
 from memory.formula import Plan
-from memory.record import LiveBytes, NotUniform, Record, deeper, replay
+from memory.record import NotUniform, Record, deeper, replay
 from model import Linear, LLaMA
 
-PHASES = {
-    'weights': 'weights',
-    'states': 'states',
+PHASES = {  # when
+    'setup': 'building the model',
     'data': 'tokens, and the choice among them',
-    'forward': 'activations',
-    'forward again': 'the block that runs again, and its backward',
-    'loss': 'the loss, and the gradients of head and last block',
-    'backward': 'gradients',
-    'update': 'temporaries of the update',
+    'forward': 'forward',
+    'loss': 'head and loss',
+    'forward again': 'recomputed block and its backward',
+    'backward': 'backward',
+    'update': 'the update',
 }
+WHAT = {  # is alive; what is nothing more is a temporary of the phase that made it
+    'weights': 'weights',
+    'states': 'optimizer states',
+    'bases': 'bases',
+    'gradients': 'gradients',
+    'forward': 'activations',
+    'forward again': 'recomputed block and its backward',
+    'loss': 'logits, loss, gradient of the head',
+    'backward': 'temporaries of backward',
+    'update': 'temporaries of the update',
+    'data': 'tokens, and the choice among them',
+    'setup': 'temporaries of building',
+}
+NEVER = 10**6  # steps between two refreshes while tracing: they come when `make_due` says so
 
 
 # ---- a card's kernels --------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def as_on_a_card():
+def as_on_a_card(really=True):
     """The differences from a CPU: fused norms, flash attention, NF4 by kernel, products in the weights' own dtype."""
 
     def by_kernel(A):
         packed, how = adam.kernels().quantize_4bit(A, blocksize=quant.BLOCK_4BIT, quant_type='nf4')
         return packed, how.absmax
 
-    def attention(q, k, v, attn_mask=None, is_causal=True, enable_gqa=False):
-        return FlashAttention.apply(q, k, v)
-
     with contextlib.ExitStack() as patches:
         for module, name, on_a_card in (
             (models.F, 'rms_norm', lambda x, shape, weight, eps: FusedRMSNorm.apply(x, weight)),
-            (models.F, 'scaled_dot_product_attention', attention),
+            (models.F, 'scaled_dot_product_attention', cuda_attention),
             (quant, 'nf4_on_cpu', by_kernel),
             *((module, 'product_dtype', lambda A: A.dtype) for module in importers(adam.product_dtype)),
             *((module, 'fast_bf16', lambda device: True) for module in importers(adam.fast_bf16)),
         ):
-            patches.enter_context(mock.patch.object(module, name, on_a_card))
+            if really:
+                patches.enter_context(mock.patch.object(module, name, on_a_card))
         yield
+
+
+def nf4_by_shapes(A):
+    """quant.nf4_on_cpu's tensors. It codes piece after piece, boundary after boundary: on fake tensors the first stands
+    for all."""
+    packed, absmax, (piece, *_) = quant.room_for_nf4(A)
+    with mock.patch.object(quant, 'NF4', quant.NF4[:2]):
+        quant.code_piece_(*piece)
+    return packed, absmax
 
 
 def importers(function):
@@ -75,7 +96,7 @@ def importers(function):
 
 
 def watch(record, model, optimizer):
-    """Tell the record, all the time, which layer and phase it is in."""
+    """Tell the record, all the time, which layer and phase it is in, and which storages are gradients."""
 
     def enter(phase, layer):
         def hook(*_):
@@ -96,7 +117,7 @@ def watch(record, model, optimizer):
         def hook(module, inputs, x):
             if record.phase == 'forward again':
                 record.phase = 'backward'
-            elif x.requires_grad:
+            elif x.requires_grad and record.phase == 'forward':
                 x.register_hook(enter('backward', layer))
 
         return hook
@@ -105,12 +126,36 @@ def watch(record, model, optimizer):
         if inputs[0].requires_grad and record.phase == 'forward':
             inputs[0].register_hook(enter('backward', None))
 
-    # Not `update` itself: a wrapper would keep its gradient alive for longer than the caller does.
+    def head(module, inputs):
+        if record.phase == 'forward':  # else it is the choice of a batch
+            enter('loss', None)()
+
+    def micro_batch(*_):
+        record.relabel({G.untyped_storage() for G in waiting_gradients(model, optimizer)}, 'gradients')
+        enter('forward', None)()
+
+    model.register_forward_pre_hook(micro_batch)
+    model.norm.register_forward_pre_hook(head)
+    for i, layer in enumerate(model.layers):
+        layer.register_forward_pre_hook(begin_layer(i))
+        layer.register_forward_hook(end_layer(i))
+    model.layers[0].register_forward_pre_hook(start_of_layers)
+    watch_updates(record, model, optimizer)
+
+
+def watch_updates(record, model, optimizer):
+    """Of the optimizer not `update` itself: a wrapper would keep its gradient alive for longer than the caller does."""
     take_gradient, moments_at_hand = optimizer.take_gradient, optimizer.moments_at_hand
+    layer_of = {p: i for i, layer in enumerate(model.layers) for p in layer.parameters()}
+    in_step = optimizer.grad_clip or not optimizer.per_layer
+    last = optimizer.param_groups[-1]['params'][-1:] or optimizer.param_groups[0]['params'][-1:]
+    last = last[0] if in_step and last else None
 
     def located(p):
         record.at(layer_of.get(p))
-        return take_gradient(p)
+        G = take_gradient(p)
+        record.relabel({G.untyped_storage()}, 'gradients')
+        return G
 
     @contextlib.contextmanager
     def at_hand(p):
@@ -119,15 +164,24 @@ def watch(record, model, optimizer):
         with moments_at_hand(p):
             yield
         record.phase = before
+        if p is last:  # what follows, such as the norm, is of no layer
+            record.at(None)
 
-    layer_of = {p: i for i, layer in enumerate(model.layers) for p in layer.parameters()}
-    model.register_forward_pre_hook(enter('forward', None))
-    model.norm.register_forward_pre_hook(enter('loss', None))
-    for i, layer in enumerate(model.layers):
-        layer.register_forward_pre_hook(begin_layer(i))
-        layer.register_forward_hook(end_layer(i))
-    model.layers[0].register_forward_pre_hook(start_of_layers)
-    optimizer.take_gradient, optimizer.moments_at_hand = located, at_hand
+    step = optimizer.step
+
+    def walk(*_):  # a new sweep, even where the first layer's backward came just before
+        record.at(None)
+        return step()
+
+    optimizer.take_gradient, optimizer.moments_at_hand, optimizer.step = located, at_hand, walk
+
+
+def waiting_gradients(model, optimizer):
+    """Those that earlier micro-batches left: of weights, of the placeholders of projected ones, of merging layers."""
+    for p in (*model.parameters(), *getattr(optimizer, 'placeholder', {}).values()):
+        if p.grad is not None:
+            yield p.grad
+    yield from (layer.G for layer in getattr(optimizer, 'layers', {}) if getattr(layer, 'G', None) is not None)
 
 
 def storages(model, optimizer):
@@ -145,66 +199,99 @@ def storages(model, optimizer):
             yield None, tensor
 
 
+def due_together(config, n_layer):
+    """How many of a model's matrices, seven a layer, are due in the same step; 0: all."""
+    if not getattr(config, 'stagger', False):
+        return 0
+    together = -(-7 * n_layer // config.update_proj_gap)
+    return together if together < 7 * n_layer else 0
+
+
 def make_due(model, optimizer, config, n_layer):
     """Let the next step refresh or merge: all matrices, where a method does so for all in the same step; else as many
     as fall on one step of n_layer layers, the last ones, in whose backward most activations are alive."""
     matrices = [m for layer in model.layers for m in layer.modules() if hasattr(m, 'in_features')]
-    if getattr(config, 'stagger', False):
-        together = -(-len(matrices) * n_layer // (len(model.layers) * config.update_proj_gap))
-        matrices = matrices[-min(together, 7) :]  # a layer has seven
-    optimizer.make_due(matrices)
+    optimizer.make_due(matrices[-due_together(config, n_layer) :])
 
 
 def bytes_of(tensors):
     return sum(storage.nbytes() for storage in {t.untyped_storage() for t in tensors})
 
 
-# ---- three steps -------------------------------------------------------------------------------------------------
+# ---- building, and three steps -----------------------------------------------------------------------------------
 
 
-def record_steps(model_config, dtype, config, setup, step, compute_dtype, on_cpu, linear, pretrained, n_layer):
-    """-> the chunks of three steps, and bytes of the weights, of the states, and of the peak while setting up: all of
-    these as with n_layer layers, but for the chunks, which are those of the model_config's own layers."""
-    micro_batches = min(config.gradient_accumulation_steps, 2)  # a third holds nothing that the second does not
-    extra_layers = n_layer - model_config.n_layer  # like the third
+def record_steps(run, model_config, n_layer):
+    """-> the chunks of building and of three steps, and bytes of the weights and of the states: these as with n_layer
+    layers, the chunks with the model_config's own."""
+    config, extra_layers = run.config, n_layer - model_config.n_layer  # like the third
+    never = SimpleNamespace(**vars(config))
+    if hasattr(never, 'update_proj_gap'):
+        never.update_proj_gap = NEVER  # no layer is due by itself, so that layers are alike
+    if getattr(never, 'merge_every', 0):
+        never.merge_every = min(never.merge_every, 3)  # LoRA's merge, in the third step at the latest
+    with torch.device('meta'):
+        model = LLaMA(replace(model_config), dtype=run.dtype, linear=run.linear)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        with LiveBytes() as building:
-            model = build(model_config, dtype, linear, pretrained)
-            model.checkpointing, model.compute_dtype = config.checkpointing, compute_dtype
-            as_built = bytes_of((*model.layers[2].parameters(), *model.layers[2].buffers())) if extra_layers else 0
-            optimizer = setup(model, config)  # may put weights into fewer bits
-        if config.offload and not on_cpu:
-            optimizer.home = torch.device('meta')
         record = Record()
-        record.phase = 'weights'
-        for layer, tensor in storages(model, optimizer):
-            record.at(layer)
-            record.add(tensor.untyped_storage(), tensor)
-        a_layer = bytes_of(tensor for layer, tensor in storages(model, optimizer) if layer == 2)
-        weights = record.now + extra_layers * a_layer
-        setup_peak = building.peak + extra_layers * max(as_built, a_layer)
+        with record:
+            build(record, run, model)
+            model.checkpointing, model.compute_dtype = config.checkpointing, run.compute_dtype
+            optimizer = run.setup(model, never)  # may put weights into fewer bits
+        if config.offload and not run.on_cpu:
+            optimizer.home = torch.device('meta')
+        located = list(storages(model, optimizer))
+        record.give_to_layers(located)
+        weights = bytes_of(t for _, t in located) + extra_layers * bytes_of(t for layer, t in located if layer == 2)
+        del located
         watch(record, model, optimizer)
         with record:
             for i in range(3):
                 record.phase = 'data'
                 record.at(None)
-                shape = config.batch_size, config.block_size
-                tokens = [torch.zeros(shape, dtype=torch.int64) for _ in range(micro_batches)]
                 if i == 2:
                     make_due(model, optimizer, config, n_layer)
-                step(model, optimizer, [(x, x) for x in tokens], config.learning_rate, 'cpu')
+                take_step(run, record, model, optimizer)
                 record.at(None)
-                del tokens
         states = relabel_resident(record, model, optimizer, extra_layers)
-        del optimizer.take_gradient, optimizer.moments_at_hand  # these wrappers hold the optimizer
-        return record.chunks, weights, states, setup_peak
+        del optimizer.take_gradient, optimizer.moments_at_hand, optimizer.step  # these wrappers hold the optimizer
+        return record.chunks, weights, states
 
 
-def build(model_config, dtype, linear, pretrained):
-    model = LLaMA(replace(model_config), dtype=dtype, linear=linear)
-    for module in model.modules() if pretrained else ():
+def take_step(run, record, model, optimizer):
+    """One step. Of its micro-batches two are run, since a third makes and holds what the second does; but the tokens
+    of all wait in main memory, which on a CPU counts."""
+    config, main_memory = run.config, 'cpu' if run.on_cpu else 'meta'
+    shape, micro_batches = (config.batch_size, config.block_size), config.gradient_accumulation_steps
+
+    def tokens(*size):
+        return torch.zeros(*size, dtype=torch.int64, device=main_memory)
+
+    waiting = [tokens(2, *shape) for _ in range(micro_batches - 2)]
+    batches = [(tokens(*shape), tokens(*shape)) for _ in range(min(micro_batches, 2))]
+    run.step(model, optimizer, batches, config.learning_rate, 'cpu')
+    del waiting
+
+
+def build(record, run, model):
+    """Fill a model on the meta device module by module, as plumbing/ does it."""
+    layer_of = {module: i for i, layer in enumerate(model.layers) for module in layer.modules()}
+    record.phase = 'setup'
+
+    def located(modules, *_, **__):  # in place of the progress bar in `materialise`
+        for module in modules:
+            record.at(layer_of.get(module))
+            yield module
+        record.at(None)
+
+    if not run.pretrained:
+        with mock.patch.object(models, 'tqdm', located):
+            return model.materialise()
+    for module in located(list(model.modules())):  # plumbing/hf.py reads one tensor after another
+        module.to_empty(device='cpu', recurse=False)
         if hasattr(module, 'set_weight'):
-            module.set_weight(torch.zeros(module.out_features, module.in_features, dtype=dtype))
+            module.set_weight(torch.empty(module.out_features, module.in_features, dtype=run.dtype))
+    model.set_block_size(model.config.block_size, 'cpu')
     return model
 
 
@@ -213,15 +300,16 @@ def relabel_resident(record, model, optimizer, extra_layers):
     states, with those of extra_layers more layers like the third."""
     # An int8 weight lies among the states, and is a weight; what is offloaded takes none of the card.
     resident = [
-        (p, t)
+        (p, name, t)
         for p, state in optimizer.state.items()
         for name, t in state.items()
         if isinstance(t, torch.Tensor) and name not in ('W', 'W_scale') and t.device.type != 'meta'
     ]
     record.relabel({t.untyped_storage() for _, t in storages(model, optimizer)}, 'weights')
-    record.relabel({t.untyped_storage() for _, t in resident}, 'states')
+    for what, of in (('states', lambda name: name[0] != 'P'), ('bases', lambda name: name[0] == 'P')):
+        record.relabel({t.untyped_storage() for _, name, t in resident if of(name)}, what)
     third = set(model.layers[2].parameters()) if extra_layers else set()
-    return bytes_of(t for _, t in resident) + extra_layers * bytes_of(t for p, t in resident if p in third)
+    return bytes_of(t for *_, t in resident) + extra_layers * bytes_of(t for p, _, t in resident if p in third)
 
 
 def trace_step(model_config, dtype, config, setup, step, compute_dtype=None, on_cpu=False, linear=Linear,
@@ -235,37 +323,38 @@ def trace_step(model_config, dtype, config, setup, step, compute_dtype=None, on_
             adam.code_of(name, torch.device('cpu'))
     n_layer = model_config.n_layer
 
-    def steps(depth):
-        shape = replace(model_config, n_layer=depth)
-        return record_steps(shape, dtype, config, setup, step, compute_dtype, on_cpu, linear, pretrained, n_layer)
+    run = SimpleNamespace(dtype=dtype, config=config, setup=setup, step=step, compute_dtype=compute_dtype)
+    run.on_cpu, run.linear, run.pretrained = on_cpu, linear, pretrained
+
+    def traced(depth):
+        return record_steps(run, replace(model_config, n_layer=depth), n_layer)
 
     gc.collect()
     gc.disable()  # it would drop storages at moments of its own
     try:
-        with contextlib.nullcontext() if on_cpu else as_on_a_card():
+        with mock.patch.object(quant, 'nf4_on_cpu', nf4_by_shapes), as_on_a_card(not on_cpu):
             try:
-                chunks, *sizes = steps(min(n_layer, 4))
+                if due_together(config, n_layer) > 7:
+                    raise NotUniform('more than the last layer is due at once, and less than all')
+                chunks, *sizes = traced(min(n_layer, 4))
                 chunks = deeper(chunks, n_layer) if n_layer > 4 else chunks
-            except NotUniform:  # such as layers that are due at the second step already
-                chunks, *sizes = steps(n_layer)
+            except NotUniform:
+                chunks, *sizes = traced(n_layer)
     finally:
         gc.enable()
     return as_plan(replay(chunks), *sizes, on_cpu)
 
 
-def as_plan(peak, weights, states, setup_peak, on_cpu):
-    """The Plan of a replayed record; where setting up takes more than any step, the peak is there, and has no parts."""
-    total = max(peak.live, setup_peak)
+def as_plan(peak, weights, states, on_cpu):
+    """The Plan of a replayed record."""
     if on_cpu:
-        plan = Plan(weights, states, total, total, total, context=0, peak=peak)
+        plan = Plan(weights, states, peak.live, peak.live, peak.live, context=0, peak=peak)
     else:
         allocated, reserved = (size + 2 * workspace() for size in (peak.allocated, peak.reserved))
-        plan = Plan(weights, states, total, allocated, reserved, peak=peak)
-    plan.moment = 'setting up'
-    if peak.live >= setup_peak:
-        where = f' of layer {peak.layer}' if peak.layer is not None else ''
-        plan.moment = f'{PHASES[peak.phase]}{where} ({peak.operation})'
-        plan.parts = {PHASES[phase]: size for phase, size in peak.kinds.items()}
+        plan = Plan(weights, states, peak.live, allocated, reserved, peak=peak)
+    where = f' of layer {peak.layer}' if peak.layer is not None else ''
+    plan.moment = f'{PHASES[peak.phase]}{where} ({peak.operation})'
+    plan.parts = {WHAT[what]: size for what, size in peak.kinds.items()}
     return plan
 
 
@@ -275,8 +364,8 @@ def plan_memory(config, shape, dtype, device, method, training_step, selection=N
     says that there will be."""
     on_card = device.startswith('cuda') or (config.dry_run and dtype == torch.bfloat16)
     run = SimpleNamespace(**vars(config))
-    if hasattr(run, 'compensation'):  # a third round holds nothing that the second does not
-        run.compensation = min(run.compensation, 2)
+    if hasattr(run, 'compensation'):  # a fourth round holds nothing that the third does not
+        run.compensation = min(run.compensation, 3)
     world = int(os.environ.get('WORLD_SIZE', 1))
     run.gradient_accumulation_steps = max(config.gradient_accumulation_steps // world, 1)  # of one process
     linear = method.linear(run) if hasattr(method, 'linear') else Linear

@@ -22,6 +22,7 @@ import torch.distributed as dist
 import galore
 from adam import BLOCK, add_, several_processes
 from galore import GaLoreAdamW, linears_of, project
+from model import Linear
 
 
 def blocks_of(columns):
@@ -139,12 +140,38 @@ class QGaLoreAdamW(GaLoreAdamW):
         scale.copy_(new_scale)
 
 
+class Int8Linear(torch.nn.Linear):
+    """A linear layer without bias that packs a weight the moment it gets one: of a model that is built or loaded, one
+    layer at a time is whole. `packed` holds the int8 tensors until an optimizer takes them into its state."""
+
+    packed = None
+
+    def __init__(self, n_in, n_out, **kw):
+        super().__init__(n_in, n_out, bias=False, **kw)
+
+    def reset_parameters(self, generator=None):
+        """A new weight, N(0, 0.02), which exists in full only here."""
+        if not self.weight.is_meta:
+            self.set_weight(torch.nn.init.normal_(self.weight.detach(), std=0.02, generator=generator))
+
+    @torch.no_grad()
+    def set_weight(self, W):
+        """Start from the weight W (out, in)."""
+        self.weight = torch.nn.Parameter(W)
+        self.packed = None if W.is_meta else pack(self)
+
+    def dense_weight(self):
+        """W (out, in), decoded."""
+        return decode_int8(self.packed['W'], self.packed['W_scale'], self.weight.dtype)
+
+
 def pack(module):
     """Take a module's weight out of it: -> the int8 tensors for the optimizer's state."""
-    W = module.weight
-    parts = dict(zip(('W', 'W_scale'), encode_int8(W.detach())))
+    W = module.weight.detach()
+    rows = max((1 << 22) // W.shape[1] // BLOCK, 1) * BLOCK  # at a time: whole blocks, and few fp32 temporaries
+    parts = zip(*(encode_int8(W[a : a + rows]) for a in range(0, len(W), rows)))
     module.weight = torch.nn.Parameter(torch.zeros((), dtype=W.dtype, device=W.device).expand(W.shape))
-    return parts
+    return {name: torch.cat(part) for name, part in zip(('W', 'W_scale'), parts)}
 
 
 # ---- for train.py ------------------------------------------------------------------------------------------------
@@ -166,19 +193,27 @@ def problems(config):
     from configurator import between
 
     found = galore.problems(config) + between(config, 0, 1, 'lazy')
+    if config.weight_bits == 8 and not config.save_merged:
+        found.append('save_merged=False leaves out the int8 weights, which only a run that resumes could read: drop it')
     if config.weight_bits == 8 and config.compile:
         found.append('weight_bits=8 keeps weights where compile=True does not find them: set --compile=False')
     return found
+
+
+def linear(config):
+    """What train.py makes the blocks' layers with for method='qgalore': born packed."""
+    return Int8Linear if config.weight_bits == 8 else Linear
 
 
 def setup(model, config):
     """What train.py calls for method='qgalore'."""
     linears = linears_of(model)
     # One after another, so that no second copy of the model exists.
-    packed = [pack(module) for module in linears] if config.weight_bits == 8 else []
+    packed = [getattr(m, 'packed', None) or pack(m) for m in linears] if config.weight_bits == 8 else []
     optimizer = QGaLoreAdamW(galore.groups(model, linears), lazy=config.lazy, **galore.arguments(config))
     for module, parts in zip(linears, packed):
         optimizer.state[module.weight].update(parts)
+        module.packed = None  # they are the optimizer's now
         module.dense_weight = partial(optimizer.weight, module.weight)
     if not config.compile:
         optimizer.attach(linears)

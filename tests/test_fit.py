@@ -21,10 +21,11 @@ def test_what_fits_a_card_fits_it_runs_and_twice_the_windows_do_not_fit():
     config = load(str(ROOT / 'config/galore_7b_4090.py'), '--dry_run')
     shape = ModelConfig(**SIZES['7b'], block_size=256)
     rows = memest.fit(config, 24 * 2**30, shape, train.problems)
-    assert {'GaLore, 8-bit, offloaded', 'LoQT, 8-bit, per layer', 'QLoRA'} <= {row[0] for row in rows}
-    assert 'AdamW' not in {row[0] for row in rows}, 'a 7B with its states takes 80 GB'
-    assert [row[4] for row in rows] == sorted(row[4] for row in rows)
-    for _, _, batch, plan, _, flags in rows:
+    assert {'GaLore, 8-bit, offloaded', 'LoQT, 8-bit, per layer', 'QLoRA'} <= {row.name for row in rows}
+    assert 'AdamW' not in {row.name for row in rows}, 'a 7B with its states takes 80 GB'
+    assert [row.seconds for row in rows] == sorted(row.seconds for row in rows)
+    for row in rows:
+        batch, plan, flags = row.batch, row.plan, row.flags
         assert plan.card * (1 + MARGIN) <= 24 * 2**30
         typed = load(str(ROOT / 'config/galore_7b_4090.py'), *flags.split())
         assert typed.batch_size == batch and memest.estimate(typed).total == plan.total, 'the flags say it all'
@@ -51,13 +52,13 @@ def test_the_flags_of_a_row_make_it_when_typed_after_the_same_command_line(argv)
     rows = memest.fit(config, 80 * 2**30, shape, train.problems)
     assert len(rows) > 12
     methods = set()
-    for name, checkpointing, batch, plan, _, flags in rows:
-        flags, _, foreign = flags.partition(' (and leave out ')
+    for row in rows:
+        flags, _, foreign = row.flags.partition(' (and leave out ')
         left_out = foreign.removesuffix(')').split(', ') if foreign else []
         words = [word for word in argv.split() if word.partition('=')[0] not in left_out]
         typed = load(*(str(ROOT / word) if word.endswith('.py') else word for word in words), *flags.split())
-        assert (typed.checkpointing, typed.batch_size) == (checkpointing, batch)
-        assert memest.estimate(typed, shape).total == plan.total, (name, flags)
+        assert (typed.checkpointing, typed.batch_size) == (row.checkpointing, row.batch)
+        assert memest.estimate(typed, shape).total == row.plan.total, (row.name, flags)
         methods.add(typed.method)
     assert methods >= {'galore', 'qgalore', 'apollo', 'loqt', 'lora'}
 
@@ -85,4 +86,17 @@ def test_a_way_without_a_formula_is_skipped(monkeypatch):
     monkeypatch.setattr(fit, 'WAYS', {'Other': dict(method='fira'), 'AdamW': dict(method='adamw')})
     monkeypatch.delitem(fit.estimate.__globals__['METHODS'], 'fira')
     config, shape = load('--model=60m'), ModelConfig(**SIZES['60m'])
-    assert {row[0] for row in memest.fit(config, 24 * 2**30, shape, train.problems)} == {'AdamW'}
+    assert {row.name for row in memest.fit(config, 24 * 2**30, shape, train.problems)} == {'AdamW'}
+
+
+def test_several_cards_give_each_method_its_fastest_way_and_what_fits_one_of_them():
+    config = load(str(ROOT / 'config/galore_7b_4090.py'), '--dry_run')
+    shape = ModelConfig(**SIZES['7b'], block_size=256)
+    rows = fit.fit_several(config, 24 * 2**30, 4, shape, train.problems)
+    ways = {row.name: row.way for row in rows}
+    assert ways['LoQT, 8-bit, per layer'] == 'ddp', 'packed weights cannot be cut'
+    assert ways['AdamW'] in ('zero3', 'tp'), 'its states fit four cards together'
+    for row in rows:
+        assert row.bytes * (1 + MARGIN) <= 24 * 2**30 and 512 % row.batch == 0
+        typed = load(str(ROOT / 'config/galore_7b_4090.py'), *row.flags.split())
+        assert typed.batch_size == row.batch and not train.problems(typed)

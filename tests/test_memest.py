@@ -7,8 +7,11 @@ import sys
 import pytest
 from conftest import ROOT, run
 
+import configurator
 import memest
-from memory import flags, matrices
+import quant
+from memory import flags, matrices, trace
+from model import ModelError
 
 
 @pytest.mark.parametrize(
@@ -50,7 +53,7 @@ def test_the_command_prints_a_table_json_a_plot_and_several_gpus(tmp_path, capsy
     memest.main([config, '--model=llmem', '--gpus=4'])
     assert 'its choice' in capsys.readouterr().out
     memest.main([config, '--fit', '--gpu_gb=0.7'])
-    assert 'nothing fits 0.7 GiB' in capsys.readouterr().out
+    assert 'nothing fits 0.7 GB' in capsys.readouterr().out
 
 
 def test_a_method_without_a_formula_is_traced_and_says_so(capsys, monkeypatch):
@@ -91,3 +94,49 @@ def test_help_of_hf_says_a_word_of_each_argument():
     pytest.importorskip('transformers')
     done = run(['memest.py', '--hf', '--help'])
     assert done.returncode == 0 and '--lora_targets=attention' in done.stdout and '--gpu_gb=24' in done.stdout
+
+
+def test_a_card_that_is_given_is_a_card_and_every_plan_says_of_what_it_is(capsys):
+    small = [str(ROOT / 'config/galore_laptop.py'), '--n_layer=1', '--batch_size=1', '--instant']
+    for words, says in (
+        (['--gpu_gb=24'], 'bfloat16 on a card'),
+        (['--gpu_gb=24', '--dtype=float32'], 'float32 on a card'),
+        (['--gpus=2'], 'bfloat16 on a card'),
+    ):
+        memest.main([*(small if 'gpus' not in words[0] else small[:-1]), *words])
+        assert says in capsys.readouterr().out
+    with pytest.raises(ValueError, match='--device=cpu is none'):
+        memest.main([*small, '--gpu_gb=24', '--device=cpu'])
+
+
+def test_tables_fit_a_hundred_columns_and_say_what_pretrains_nothing(capsys):
+    for words in (['--fit'], ['--fit', '--gpus=4'], ['--gpus=4']):
+        memest.main([str(ROOT / 'config/galore_7b_4090.py'), *words])
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= 100
+        assert ('no substitute for pretraining' in out) == ('--fit' in words)
+
+
+def test_a_plan_needs_neither_data_nor_weights_and_names_hf_where_train_has_no_such_model(tmp_path, capsys):
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)
+    llama = shape | dict(model_type='llama', max_position_embeddings=64, tie_word_embeddings=True)
+    (tmp_path / 'config.json').write_text(json.dumps(llama))
+    (tmp_path / 'tokenizer.json').write_text(json.dumps({'model': {'type': 'another than the data has'}}))
+    argv = ['--method=lora', f'--init_from={tmp_path}', '--batch_size=1', '--block_size=16', '--json']
+    memest.main(argv)
+    found = json.loads(capsys.readouterr().out)
+    assert (found['device'], found['dtype']) == ('this CPU', 'float32') and found['total'] > found['weights'] > 0
+    (tmp_path / 'config.json').write_text(json.dumps(llama | dict(model_type='gpt_neox')))
+    with pytest.raises(ModelError, match=r'memest\.py --hf='):
+        memest.main(argv)
+
+
+def test_planning_codes_no_nf4_and_repeats_layers_of_a_frozen_model(monkeypatch):
+    pieces, depths, steps = [], [], trace.record_steps
+    coded = quant.code_piece_
+    monkeypatch.setattr(quant, 'code_piece_', lambda *piece: pieces.append(1) or coded(*piece))
+    monkeypatch.setattr(trace, 'record_steps', lambda run, s, n: depths.append(s.n_layer) or steps(run, s, n))
+    words = '--method=lora --train_rest=no --n_layer=9 --n_embd=512 --n_inner=1408 --batch_size=1 --block_size=16'
+    config = configurator.load(ROOT / 'train.py', ['--model=9m', '--vocab_size=4096', '--dry_run', *words.split()])
+    memest.trace(config)
+    assert depths == [4] and len(pieces) == 4 * 7, 'a piece for each matrix of the layers that are traced'
