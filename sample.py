@@ -18,7 +18,7 @@ import configurator
 from plumbing import terminal
 
 if __name__ == '__main__':  # before the imports that take seconds
-    terminal.prepare()
+    terminal.quiet_ctrl_c()
     config = configurator.load_or_exit(__file__, sys.argv[1:], positional='checkpoint')
 
 import contextlib
@@ -258,6 +258,7 @@ if __name__ == '__main__':
     configurator.check_or_exit(config, __file__, problems)
     sys.stdin.reconfigure(errors='surrogateescape')
     sys.stdout.reconfigure(errors='backslashreplace')  # a terminal that is not UTF-8 shows what it can
+    terminal.imported()
     try:
         main(config)
     except BrokenPipeError:  # the reader, `head` perhaps, has enough

@@ -11,11 +11,15 @@ Train a LLaMA on the machine you own, with GaLore, LoQT or AdamW, from scratch o
 
 import sys
 
+from plumbing import terminal
+
+if __name__ == '__main__':
+    terminal.prepare()
+
 import configurator
-from plumbing import MOVED, Stop, resume, terminal
+from plumbing import MOVED, Stop, resume
 
 if __name__ == '__main__':  # before the imports that take seconds: --help and mistyped keys are answered at once
-    terminal.prepare()
     config = configurator.load_or_exit(__file__, sys.argv[1:], moved=MOVED, earlier=resume.settings)
 
 import difflib

@@ -53,9 +53,25 @@ class Tolerant:
 
 
 def prepare():
-    """For a script that is run, once. Until a loop takes it over, Ctrl-C ends the process at once and says nothing."""
+    """For a script that is run, once: tolerant output, and no traceback by Ctrl-C."""
     sys.stdout, sys.stderr = (Tolerant(stream) if stream else stream for stream in (sys.stdout, sys.stderr))
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # an exception might be swallowed by a library's import
+    quiet_ctrl_c()
+
+
+def quiet_ctrl_c():
+    """Until something else takes it over, Ctrl-C ends the process at once: an exception inside an import leaves half a
+    module, on which the next line fails with words of its own."""
+
+    def end(*_):
+        sys.stdout.flush()
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, end)
+
+
+def imported():
+    """From here on Ctrl-C is a KeyboardInterrupt again, for a script that has something to clean up."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 waiting = []  # one for each patience that is in force
