@@ -99,8 +99,7 @@ coreset = 'none'  # 'none' | 'random' | 'zo' | 'grad': choose each step's window
 # reports
 log_interval = 10  # steps between log lines
 eval_interval = 250  # steps between evaluations
-eval_tokens = 0  # tokens of the val split to evaluate on, the same in every run; 0: 65536, in a short run fewer:
-#                  at most a quarter of what it trains on
+eval_tokens = 0  # tokens of the val split to evaluate on; 0: 65536, but at most a quarter of what the run trains on
 save_interval = 0  # steps between checkpoints in last/; 0: at each evaluation
 save_best = 'all'  # 'all' | 'weights': what best/ holds; from weights alone, which are smaller, no run can go on
 save_merged = True  # checkpoints of loqt and lora also hold the blocks as dense weights; False: packed only, smaller
@@ -209,21 +208,20 @@ def learning_rate_at(step, config):
 
 
 def eval_tokens_of(config):
-    of_the_run = report.tokens_a_step(config) * config.max_iters
-    return config.eval_tokens or max(min(65536, of_the_run // 4), config.block_size)
+    a_quarter = report.tokens_a_step(config) * config.max_iters // 4
+    return config.eval_tokens or max(min(65536, a_quarter), config.block_size)
 
 
 @torch.no_grad()
 def evaluate(model, data, config, here):
     """Mean loss in nats per token over the fixed evaluation windows, which are divided among the processes."""
     total, n = torch.zeros(2, dtype=torch.float64), eval_tokens_of(config)  # summed loss, tokens
-    count = min(n, len(data.tokens)) / (config.block_size * config.batch_size)
     with patience(f'evaluating on {n:,} tokens') as tell:
         for i, (x, y, _) in enumerate(data.evaluation(n, config.batch_size)):
             if i % here.world == here.rank:
                 loss = model(x.to(here.device), y.to(here.device)).item()
                 total += torch.tensor([loss * y.numel(), y.numel()], dtype=torch.float64)
-            tell(min((i + 1) / count, 1))
+            tell(min((i + 1) * y.numel() / min(n, len(data.tokens)), 1))
     if here.world > 1:
         total = total.to(here.device)
         dist.all_reduce(total)
