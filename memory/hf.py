@@ -17,6 +17,7 @@ so full that the allocator gives cached segments back.
 import contextlib
 import inspect
 import json
+import logging
 import os
 import re
 import sys
@@ -29,6 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
+from data import fields
 from memory.cuda import CONTEXT, WORKSPACE, WORKSPACE_HOPPER, CudaAutocast, Recorder, cuda_attention, cuda_dropout
 from memory.hf_layers import OPTIMIZERS, LoRA, NF4Linear, make_optimizer
 
@@ -158,9 +160,11 @@ def read_config(path):
     file = os.path.join(path, 'config.json') if os.path.isdir(path) else path
     if not os.path.exists(file):
         raise ValueError(f'{file} does not exist: give --hf a folder with a config.json, or such a file')
+    given = fields.read(file, {'model_type': fields.text()}, ValueError, 'give --hf the config.json of a model')
+    for name, value in given.items():  # each is a module to build: no published model has a tenth of that
+        if type(value) is int and value > 10_000 and re.search('layers?$|experts?$|blocks?$', name):
+            raise ValueError(f'{file}: {name}={value} is more than 10,000: give --hf the config.json of a model')
     try:
-        with open(file) as f:
-            given = json.load(f)
         return AutoConfig.for_model(**given)
     except Exception as e:
         reason = str(e).split('\n')[0][:200]
@@ -172,6 +176,8 @@ def as_on_a_card(stack, attention):
     stack.enter_context(patch.object(F, 'scaled_dot_product_attention', kernels))
     stack.enter_context(patch.object(F, 'dropout', cuda_dropout))
     stack.enter_context(CudaAutocast())
+    # a step that cannot run is told in a sentence; torch would print its traceback besides
+    stack.enter_context(patch.object(logging.getLogger('torch._subclasses.fake_tensor'), 'disabled', True))
 
 
 def build(config, dtype, attention):
@@ -188,7 +194,7 @@ def build(config, dtype, attention):
             if 'scaled_dot_product_attention' not in str(e):
                 raise
             return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation='eager')
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
+    except Exception as e:  # transformers has all kinds, for all a config.json can say
         reason = str(e).split('\n')[0][:200]
         raise ValueError(f'transformers cannot build a causal language model of this config: {reason}') from None
 

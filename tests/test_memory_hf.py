@@ -193,7 +193,10 @@ def test_help_says_a_word_of_each_argument(capsys):
         (['--hf=CONFIG', '--method=lora', '--lora_targets=nothing'], 'q_proj'),
         (['--hf=CONFIG', '--dtype=fp32', '--attention=flash'], 'flash'),
         (['--hf=UNKNOWN'], 'not a config that this transformers knows'),
-        (['--hf=NOTJSON'], 'not a config that this transformers knows'),
+        (['--hf=NOTJSON'], 'not valid JSON'),
+        (['--hf=LIST'], 'not an object with fields'),
+        (['--hf=ENDLESS'], 'num_hidden_layers=100000000 is more than 10,000'),
+        (['--hf=PAD'], 'Padding_idx must be within num_embeddings'),
         (['--hf=BERTISH'], 'causal language model'),
     ],
 )
@@ -201,6 +204,10 @@ def test_bad_input_is_one_sentence(words, names, tmp_path, capsys):
     CONFIGS['llama'].save_pretrained(tmp_path / 'CONFIG')
     (tmp_path / 'UNKNOWN').write_text(json.dumps({'model_type': 'no-such-model'}))
     (tmp_path / 'NOTJSON').write_text('{')
+    (tmp_path / 'LIST').write_text('[]')
+    stored = CONFIGS['llama'].to_dict()
+    (tmp_path / 'ENDLESS').write_text(json.dumps(stored | {'num_hidden_layers': 10**8}))
+    (tmp_path / 'PAD').write_text(json.dumps(stored | {'pad_token_id': 9999}))
     (tmp_path / 'BERTISH').write_text(json.dumps({'model_type': 'vit'}))
     words = [
         w.replace('--hf=', f'--hf={tmp_path}/') if any(c.isupper() for c in w.partition('=')[2]) else w for w in words
