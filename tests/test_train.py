@@ -231,7 +231,8 @@ def test_every_key_has_a_comment_and_the_design_names_are_there():
         'methods/apollo.py': 'rank update_proj_gap scale tensorwise',
         'loqt.py': 'rank scale update_proj_gap psi compensation refresh stagger moments quantize double_quant',
         'lora.py': 'rank scale quantize double_quant dropout merge_every train_rest lora_targets',
-        'coreset.py': 'coreset_from coreset_norm coreset_weights coreset_clusters keep_small zo_directions coreset_sparsity',
+        'coreset.py': 'coreset_from coreset_norm coreset_weights coreset_clusters keep_small zo_directions '
+        'coreset_sparsity',
     }.items():
         assert set(configurator.options(ROOT / file)) == set(expected.split()), file
 
