@@ -6,15 +6,6 @@ touched: weights, optimizer and metrics.csv, bit for bit.
     python -m bench.runs.kills --seed=7 --kills=2 --only=loqt
 """
 
-from bench import parser
-
-if __name__ == '__main__':
-    arguments = parser()
-    arguments.add_argument('--seed', type=int, default=1)
-    arguments.add_argument('--kills', type=int, default=5)
-    arguments.add_argument('--only', default='', help='modes whose name holds this')
-    arguments = arguments.parse_args()
-
 import csv
 import os
 import random
@@ -22,11 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-
-from plumbing.build import ROOT
+from bench import parser
 
 TINY = '--model=9m --n_layer=2 --n_embd=32 --n_head=4 --n_inner=64 --vocab_size=0 --block_size=32 --batch_size=4'
 TINY += ' --device=cpu --max_iters=60 --log_interval=1 --eval_interval=6 --eval_tokens=512 --sample_tokens=0'
@@ -49,6 +38,16 @@ MODES = {
     'saves often': '--rank=8 --update_proj_gap=5 --save_interval=1',
     'best of weights': '--rank=8 --update_proj_gap=5 --save_best=weights --save_interval=2',
 }
+ROOT = Path(__file__).resolve().parents[2]
+
+if __name__ == '__main__':
+    asked = parser()
+    asked.add_argument('--seed', type=int, default=1, help='of the moments (1)')
+    asked.add_argument('--kills', type=int, default=5, choices=range(1, 100), metavar='N', help='of each mode (5)')
+    asked.add_argument('--only', default='', help='modes whose name holds this')
+    args = asked.parse_args()
+    if not any(args.only in mode for mode in MODES):
+        asked.error(f'--only={args.only} is in the name of no mode: {", ".join(MODES)}')
 
 
 def command(out_dir, flags, *more):
@@ -75,6 +74,9 @@ def killed(words, out_dir, draw):
 
 def differences(whole, broken):
     """What is not the same in two out_dirs, as names."""
+    import torch
+    from safetensors.torch import load_file
+
     a, b = (load_file(os.path.join(path, 'last/model.safetensors')) for path in (whole, broken))
     found = [name for name in a if not torch.equal(a[name], b[name])]
     states = [torch.load(os.path.join(path, 'last/optimizer.pt'), weights_only=True) for path in (whole, broken)]
@@ -89,24 +91,30 @@ def differences(whole, broken):
 
 
 def equal(x, y):
+    import torch
+
     return torch.equal(torch.as_tensor(x), torch.as_tensor(y))
 
 
-def main(seed, kills, only):
+def test(mode, kills, seed, folder):
+    """-> names of what differs in the end, of a run in one mode that is killed so many times. folder: for both runs"""
+    draw, flags = random.Random(f'{seed} {mode}'), MODES[mode]
+    whole, broken = os.path.join(folder, 'whole'), os.path.join(folder, 'broken')
+    subprocess.run(command(whole, flags), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    for _ in range(kills):
+        if killed(next_command(broken, flags), broken, draw):
+            break
+    else:
+        subprocess.run(next_command(broken, flags), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return differences(whole, broken)
+
+
+def main(args):
     wrong = 0
-    for mode, flags in MODES.items():
-        if only not in mode:
-            continue
-        draw = random.Random(f'{seed} {mode}')
-        with tempfile.TemporaryDirectory() as folder:
-            whole, broken = os.path.join(folder, 'whole'), os.path.join(folder, 'broken')
-            subprocess.run(command(whole, flags), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-            for _ in range(kills):
-                if killed(next_command(broken, flags), broken, draw):
-                    break
-            else:
-                subprocess.run(next_command(broken, flags), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-            found = differences(whole, broken)
+    for mode in MODES:
+        if args.only in mode:
+            with tempfile.TemporaryDirectory() as folder:
+                found = test(mode, args.kills, args.seed, folder)
             wrong += bool(found)
             print(f'{mode}: {", ".join(found) if found else "the same, bit for bit"}', flush=True)
     sys.exit(f'{wrong} modes differ' if wrong else 0)
@@ -121,4 +129,4 @@ def next_command(out_dir, flags):
 
 
 if __name__ == '__main__':
-    main(arguments.seed, arguments.kills, arguments.only)
+    main(args)
