@@ -10,4 +10,4 @@ def test_a_damaged_file_is_refused_or_makes_no_difference(tmp_path):
 
 
 def test_a_run_killed_while_it_saves_ends_as_one_left_alone(tmp_path):
-    assert kills.test('saves often', 1, 3, tmp_path) == []
+    assert kills.test('saves often', 1, 6, tmp_path) == []
