@@ -9,8 +9,13 @@ What is not in the papers, and why:
 - The moments are fp32, or 8 bits in blocks of 256, never bf16: there V * 0.999 rounds back to V, which could only grow.
 - A bf16 weight takes its update with stochastic rounding. Late in training an update is smaller than half the distance
   between two bf16 numbers, and rounding to the nearest would lose it every time instead of some of the time.
+- Micro-batches are summed in a bf16 gradient with the same rounding, for the same reason: of 512 equal ones the sum to
+  the nearest holds three quarters.
 - per_layer=True updates a weight inside backward, as soon as its gradient is complete, and drops the gradient: the
   gradients of all layers never exist at once. The result is the same.
+- What a backward leaves behind counts from `step()` on. A batch whose step a loop does not take, because its loss was
+  not finite, leaves no trace, whoever drops its gradients: either zero_grad, or, where they are not finite, nobody.
+  per_layer has moved the weights by then: it leaves out those whose gradient was not finite.
 
     optimizer = AdamW(model.parameters(), lr=1e-3)         # drop-in: backward(), step()
     python train.py config/adamw_laptop.py                 # in train.py
@@ -19,6 +24,7 @@ What is not in the papers, and why:
 import contextlib
 import difflib
 import functools
+import gc
 import logging
 import math
 import weakref
@@ -30,6 +36,7 @@ from torch.optim.adamw import adamw
 
 BLOCK = 256  # numbers that share a scale in 8-bit moments
 PIECE = 1 << 24  # numbers updated at once
+CUT = {torch.bfloat16: 16, torch.float16: 13}  # bits that a half has less than fp32
 SMALLEST_8BIT = 4096  # smaller tensors (norms) keep fp32 moments, as in bitsandbytes
 MOMENTS = ('M', 'V', 'M_absmax', 'V_absmax')
 # What torch puts into a group and nothing here reads: its schedulers, names of parameters.
@@ -42,23 +49,25 @@ FOREIGN = ('params', 'param_names', 'initial_lr', 'max_lr', 'min_lr', 'base_mome
 def adam_(W, G, state, lr, betas, eps, decay=0.0, state_bits=32, seed=None):
     """The four lines above on an fp32 W, in place: G (W's shape) goes into the moments in `state`, W moves.
 
-    state['fill'] is t, the gradients that the moments have taken in. torch's fused kernel passes over memory once where
-    the lines written out take nine passes: six times faster here."""
+    state['fill'] is t, the gradients that the moments have taken in. state['skip'], where there is one: 1.0 on the
+    device lets everything stay as it is. torch's fused kernel passes over memory once where the lines written out take
+    nine passes: six times faster here."""
     state['fill'] = state.get('fill', 0) + 1
     make_moments(state, G, state_bits)
     M, V = read_state(state, 'M'), read_state(state, 'V')
     t = torch.full((), state['fill'] - 1.0, device=W.device)  # the kernel counts it up itself
-    adamw([W], [G.float().contiguous()], [M], [V], [], [t], fused=True, amsgrad=False, maximize=False,
-          lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=decay)  # fmt: skip
+    adamw([W], [G.to(M.dtype).contiguous()], [M], [V], [], [t], fused=True, amsgrad=False, maximize=False,
+          lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=decay, found_inf=state.get('skip'))  # fmt: skip
     write_state(state, 'M', M)
     write_state(state, 'V', V, seed)
 
 
 def adam_direction(G, state, betas, eps, state_bits=32, seed=None):
-    """Take gradient G (any shape) into the moments in `state`, in place, and return Mh / (sqrt(Vh) + eps) in fp32.
+    """Take gradient G (any shape) into the moments in `state`, in place, and return Mh / (sqrt(Vh) + eps), in fp32 (of
+    a G in fp64, in fp64).
 
     seed: of the stochastic rounding of an 8-bit V; None: round to the nearest."""
-    N = torch.zeros(G.shape, device=G.device)
+    N = torch.zeros(G.shape, dtype=at_least_fp32(G), device=G.device)
     adam_(N, G, state, -1.0, betas, eps, state_bits=state_bits, seed=seed)  # 0 - (-1) direction
     return N
 
@@ -67,7 +76,7 @@ def make_moments(state, G, state_bits):
     """Zero moments for G where there are none: M and V of G's shape, with 8 bits also M_absmax and V_absmax."""
     eight = state_bits == 8 and G.numel() >= SMALLEST_8BIT
     for name in ('M', 'V') if 'M' not in state else ():
-        state[name] = torch.zeros(G.shape, dtype=torch.uint8 if eight else torch.float32, device=G.device)
+        state[name] = torch.zeros(G.shape, dtype=torch.uint8 if eight else at_least_fp32(G), device=G.device)
         if eight:
             state[name + '_absmax'] = torch.zeros(-(-G.numel() // BLOCK), device=G.device)
 
@@ -99,8 +108,8 @@ def write_state(state, name, changed, seed=None):
         noise = torch.rand(changed.shape, generator=generator, device=changed.device).sub_(0.5)
         noisy = noise.mul_(apart).add_(changed).clamp_min_(0)  # V is never negative
         quantised, how = kernels().quantize_blockwise(noisy, code=code, blocksize=BLOCK)
-    state[name].copy_(quantised)
-    state[name + '_absmax'].copy_(how.absmax)
+    for name, new in ((name, quantised), (name + '_absmax', how.absmax)):
+        state[name].copy_(torch.where(state['skip'] > 0, state[name], new) if 'skip' in state else new)
 
 
 def pieces(W, G, state):
@@ -112,7 +121,7 @@ def pieces(W, G, state):
     rows = max(PIECE // W[0].numel() // BLOCK, 1) * BLOCK  # a multiple of BLOCK, so that no 8-bit block is cut
     per_row = W[0].numel() / BLOCK
     for a in range(0, len(W), rows):
-        part = {'fill': state['fill']}
+        part = {name: state[name] for name in ('fill', 'skip') if name in state}
         for name in state.keys() & set(MOMENTS):
             scale = per_row if name.endswith('_absmax') else 1
             part[name] = state[name][math.floor(a * scale) : math.ceil((a + rows) * scale)]
@@ -141,17 +150,42 @@ def code_of(name, device):
 
 
 def add_(W, N, lr, decay, seed):
-    """W <- (1 - lr decay) W - lr N, in place. Only a bf16 W uses `seed`, for stochastic rounding: up or down at random,
-    with the odds that make the rounded weight right on average."""
-    if W.dtype != torch.bfloat16:
+    """W <- (1 - lr decay) W - lr N, in place. decay: a number, or a 0-dim tensor. Only a W in bf16 or fp16 uses `seed`,
+    for stochastic rounding."""
+    if W.dtype not in CUT:
         W.mul_(1 - lr * decay).add_(N, alpha=-lr)
         return
-    exact = W.float().mul_(1 - lr * decay).add_(N, alpha=-lr)
+    round_into(W, W.float().mul_(1 - lr * decay).add_(N, alpha=-lr), seed)
+
+
+def round_into(W, exact, seed):
+    """W (bf16 or fp16) <- exact (fp32, which is used up), rounded up or down at random, with the odds that make it right
+    on average; in fp16, numbers below 6e-5 to the nearest."""
     # bf16 is the upper half of fp32: add a random lower half, let it carry into the upper one, and cut it off.
-    generator = torch.Generator(W.device).manual_seed(seed)
-    noise = torch.randint(0, 1 << 16, W.shape, generator=generator, dtype=torch.int32, device=W.device)
-    exact.view(torch.int32).add_(noise).bitwise_and_(-(1 << 16))
+    generator, cut = torch.Generator(W.device).manual_seed(seed), CUT[W.dtype]
+    noise = torch.randint(0, 1 << cut, W.shape, generator=generator, dtype=torch.int32, device=W.device)
+    exact.view(torch.int32).add_(noise).bitwise_and_(-(1 << cut))
     W.copy_(exact)
+
+
+def add_up_(total, G, seed):
+    """total + G, a sum of micro-batches, in place; rounded at random where it is in bf16 or fp16."""
+    if total.dtype not in CUT:
+        return total.add_(G)
+    rows = max((1 << 22) // max(total[:1].numel(), 1), 1) if total.dim() else 1
+    for i, (A, B) in enumerate(zip(torch.atleast_1d(total).split(rows), torch.atleast_1d(G).split(rows))):
+        round_into(A, A.float().add_(B), seed + i)
+    return total
+
+
+def is_finite(A):
+    """Is all of A finite? A 0-dim bool, made without a temporary of A's size."""
+    return A.sum(dtype=torch.promote_types(A.dtype, torch.float32)).isfinite()
+
+
+def zero_unless_(good, A):
+    """A, in place, becomes zeros where the 0-dim `good` is False: a branch that does not wait for the device."""
+    return A.nan_to_num_(0.0, 0.0, 0.0).mul_(good)
 
 
 def limit_growth(update, state, most=1.01):
@@ -161,13 +195,17 @@ def limit_growth(update, state, most=1.01):
     norm = update.norm()
     last = state.get('norm', norm)
     keep = torch.where((last > 0) & (norm > most * last), most * last / norm, 1.0)
-    state['norm'] = norm * keep
+    state['norm'] = torch.where(state['skip'] > 0, last, norm * keep) if 'skip' in state else norm * keep
     return update.mul_(keep)
+
+
+def at_least_fp32(A):
+    return torch.promote_types(A.dtype, torch.float32)
 
 
 def product_dtype(A):
     """The dtype to multiply matrices like A in: a CPU may have no fast bf16."""
-    return torch.float32 if A.device.type == 'cpu' else A.dtype
+    return at_least_fp32(A) if A.device.type == 'cpu' else A.dtype
 
 
 def fast_bf16(device):
@@ -177,22 +215,51 @@ def fast_bf16(device):
     return device.type != 'cpu' or bool(cpu.get('amx_bf16') or cpu.get('avx512_bf16'))
 
 
-def weak_hook(method):
-    """A hook that calls `method` for as long as its object lives.
+def weak_hook(method, tensor):
+    """A hook that calls method(tensor) for as long as the method's object lives.
 
     Autograd stores hooks in C++, invisible to Python's garbage collector. A strong reference here would keep the
     optimizer and its parameters alive forever."""
-    alive = weakref.WeakMethod(method)
+    alive, of = weakref.WeakMethod(method), weakref.ref(tensor)
 
-    def hook(*arguments):
+    def hook(_):
         if method := alive():
-            method(*arguments)
+            method(of())
 
+    hook.__torch_unserializable__ = True  # torch.save need not warn that it leaves the hook out
     return hook
+
+
+def exactly(method):
+    """A function that runs without a graph, and outside of an autocast that its caller is in."""
+
+    @functools.wraps(method)
+    def wrapped(*arguments):
+        inside = [kind for kind in ('cpu', 'cuda') if torch.is_autocast_enabled(kind)]
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for kind in inside:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            found = method(*arguments)
+        if inside:
+            torch.clear_autocast_cache()  # it holds weights from before they moved
+        return found
+
+    return wrapped
 
 
 def several_processes():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def refuse_ddp(optimizer, p):
+    """Raise ValueError where torch's DistributedDataParallel waits for the gradient of p, of which it will see none."""
+    for found in gc.get_objects() if dist.is_available() and dist.is_initialized() else ():
+        if issubclass(type(found), torch.nn.parallel.DistributedDataParallel):
+            if any(p is q for q in found.parameters()):
+                raise ValueError(
+                    f'{type(optimizer).__name__} uses gradients inside backward (per_layer, attach) before '
+                    'DistributedDataParallel has averaged them: leave DDP out, since the optimizer averages them itself'
+                )
 
 
 def average_(G):
@@ -239,8 +306,15 @@ class AdamW(torch.optim.Optimizer):
         self.state_bits, self.grad_clip, self.per_layer, self.seed = state_bits, grad_clip, per_layer, seed
         self.home = torch.device('cpu') if offload else None  # of the moments; None: beside their parameter
         self.last_micro_batch, self.metrics = True, {}
-        self.squares = []  # squared norms of the gradients taken so far in this step
-        self.index_of, self.group_of, self.watched = {}, {}, []
+        self.squares = {}  # p -> squared norm of its gradient, of those taken so far in this step
+        self.sums, self.counts = {}, {}  # p -> the sum of its gradients while the next arrives; how many are in it
+        self.complete, self.sound = (
+            set(),
+            {},
+        )  # those whose last micro-batch has come, but no step; was their sum finite
+        self.asked = False  # whether a DDP is there
+        self.flagged = False  # does the loop say which micro-batch is the last?
+        self.index_of, self.group_of, self.watched, self.weight_of = {}, {}, [], {}
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, lr_scale=1.0)
         super().__init__(params, defaults | (group_defaults or {}))
 
@@ -262,7 +336,7 @@ class AdamW(torch.optim.Optimizer):
     def move(self, p, W, N, row=0):
         """W, which is p or its rows from `row` on, takes the step N."""
         seed = self.random_seed(p, self.state[p]['step'] + 1, row)
-        add_(W, N, self.rate(p), self.group_of[p]['weight_decay'], seed)
+        add_(W, N, self.rate(p), self.decay(p), seed)
 
     # ---- learning rate, groups
 
@@ -279,6 +353,11 @@ class AdamW(torch.optim.Optimizer):
         """The learning rate of p's next step."""
         return self.group_of[p]['lr'] * self.group_of[p]['lr_scale']
 
+    def decay(self, p):
+        """The weight decay of p's next step: none in one that is skipped."""
+        decay, skip = self.group_of[p]['weight_decay'], self.state[p].get('skip')
+        return decay if skip is None or not decay else torch.where(skip > 0, 0.0, decay).double()
+
     def add_param_group(self, group):
         for key in group.keys() - self.defaults.keys() - set(FOREIGN):
             near = difflib.get_close_matches(key, self.defaults, 1)
@@ -286,19 +365,75 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f'{type(self).__name__} knows no key {key!r} of a group{hint}')
         super().add_param_group(group)
         for p in self.param_groups[-1]['params']:
+            if not p.is_floating_point() or type(p).__name__ in ('DTensor', 'FlatParameter'):
+                self.param_groups.pop()
+                what = f'parts of {type(p).__name__}s' if p.is_floating_point() else p.dtype
+                raise ValueError(f'{type(self).__name__} trains whole, real parameters, not {what}: leave them out')
+        for p in self.param_groups[-1]['params']:
             self.index_of[p], self.group_of[p] = len(self.index_of), self.param_groups[-1]
             self.watch(p)
 
-    def watch(self, p):
-        if p.requires_grad:  # of a frozen one no gradient will come; if it thaws, step() finds what is in .grad
-            p.register_post_accumulate_grad_hook(weak_hook(self.gradient_ready))
-            self.watched.append(p)
+    def watch(self, q):
+        """Hook q: a parameter, or what receives a gradient for self.weight_of[q]."""
+        if q.requires_grad:  # of a frozen one no gradient will come; if it thaws, step() finds what is in .grad
+            q.register_hook(weak_hook(self.gradient_comes, q))
+            q.register_post_accumulate_grad_hook(weak_hook(self.gradient_came, q))
+            self.watched.append(q)
 
     # ---- from gradients to steps
 
-    @torch.no_grad()
+    @exactly
+    def gradient_comes(self, q):
+        """Autograd calls this in backward, before q.grad takes in a micro-batch."""
+        p = self.weight_of.get(q, q)
+        if p.grad is None:  # the first one of a step
+            self.begin(p)
+        elif p in self.complete and q.grad is not None:  # of a step that was not taken, or of a loop without the flag
+            self.drop_if_not_finite(p, q.grad)
+        if q.grad is not None and q.dtype in CUT:
+            self.sums[p], q.grad = q.grad, None
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        self.squares = {}
+        for p in self.index_of:
+            if p.grad is None:
+                self.begin(p)
+
+    def drop_if_not_finite(self, p, total):
+        self.sound[p] = is_finite(total)
+        zero_unless_(self.sound[p], total)
+        if self.flagged:  # then it was not taken, and what rounds the next one begins anew
+            self.counts[p] = -1
+
+    def begin(self, p):
+        """Forget what is left of a step that was not taken: p.grad is None, and no other trace tells."""
+        self.counts[p] = 0
+        self.complete.discard(p)
+        self.sound.pop(p, None)
+
+    @exactly
+    def gradient_came(self, q):
+        """Autograd calls this in backward, when q.grad has taken in a micro-batch."""
+        p = self.weight_of.get(q, q)
+        if q.grad.is_sparse:
+            raise ValueError(f'{type(self).__name__} takes no sparse gradients: use nn.Embedding(sparse=False)')
+        if self.keeps_gradients_back and not self.asked:
+            refuse_ddp(self, p)
+            self.asked = True
+        if p in self.sums:
+            q.grad = self.sum_up(p, self.sums.pop(p), q.grad)
+        self.gradient_ready(p)
+        self.flagged |= not self.last_micro_batch
+        (self.complete.add if self.last_micro_batch and p.grad is not None else self.complete.discard)(p)
+
+    def sum_up(self, p, total, G):
+        """total + G, in place, for one micro-batch more of p."""
+        self.counts[p] = self.counts.get(p, 0) + 1
+        return add_up_(total, G, self.random_seed(p, self.state[p].get('step', 0), f'sum {self.counts[p]}'))
+
     def gradient_ready(self, p):
-        """Autograd calls this in backward, when p.grad has taken in a micro-batch."""
+        """p has its gradient of one more micro-batch."""
         if self.per_layer and self.last_micro_batch:
             self.finish(p)
 
@@ -312,8 +447,15 @@ class AdamW(torch.optim.Optimizer):
         state = self.state[p]
         state.setdefault('step', 0)
         with self.moments_at_hand(p):
-            self.update(p, self.take_gradient(p) if G is None else G)
+            G = self.take_gradient(p) if G is None else G
+            if self.moves_in_backward:  # before the loop can look at the loss
+                good = self.squares[p].isfinite()
+                zero_unless_(good, G)
+                state['skip'] = 1.0 - good.float()
+            self.update(p, G)
+        state.pop('skip', None)
         state['step'] += 1
+        self.complete.discard(p)
 
     @contextlib.contextmanager
     def moments_at_hand(self, p):
@@ -328,40 +470,41 @@ class AdamW(torch.optim.Optimizer):
                     at_home[name] = torch.empty_like(state[name], device=self.home, pin_memory=p.is_cuda)
                 state[name] = at_home[name].copy_(state[name])
 
-    def has_gradient(self, p):
-        return p.grad is not None
-
     def take_gradient(self, p):
         """The gradient of the whole step, averaged over processes, its norm counted; p lets go of it."""
         G, p.grad = p.grad, None
-        return self.add_to_norm(average_(G))
+        return self.add_to_norm(p, average_(G))
 
-    def add_to_norm(self, G):
+    def add_to_norm(self, p, G):
         if G.dtype == torch.float32 and G.is_contiguous():  # three times faster than vector_norm on a CPU
-            self.squares.append(torch.dot(G.view(-1), G.view(-1)))
+            self.squares[p] = torch.dot(G.view(-1), G.view(-1))
         else:  # row by row: over a whole embedding at once, sums in fp32 were 0.3 % off
-            self.squares.append(torch.linalg.vector_norm(G, dim=-1, dtype=torch.float32).square().sum())
+            self.squares[p] = torch.linalg.vector_norm(G, dim=-1, dtype=at_least_fp32(G)).square().sum()
         return G
 
     def random_seed(self, p, step, row=0):
         return zlib.crc32(f'{self.seed} {step} {self.index_of[p]} {row}'.encode())
 
-    @torch.no_grad()
     def step(self, closure=None):
         """One optimizer step, on whatever gradients are still waiting."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.take_step()
+        return loss
+
+    @exactly
+    def take_step(self):
         if hasattr(self, 'found_inf'):  # see _step_supports_amp_scaling
             raise ValueError(
-                'GradScaler cannot scale gradients that are used up inside backward (by per_layer, attach() or LoQT): '
-                'train in bf16 without it'
+                'GradScaler cannot scale gradients that are used up inside backward (by per_layer): train in bf16 '
+                'without it'
             )
-        waiting = [p for group in self.param_groups for p in group['params'] if self.has_gradient(p)]
+        waiting = [p for group in self.param_groups for p in group['params'] if p.grad is not None]
         if self.grad_clip and waiting:
             gradients = [self.take_gradient(p) for p in waiting]
-            norm = torch.stack(self.squares).sum().sqrt()
+            norm = self.norm()
             keep = (self.grad_clip / (norm + 1e-6)).clamp(max=1.0)  # a tensor: nothing waits for the device
             for p in waiting:
                 self.advance(p, gradients.pop(0).mul_(keep))
@@ -369,21 +512,28 @@ class AdamW(torch.optim.Optimizer):
             for p in waiting:
                 self.advance(p)
         if self.squares:
-            norm = {'grad_norm': torch.stack(self.squares).sum().sqrt()}
+            norm = {'grad_norm': self.norm()}
             self.metrics = norm | self.metrics | norm  # first in a log line, which takes them all and empties the dict
-            self.squares = []
-        return loss
+            self.squares = {}
+
+    def norm(self):
+        return torch.stack(list(self.squares.values())).sum().sqrt()
 
     @property
-    def uses_gradients_in_backward(self):
-        """Is step() too late to change the gradients?"""
+    def keeps_gradients_back(self):
+        """Is there nothing in some .grad when backward ends, or not the gradient?"""
         return self.per_layer
+
+    @property
+    def moves_in_backward(self):
+        """Is step() too late to change the gradients?"""
+        return self.per_layer and not self.grad_clip
 
     @property
     def _step_supports_amp_scaling(self):
         """GradScaler asks this. Gradients that lie in .grad until step() it unscales itself; of others it would say
         only that it found none, so it is told to leave them to step(), which refuses in a sentence."""
-        return self.uses_gradients_in_backward
+        return self.moves_in_backward
 
     def is_due(self, p):
         """Will the next step do to p what a method does now and then? Known before backward; Adam does nothing."""

@@ -30,7 +30,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import adam
-from adam import BLOCK, AdamW, adam_direction, average_, product_dtype, read_state, several_processes, write_state
+from adam import (
+    BLOCK,
+    AdamW,
+    adam_direction,
+    average_,
+    is_finite,
+    product_dtype,
+    read_state,
+    several_processes,
+    write_state,
+    zero_unless_,
+)
 
 # ---- pure functions of tensors -----------------------------------------------------------------------------------
 
@@ -138,19 +149,73 @@ class Projected(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, receiver, module, optimizer, needs_G):
+        if torch.is_autocast_enabled(x.device.type):  # as torch's own layer: x is cast, and its cast is what stays
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         ctx.save_for_backward(x)
         ctx.module, ctx.optimizer, ctx.needs_G, ctx.dtype = module, optimizer, needs_G, receiver.dtype
-        return F.linear(x, optimizer.weight(module.weight).to(x.dtype))  # (..., out)
+        return F.linear(x, optimizer.weight(module.weight).detach().to(x.dtype))  # (..., out)
 
     @staticmethod
     def backward(ctx, delta):
-        (x,), p = ctx.saved_tensors, ctx.module.weight
-        dx = delta @ ctx.optimizer.weight(p).to(delta.dtype) if ctx.needs_input_grad[0] else None  # (..., in)
+        (x,), p, optimizer = ctx.saved_tensors, ctx.module.weight, ctx.optimizer
+        dx = delta @ optimizer.weight(p).to(delta.dtype) if ctx.needs_input_grad[0] else None  # (..., in)
         delta, x = delta.flatten(0, -2), x.flatten(0, -2)  # (N, out), (N, in)
         if ctx.needs_G:
             return dx, (delta.T @ x).to(ctx.dtype), None, None, None  # (out, in)
-        R = project_factors(ctx.optimizer.basis(p), delta, x, ctx.optimizer.right[p])  # (r, n)
+        if optimizer.needs_first(p):  # P was forgotten since forward, together with the gradient it was for
+            optimizer.receive(p, (delta.T @ x).to(ctx.dtype))  # (out, in)
+            return dx, None, None, None, None
+        R = project_factors(optimizer.basis(p), delta, x, optimizer.right[p])  # (r, n)
         return dx, R.to(ctx.dtype), None, None, None
+
+
+class Shadow(torch.Tensor):
+    """What stands in W.grad while the gradient exists as R alone: of W's shape, without memory, with the norm of P @ R,
+    which is R's. It can be scaled, unscaled, set to zero and asked whether it is finite; all else is refused.
+
+    So clip_grad_norm_ and GradScaler work, and model.zero_grad() takes it away, which says that R is not wanted."""
+
+    KNOWN = ('linalg_vector_norm', '_foreach_norm', 'mul_', '_foreach_mul_', 'div_', '_foreach_div_', 'zero_')
+    KNOWN += ('_foreach_zero_', 'detach', '_amp_foreach_non_finite_check_and_unscale_')
+
+    @staticmethod
+    def __new__(cls, R, W):
+        shadow = torch.Tensor._make_wrapper_subclass(cls, W.shape, dtype=W.dtype, device=W.device)
+        shadow.R = R
+        return shadow
+
+    def __init__(self, R, W):
+        pass
+
+    def __repr__(self):
+        return f'Shadow({tuple(self.shape)}, R={self.R!r})'
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), named=None):
+        if function.__name__ in ('isfinite', 'isnan', 'isinf'):
+            return function(arguments[0].R)
+        with torch._C.DisableTorchFunctionSubclass():  # what comes out is no Shadow
+            return function(*arguments, **(named or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), named=None):
+        name, named = function.overloadpacket.__name__, named or {}
+        order = named.get('ord', arguments[1] if len(arguments) > 1 and name.endswith('norm') else 2)
+        if name not in cls.KNOWN or (name.endswith('norm') and order != 2):
+            raise NotImplementedError(
+                f'{name}: between refreshes GaLore forms no gradient of a weight that was attached, only its projection '
+                'R, so that in .grad knows its 2-norm and takes factors, no more: use grad_clip=, or do without attach()'
+            )
+        found = function(*map(cls.of, arguments), **named)
+        if name == 'detach':
+            return cls(arguments[0].R, arguments[0])
+        return arguments[0] if found is not None and function._schema.is_mutable else found
+
+    @classmethod
+    def of(cls, argument):
+        if isinstance(argument, (list, tuple)):
+            return [cls.of(a) for a in argument]
+        return argument.R if isinstance(argument, cls) else argument
 
 
 # ---- the optimizer -----------------------------------------------------------------------------------------------
@@ -168,7 +233,8 @@ class GaLoreAdamW(AdamW):
     moments: when P turns they 'keep' their numbers (the paper), 'rotate' with it, or 'reset'.
 
     The first P of a weight comes from the first micro-batch's gradient, later ones from the mean over the whole step:
-    otherwise the first step with accumulation would hold the full gradients of all layers."""
+    otherwise the first step with accumulation would hold the full gradients of all layers. Either is `pending` until
+    the step is taken, and never made of a gradient that is not finite."""
 
     small_gradients = True
     full_gradient = False  # True, in a subclass: `update` is given G instead of R
@@ -185,7 +251,8 @@ class GaLoreAdamW(AdamW):
                 raise ValueError(f'{name}={value!r} is not known: use {choices} or {allowed[-1]!r}')
         self.refresh, self.stagger, self.basis_bits, self.moments = refresh, stagger, basis_bits, moments
         self.placeholder = {}  # p -> a tensor of shape (r, n) that takes no memory; its .grad is R during a step
-        self.attached, self.weight_of, self.right, self.offset = set(), {}, {}, {}
+        self.pending = {}  # p -> what its state becomes when the step is taken
+        self.attached, self.right, self.offset = set(), {}, {}
         params = list(params)
         own = dict(
             rank=default_rank(params) if rank is None else rank,
@@ -206,9 +273,12 @@ class GaLoreAdamW(AdamW):
 
     def add_projected(self, p, P, N):
         """W <- (1 - lr decay) W - lr scale P @ N, in one product where W is fp32, else some rows at a time."""
-        scale, lr, decay = self.group_of[p]['scale'], self.rate(p), self.group_of[p]['weight_decay']
-        if p.dtype == torch.float32 and self.weight(p) is p:
-            project_back(P, N.mul_(scale), into=p.T if self.right[p] else p, keep=1 - lr * decay, times=-lr)
+        scale, lr, keep = self.group_of[p]['scale'], self.rate(p), 1 - self.rate(p) * self.decay(p)
+        if p.dtype == P.dtype == N.dtype and self.weight(p) is p:
+            if torch.is_tensor(keep):
+                p.mul_(keep)
+                keep = 1.0
+            project_back(P, N.mul_(scale), into=p.T if self.right[p] else p, keep=keep, times=-lr)
             return
         N = N.to(P.dtype)
         left, right = (N.T, P.T) if self.right[p] else (P, N)  # what W takes is left @ right
@@ -250,8 +320,10 @@ class GaLoreAdamW(AdamW):
                 self.state[module.weight]['next'] = self.state[module.weight]['step']
 
     def basis(self, p):
-        """P (m, r) as kept, or decoded."""
-        state = self.state[p]
+        """P (m, r) as kept, or decoded: the one that p's next step uses."""
+        return self.decoded(p, self.pending.get(p, self.state[p]))
+
+    def decoded(self, p, state):
         if self.basis_bits != 4:
             return read_state(state, 'P')
         from quant import decode
@@ -259,39 +331,51 @@ class GaLoreAdamW(AdamW):
         shape = p.shape[1] if self.right[p] else p.shape[0], len(self.placeholder[p])
         return decode({'': state['P'], '_absmax': state['P_absmax']}, shape, p.dtype)
 
-    def keep_basis(self, p, P):
-        state = self.state[p]
+    def encoded(self, p, P):
+        """P as it is kept: tensors for a state."""
         if self.basis_bits == 16:
-            state['P'] = P.to(p.dtype)
-        elif self.basis_bits == 8:
-            state['P'] = torch.empty(P.shape, dtype=torch.uint8, device=P.device)
-            state['P_absmax'] = torch.empty(-(-P.numel() // BLOCK), device=P.device)
-            write_state(state, 'P', P)
-        else:
+            return {'P': P.to(p.dtype)}
+        if self.basis_bits == 4:
             from quant import encode
 
-            state.update({'P' + part: tensor for part, tensor in encode(P).items()})
+            return {'P' + part: tensor for part, tensor in encode(P).items()}
+        state = {'P': torch.empty(P.shape, dtype=torch.uint8, device=P.device)}
+        state['P_absmax'] = torch.empty(-(-P.numel() // BLOCK), device=P.device)
+        write_state(state, 'P', P)
+        return state
 
     def new_basis(self, p, G):
-        """P from G (m, n), computed once and handed to all processes, so that rounding cannot set them apart."""
-        state, group = self.state[p], self.group_of[p]
-        step, T = state.get('step', 0), group['update_proj_gap']
-        old = self.basis(p).float() if 'P' in state else None
+        """A new P for p, from G (m, n), pending until the step is taken. Computed once and handed to all processes, so
+        that rounding cannot set them apart."""
+        state, group, earlier = self.state[p], self.group_of[p], self.pending.get(p)
+        step, T, good = state.get('step', 0), group['update_proj_gap'], is_finite(G)
+        if self.refresh == 'svd':  # of NaN it would not come to its end
+            G = zero_unless_(good, G.to(torch.float32, copy=True))  # (m, n)
+        old = self.decoded(p, state).float() if 'P' in state else None
         P = orthonormal_basis(G, group['rank'], self.refresh, old)  # (m, r)
+        P = torch.where(good, P, torch.eye(*P.shape, device=P.device) if old is None else old)
+        if earlier:  # of this step, in a loop without the flag, or of one that was not taken
+            P = torch.where(self.sound.pop(p), self.decoded(p, earlier).float(), P)
         if several_processes():
             dist.broadcast(P, 0)
-        self.keep_basis(p, P)
-        if old is None:
-            state['next'] = step + (self.offset[p] or T)
-            return
-        state['next'] = step + T
-        self.basis_turned(p, old, P, G)
+        self.pending[p] = {**self.encoded(p, P), 'next': step + (T if old is not None else self.offset[p] or T)}
+        if old is not None:
+            self.basis_turned(p, self.pending[p], old, P, G)
 
-    def basis_turned(self, p, old, P, G):
-        """p has a new basis P (m, r) in the place of the old one, by its gradient G (m, n)."""
-        if 'M' in self.state[p] and self.moments != 'keep':
+    def basis_turned(self, p, new, old, P, G):
+        """p has a new basis P (m, r) in the place of the old one, by its gradient G (m, n); `new` is for its state."""
+        if self.moments != 'keep':
+            new['Q'] = P.T @ old  # (r, r)
+
+    def settle(self, p):
+        """The step is taken: what was pending is p's state."""
+        state, new = self.state[p], self.pending.pop(p, {})
+        self.sound.pop(p, None)
+        Q = new.pop('Q', None)
+        state.update(new)
+        if Q is not None and 'M' in state:
             with self.moments_at_hand(p):
-                reset_or_rotate(self.state[p], P.T @ old, self.group_of[p]['betas'], self.moments)
+                reset_or_rotate(state, Q, self.group_of[p]['betas'], self.moments)
 
     # ---- from gradient to R: never form G
 
@@ -312,26 +396,50 @@ class GaLoreAdamW(AdamW):
         if not (torch.is_grad_enabled() and p.requires_grad):
             y = F.linear(x, self.weight(p).to(x.dtype))
         else:
-            needs_G = self.full_gradient or 'P' not in self.state[p] or self.is_due(p)
+            needs_G = self.full_gradient or self.needs_first(p) or self.is_due(p)
             y = Projected.apply(x, p if needs_G else self.placeholder[p], module, self, needs_G)
-        return y if module.bias is None else y + module.bias
+        return y if module.bias is None else y + module.bias.to(y.dtype)
 
     def weight(self, p):
         """W as it multiplies; a subclass may keep it in few bits."""
         return p
 
     @property
-    def uses_gradients_in_backward(self):
+    def keeps_gradients_back(self):
         return self.per_layer or (bool(self.attached) and not self.full_gradient)
 
-    @torch.no_grad()
+    def needs_first(self, p):
+        """Has p no P, or one of a step that was perhaps not taken?"""
+        return 'P' not in self.state[p] and (p.grad is None or p not in self.pending or p in self.complete)
+
+    def receive(self, p, G):
+        """G goes to p as if autograd had brought it."""
+        self.gradient_comes(p)
+        p.grad = G
+        self.gradient_came(p)
+
+    def begin(self, p):
+        super().begin(p)
+        self.pending.pop(p, None)
+        if p in self.placeholder:
+            self.placeholder[p].grad = None
+
+    def gradient_comes(self, q):
+        if not isinstance(q.grad, Shadow):
+            return super().gradient_comes(q)
+        if q in self.complete:  # G comes where R is, which may be of a step that was not taken
+            self.drop_if_not_finite(q, q.grad.R)
+            self.counts[q] += self.is_due(q)  # G is summed by itself, and this R comes to it last
+        q.grad = None
+
     def gradient_ready(self, p):
-        """Autograd calls this when p, a weight or a placeholder, has taken in a micro-batch."""
-        if p in self.weight_of:
-            return super().gradient_ready(self.weight_of[p])
+        """p has G or R of one more micro-batch."""
         if not self.is_projected(p) or self.full_gradient:
             return super().gradient_ready(p)
-        if 'P' not in self.state[p]:
+        if p.grad is None or isinstance(p.grad, Shadow):
+            p.grad = Shadow(self.placeholder[p].grad, p)
+            return super().gradient_ready(p)
+        if 'P' not in self.state[p] and (p not in self.pending or p in self.sound):
             self.new_basis(p, self.p_first(p, p.grad))
         # A layer that is due keeps its full gradient until the step's last micro-batch; no other one ever does.
         if (self.per_layer or p in self.attached) and (self.last_micro_batch or not self.is_due(p)):
@@ -340,28 +448,22 @@ class GaLoreAdamW(AdamW):
 
     def fold(self, p):
         """R += P.T @ G, and G is dropped. Exact under accumulation, since P stays the same between refreshes."""
-        if p.grad is None:
+        if isinstance(p.grad, Shadow):
             return
-        if 'P' not in self.state[p] or self.is_due(p):
+        known = p in self.pending and p not in self.sound
+        if ('P' not in self.state[p] or self.is_due(p)) and not known:
             self.new_basis(p, self.p_first(p, average_(p.grad)))
-        R, placeholder = project(self.basis(p), self.p_first(p, p.grad)).to(p.dtype), self.placeholder[p]  # (r, n)
-        placeholder.grad = R if placeholder.grad is None else placeholder.grad + R
-        p.grad = None
-
-    def has_gradient(self, p):
-        return p.grad is not None or (p in self.placeholder and self.placeholder[p].grad is not None)
-
-    def zero_grad(self, set_to_none=True):
-        super().zero_grad(set_to_none)
-        for placeholder in self.placeholder.values():
-            placeholder.grad = None
+        R, q = project(self.basis(p), self.p_first(p, p.grad)).to(p.dtype), self.placeholder[p]  # (r, n)
+        q.grad = R if q.grad is None else self.sum_up(p, q.grad, R)
+        p.grad = Shadow(q.grad, p)
 
     def take_gradient(self, p):
         if not self.is_projected(p) or self.full_gradient:
             return super().take_gradient(p)
         self.fold(p)
-        R, self.placeholder[p].grad = self.placeholder[p].grad, None
-        return self.add_to_norm(average_(R))
+        self.settle(p)
+        R, self.placeholder[p].grad, p.grad = self.placeholder[p].grad, None, None
+        return self.add_to_norm(p, average_(R))
 
 
 # ---- for train.py ------------------------------------------------------------------------------------------------

@@ -33,7 +33,17 @@ import torch.distributed as dist
 import torch.nn as nn
 
 import adam
-from adam import AdamW, average_, fast_bf16, several_processes, split_decay
+from adam import (
+    AdamW,
+    add_up_,
+    average_,
+    exactly,
+    fast_bf16,
+    is_finite,
+    several_processes,
+    split_decay,
+    zero_unless_,
+)
 from galore import orthonormal_basis, project_factors, reset_or_rotate, short_side_first
 from quant import Packed, decode, encode
 
@@ -63,6 +73,8 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, B, layer):
+        if torch.is_autocast_enabled(x.device.type):  # as torch's own layer: x is cast, and its cast is what stays
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         ctx.save_for_backward(x)
         ctx.layer = layer
         return layer.times(x, transposed=True)  # (..., out)
@@ -74,10 +86,10 @@ class LowRank(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return dx, None, None
         delta, x = delta.flatten(0, -2), x.flatten(0, -2)  # (N, out), (N, in)
-        if layer.collect:
+        if layer.wants_gradient():
             layer.add_gradient(delta.T @ x)  # (out, in)
             if not layer.started:  # the very first P comes from the first gradient there is
-                merge(layer)
+                turn(layer) if layer.in_step else merge(layer)
         R = project_factors(layer.read('P', delta.dtype), delta, x, layer.tall)  # (r, n)
         return dx, R.mul_(layer.scale).to(layer.B.dtype), None
 
@@ -93,7 +105,8 @@ class LoQTLinear(Packed):
 
     A layer is born with B = 0 and without a P: its first backward makes them. Until then a weight that was given to it
     is kept in 8 bits, as NF4 of itself and NF4 of the rest, so that compensation has something to compensate.
-    To merge later on, set `collect` before a backward and call `merge(layer)` after it; LoQTAdamW does both."""
+    To merge later on, set `collect` before a backward and call `merge(layer)` after it. LoQTAdamW does both, and makes
+    the first W_q and B in its own step (`in_step`): until then P alone is there, which changes nothing while B is 0."""
 
     def __init__(self, n_in, n_out, rank=128, scale=0.5, quantize='nf4', double_quant=False, compensation=5,
                  refresh='subspace', bias=False, device=None, dtype=None):  # fmt: skip
@@ -114,7 +127,8 @@ class LoQTLinear(Packed):
         self.shapes = {'W': (n_out, n_in), 'rest': (n_out, n_in), 'P': (m, min(rank, m))}
         self.B = nn.Parameter(torch.zeros(min(rank, m), n, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(n_out, device=device, dtype=dtype)) if bias else None
-        self.started, self.collect, self.G = False, True, None
+        self.in_step = self.ended = self.complete = False  # of the backward that made what follows, and of its step
+        self.forget_gradient(started=False)
         self.lost = None  # of W in the last merge, as a share of its norm; LoQTAdamW shows it
         if not self.B.is_meta:
             self.reset_parameters()
@@ -134,7 +148,7 @@ class LoQTLinear(Packed):
         if precious and self.quantize != 'none':
             rest = self.read('W', torch.float32)
             self.keep('rest', torch.sub(W, rest, out=rest))
-        self.started, self.collect, self.G = False, True, None
+        self.forget_gradient(started=False)
 
     @classmethod
     def from_linear(cls, linear, **options):
@@ -179,8 +193,20 @@ class LoQTLinear(Packed):
             y += self.scale * ((x @ right.T) @ left.T if transposed else (x @ left) @ right)
         return y
 
+    def forget_gradient(self, started):
+        self.started, self.collect = started, self.collect if started else True
+        self.G, self.added, self.next, self.has_P = None, 0, None, False
+
+    def wants_gradient(self):
+        """Is G to be formed in this backward?"""
+        if self.ended and self.B.grad is None:  # the step before this one was not taken
+            self.forget_gradient(self.started)
+        self.ended = False
+        return self.collect and (self.started or not self.has_P or self.complete)
+
     def add_gradient(self, G):
-        self.G = G if self.G is None else self.G.add_(G)
+        self.added += 1
+        self.G = G if self.G is None else add_up_(self.G, G, self.added)
 
     def forward(self, x):
         y = LowRank.apply(x, self.B, self)
@@ -190,35 +216,60 @@ class LoQTLinear(Packed):
         return f'{self.in_features}, {self.out_features}, rank={len(self.B)}, quantize={self.quantize!r}'
 
 
-@torch.no_grad()
+@exactly
+def turn(layer):
+    """Make a new P (m, r) of the gradient that the layer collected: `next`, for its next merge; the first one, which has
+    no other to replace, at once.
+
+    Raises ValueError where no gradient was collected."""
+    if layer.G is None:
+        raise ValueError('the layer collected no gradient: set layer.collect = True before a backward, then merge')
+    # The first one comes from the first process's first micro-batch, so that more processes change nothing.
+    G, layer.G, layer.added = average_(layer.G) if layer.started else layer.G, None, 0
+    good = is_finite(G)
+    if layer.refresh == 'svd':  # of NaN it would not come to its end
+        zero_unless_(good, G)
+    old = layer.read('P', torch.float32)  # (m, r); zeros, where there is none yet
+    P = orthonormal_basis(short_side_first(G), len(layer.B), layer.refresh, old if layer.started else None)  # (m, r)
+    del G
+    # In the place of one that no finite gradient made: that of the same step or the old one, or any at all.
+    fallback = old if layer.started else torch.eye(*P.shape, device=P.device)
+    P = torch.where(good, P, fallback if layer.next is None else layer.next)
+    if layer.has_P:  # from an earlier micro-batch of this step, or of one that was not taken
+        P = torch.where(is_finite(layer.B.grad), old, P)
+    if several_processes():  # rounding must not set the processes apart
+        dist.broadcast(P, 0)
+    if layer.started:
+        layer.next = P
+    else:
+        layer.keep('P', P.to(layer.B.dtype))
+        layer.has_P = True
+
+
+@exactly
 def merge(layer):
     """W <- W_q + s P_q @ B, a new P from the gradient that the layer collected, and W_q and B that make up W again
     (LoQT, algorithms 1 and 2). -> P_new.T @ P_old (r, r), which takes coordinates of the old basis to the new one; None
     if there was none. It makes four to five fp32 matrices of W's size at the most (results/merges.md).
 
     Raises ValueError where no gradient was collected."""
-    if layer.G is None:
-        raise ValueError('the layer collected no gradient: set layer.collect = True before a backward, then merge')
-    old = layer.read('P', torch.float32) if layer.started else None  # (m, r)
-    # The first one comes from the first process's first micro-batch, so that more processes change nothing.
-    G, layer.G = average_(layer.G) if layer.started else layer.G, None
-    P = orthonormal_basis(short_side_first(G), len(layer.B), layer.refresh, old)  # (m, r)
-    del G
-    if several_processes():  # rounding must not set the processes apart
-        dist.broadcast(P, 0)
-    W = short_side_first(layer.frozen(torch.float32, with_factors=layer.started))  # (m, n)
+    if layer.next is None and not layer.has_P:
+        turn(layer)
+    W, Q = short_side_first(layer.frozen(torch.float32, with_factors=layer.started)), None  # (m, n)
     # A weight that was given is coded this once, and worth more rounds: 20 instead of 5 leave a fifth less of the jump
     # that a pretrained model's loss makes here.
     rounds = layer.compensation * (4 if 'rest' in layer._buffers else 1)
     layer.forget('rest')
-    layer.keep('P', P.to(layer.B.dtype))
-    Q = P.T @ old if layer.started else None  # (r, r)
+    if layer.started:
+        Q = layer.next.T @ layer.read('P', torch.float32)  # (r, r)
+        layer.keep('P', layer.next.to(layer.B.dtype))
+    layer.forget_gradient(started=True)
     P = [layer.read('P', torch.float32)]  # (m, r), as forward will see it; handed over, so that it can be freed there
     B, parts, layer.lost = compensate(W, P.pop(), layer, rounds)
     layer.B.copy_(B)
     for part, tensor in parts.items():
         layer.register_buffer('W' + part, tensor)
-    layer.started, layer.collect = True, False
+    layer.collect = False
     return Q
 
 
@@ -266,12 +317,10 @@ class LoQTAdamW(AdamW):
     when P turns, B's moments 'keep' their numbers, which was best for GaLore (results/options.md), are 'reset', or
     'rotate' with it.
 
-    A merge comes right after its step's own move of B: inside backward, even without per_layer, so that the gradients
-    of layers that merge together do not pile up; in step() where clipping must wait for the norm. Give B no weight
-    decay: it would draw W to what it was at its last merge."""
+    A merge comes right after its step's own move of B. Its P is made inside backward, so that the gradients of layers
+    that merge together do not pile up. Give B no weight decay: it would draw W to what it was at its last merge."""
 
     small_gradients = True
-    uses_gradients_in_backward = True
 
     def __init__(self, params, layers, total_steps, lr=1e-2, tau=100, psi=1.2, stagger=True, moments='keep', **adam):
         if moments not in ('reset', 'keep', 'rotate'):
@@ -279,41 +328,44 @@ class LoQTAdamW(AdamW):
         self.layers = {layer.B: layer for layer in layers}
         self.updates, self.moments = set(update_steps(total_steps, tau, psi)[1:]), moments
         self.offset = {B: i * tau // len(self.layers) if stagger else 0 for i, B in enumerate(self.layers)}
+        for layer in layers:
+            layer.in_step = True
         super().__init__(params, lr, **adam)
 
     def update(self, p, R):
         """p takes its step of Adam. Then, if p is the B of a layer that is due, the layer merges."""
-        super().update(p, R)
         if p not in self.layers:
-            return
+            return super().update(p, R)
         layer, state = self.layers[p], self.state[p]
-        if layer.G is not None:
-            Q = merge(layer)  # (r, r)
-            if Q is not None:
-                reset_or_rotate(state, Q, self.group_of[p]['betas'], self.moments)
+        if layer.has_P:
+            merge(layer)
+        super().update(p, R)
+        if layer.next is not None:
+            reset_or_rotate(state, merge(layer), self.group_of[p]['betas'], self.moments)
         layer.collect = state['step'] + 1 - self.offset[p] in self.updates
 
-    @torch.no_grad()
-    def step(self, closure=None):
+    @exactly
+    def take_step(self):
         """As in adam.AdamW; after merges `metrics` holds `rounded`, the share of the weights' norm that they lost."""
-        loss = super().step(closure)
+        super().take_step()
         if lost := [layer.lost for layer in self.layers.values() if layer.lost is not None]:
             self.metrics['rounded'] = torch.stack(lost).mean()
         for layer in self.layers.values():
             layer.lost = None
-        return loss
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
         for layer in self.layers.values():
-            layer.G = None
+            layer.forget_gradient(layer.started)
 
-    @torch.no_grad()
     def gradient_ready(self, p):
-        """Autograd calls this when p.grad, for a layer B.grad, has taken in a micro-batch."""
-        merges = p in self.layers and self.layers[p].G is not None
-        if self.last_micro_batch and (self.per_layer or merges):
-            self.finish(p)
+        """p has its gradient of one more micro-batch; so has p's layer, if it is due."""
+        if p in self.layers:
+            layer = self.layers[p]
+            layer.ended, layer.complete = True, self.last_micro_batch
+            if layer.G is not None and self.last_micro_batch:
+                turn(layer)
+        super().gradient_ready(p)
 
     def is_due(self, p):
         return p in self.layers and self.layers[p].collect
@@ -333,7 +385,8 @@ class LoQTAdamW(AdamW):
         super().load_state_dict({name: state_dict[name] for name in ('state', 'param_groups')})
         for layer, packed, flags in zip(self.layers.values(), state_dict['layers'], state_dict['flags']):
             layer.restore(packed)
-            (layer.started, layer.collect), layer.G = flags, None
+            layer.forget_gradient(flags[0])
+            layer.collect = flags[1]
 
 
 def replace_linears(model, **options):

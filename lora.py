@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import adam
-from adam import AdamW, add_, several_processes, split_decay
+from adam import AdamW, add_, exactly, several_processes, split_decay
 from quant import Packed
 
 
@@ -60,7 +60,8 @@ class LoRALinear(Packed):
             raise ValueError(f'dropout={dropout} is not a share of the inputs: use at least 0 and less than 1')
         self.in_features, self.out_features, self.dtype = n_in, n_out, dtype or torch.get_default_dtype()
         self.scale, self.how, self.shapes = alpha / rank, (quantize, double_quant), {'W': (n_out, n_in)}
-        self.dropout, self.seed, self.drawn = dropout, '', 0  # drawn: micro-batches so far; LoRAAdamW counts them
+        self.dropout, self.seed = dropout, ''
+        self.drawn, self.ahead = 0, 0  # micro-batches of the steps so far, and of this one; LoRAAdamW counts them
         self.A = nn.Parameter(torch.empty(rank, n_in, device=device))
         self.B = nn.Parameter(torch.empty(n_out, rank, device=device))
         if not self.A.is_meta:
@@ -103,7 +104,8 @@ class LoRALinear(Packed):
         if not (self.dropout and self.training and torch.is_grad_enabled()):
             return x
         world, rank = (dist.get_world_size(), dist.get_rank()) if several_processes() else (1, 0)
-        seed = zlib.crc32(f'{self.seed} {self.drawn * world + rank}'.encode())
+        drawn = self.drawn + (self.ahead if self.B.grad is not None else 0)  # what a loop dropped does not count
+        seed = zlib.crc32(f'{self.seed} {drawn * world + rank}'.encode())
         generator = torch.Generator(x.device).manual_seed(seed)
         drop = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(self.dropout, generator=generator)
         return x.masked_fill(drop, 0.0)
@@ -142,14 +144,25 @@ class LoRAAdamW(AdamW):
             return 1.0
         return min((step % self.merge_every + 1) / (min(self.merge_every // 10, 100) + 1), 1.0)
 
+    def begin(self, p):
+        super().begin(p)
+        if p in self.layer_of:
+            self.layer_of[p].ahead = 0
+
     def gradient_ready(self, p):
         if p in self.layer_of:
-            self.layer_of[p].drawn += 1
+            self.layer_of[p].ahead += 1
         super().gradient_ready(p)
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = super().step(closure)
+    def update(self, p, G):
+        super().update(p, G)
+        if p in self.layer_of:
+            layer = self.layer_of[p]
+            layer.drawn, layer.ahead = layer.drawn + layer.ahead, 0
+
+    @exactly
+    def take_step(self):
+        super().take_step()
         for i, layer in enumerate(self.layers if self.merge_every else ()):
             if layer.A not in self.index_of:  # no adapter here
                 continue
@@ -159,7 +172,6 @@ class LoRAAdamW(AdamW):
                 layer.merge(zlib.crc32(f'{self.seed} {step} {i}'.encode()))
                 for state in (self.state[layer.A], self.state[layer.B]):
                     state.update({name: 0 * value for name, value in state.items() if name != 'step'})
-        return loss
 
     def state_dict(self):
         layers, drawn = [dict(layer.state_dict()) for layer in self.layers], [layer.drawn for layer in self.layers]
@@ -173,7 +185,7 @@ class LoRAAdamW(AdamW):
         super().load_state_dict({'state': states, 'param_groups': state_dict['param_groups']})
         for layer, saved, drawn in zip(self.layers, state_dict['layers'], state_dict['drawn']):
             layer.restore(saved)
-            layer.drawn = drawn
+            layer.drawn, layer.ahead = drawn, 0
 
 
 # ---- for train.py ------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ class FiraAdamW(GaLoreAdamW):
         G = self.p_first(p, G).to(dtype)  # (m, n)
         if 'P' not in state or self.is_due(p):
             self.new_basis(p, G)
+            self.settle(p)
         R = project(self.basis(p), G)  # (r, n)
         seed = self.random_seed(p, state['step'])
         N = adam_direction(R, state, group['betas'], group['eps'], self.state_bits, seed)  # (r, n)

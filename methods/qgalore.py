@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import galore
-from adam import BLOCK, add_, several_processes
+from adam import BLOCK, add_, at_least_fp32, several_processes
 from galore import GaLoreAdamW, linears_of, project
 from model import Linear
 
@@ -78,8 +78,8 @@ def share_kept(old, P, G):
 
     The overlap of the two bases does not tell: a P that came from the old one by a step of subspace iteration leans
     towards it whatever G is (.76 to .93 for independent random G, where two random bases overlap by .25)."""
-    whole = torch.linalg.vector_norm(G, dtype=torch.float32).clamp_min(1e-30)
-    before, now = ((torch.linalg.vector_norm(project(A, G), dtype=torch.float32) / whole) ** 2 for A in (old, P))
+    whole, dtype = torch.linalg.vector_norm(G, dtype=at_least_fp32(G)).clamp_min(1e-30), at_least_fp32(G)
+    before, now = ((torch.linalg.vector_norm(project(A, G), dtype=dtype) / whole) ** 2 for A in (old, P))
     # A new basis that gains less than a thousandth of G is no other, even where neither is better than a random one.
     return 1 - (now - before) / (now - P.shape[1] / P.shape[0]).clamp_min(1e-3)
 
@@ -102,14 +102,14 @@ class QGaLoreAdamW(GaLoreAdamW):
         if self.is_projected(p):
             self.maybe_skip_refresh(p)
 
-    def basis_turned(self, p, old, P, G):
+    def basis_turned(self, p, new, old, P, G):
         state = self.state[p]
-        state['next'] += state.get('gap', self.group_of[p]['update_proj_gap']) - self.group_of[p]['update_proj_gap']
+        new['next'] += state.get('gap', self.group_of[p]['update_proj_gap']) - self.group_of[p]['update_proj_gap']
         if self.lazy:
-            state['kept'] = share_kept(old, self.basis(p), G)  # of the new basis as it is in few bits, as the old one
+            new['kept'] = share_kept(old, self.basis(p), G)  # of the new basis as it is in few bits, as the old one
             if several_processes():  # rounding must not set them apart
-                dist.broadcast(state['kept'], 0)
-        super().basis_turned(p, old, P, G)
+                dist.broadcast(new['kept'], 0)
+        super().basis_turned(p, new, old, P, G)
 
     def maybe_skip_refresh(self, p):
         """If the last refresh gained little over the old basis, skip the one that is due in the next step and double
@@ -128,7 +128,7 @@ class QGaLoreAdamW(GaLoreAdamW):
         return decode_int8(state['W'], state['W_scale'], p.dtype) if 'W' in state else p
 
     def move(self, p, W, N, row=0):
-        state, decay = self.state[p], self.group_of[p]['weight_decay']
+        state, decay = self.state[p], self.decay(p)
         if 'W' not in state:
             return super().move(p, W, N, row)
         per_row = state['W_scale'].numel() // len(p)

@@ -408,9 +408,9 @@ def test_a_dropped_gradient_is_not_merged():
     train(model, optimizer, 1)
     x = torch.zeros(1, 4, dtype=torch.int64)
     model(x, x).backward()
-    assert all(layer.G is not None for layer in optimizer.layers.values())
+    assert all(layer.next is not None for layer in optimizer.layers.values())
     optimizer.zero_grad()
-    assert all(layer.G is None and B.grad is None for B, layer in optimizer.layers.items())
+    assert all(layer.next is None and B.grad is None for B, layer in optimizer.layers.items())
 
 
 def test_impossible_arguments_name_the_thing_and_what_to_type():

@@ -316,16 +316,20 @@ def test_a_parameter_without_a_gradient_in_some_steps_waits_and_its_clock_with_i
     assert optimizer.state[idle]['step'] == 2
 
 
-@pytest.mark.parametrize('method', ['adamw', 'galore', 'qgalore', 'fira', 'apollo', 'lora'])
-def test_clip_grad_norm_works_where_gradients_wait_for_step(method):
+@pytest.mark.parametrize('foreach', [None, True])
+@pytest.mark.parametrize('attach', [False, True])
+@pytest.mark.parametrize('method', METHODS)
+def test_clip_grad_norm_works_where_gradients_wait_for_step(method, attach, foreach):
     def path(clip):
         model = net()
         optimizer = METHODS[method](model)
+        if attach and hasattr(optimizer, 'attach'):
+            optimizer.attach([model[0], model[2]])
         for step in range(4):
             optimizer.zero_grad()
             (1000 * loss_of(model, step)).backward()
             if clip:
-                assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1) > 0.1
+                assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1, foreach=foreach) > 0.1
             optimizer.step()
         return optimizer
 
@@ -333,29 +337,52 @@ def test_clip_grad_norm_works_where_gradients_wait_for_step(method):
     assert path(True).metrics['grad_norm'] <= 0.1001  # of R it may be less
 
 
-@pytest.mark.parametrize('method', ['adamw', 'galore', 'lora'])
-def test_grad_scaler_works_where_gradients_wait_for_step(method):
+def attached(steps=2):
+    model = net()
+    optimizer = METHODS['galore'](model)
+    optimizer.attach([model[0], model[2]])
+    train(model, optimizer, steps)
+    optimizer.zero_grad()
+    loss_of(model, steps).backward()
+    return model, optimizer
+
+
+def test_under_attach_clip_grad_norm_clips_the_norm_that_grad_clip_clips():
     found = []
-    for scale in (False, True):
-        model = net()
-        optimizer = METHODS[method](model)
-        scaler = torch.amp.GradScaler('cpu', init_scale=64.0, enabled=scale)
-        for step in range(4):
-            optimizer.zero_grad()
-            scaler.scale(loss_of(model, step)).backward()
-            scaler.step(optimizer)
-            scaler.update()
+    for clip in (0.0, 0.05):
+        model, optimizer = attached()
+        optimizer.grad_clip = clip
+        if not clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
         found.append(weights(model))
-    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize('method', ['per_layer', 'attached', 'loqt'])
+def test_under_attach_grad_answers_what_its_projection_knows_and_refuses_the_rest_in_a_sentence():
+    model, optimizer = attached()
+    R = optimizer.placeholder[model[0].weight].grad
+    G = model[0].weight.grad
+    assert G.shape == model[0].weight.shape and G.norm() == R.norm() > 0 and torch.isfinite(G).all()
+    before = R.clone()
+    G /= 2
+    torch.testing.assert_close(R, before / 2)
+    for odd in (
+        lambda: G + 1,
+        lambda: G.abs().max(),
+        lambda: G.clone(),
+        lambda: torch.nn.utils.clip_grad_value_(model.parameters(), 0.1),
+        lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1, norm_type=float('inf')),
+    ):
+        with pytest.raises(NotImplementedError, match='only its projection'):
+            odd()
+
+
 @pytest.mark.parametrize('unscale', [False, True])
+@pytest.mark.parametrize('method', METHODS)
 def test_grad_scaler_is_refused_in_a_sentence_where_backward_uses_the_gradients_up(method, unscale):
     model = net()
-    optimizer = METHODS['loqt' if method == 'loqt' else 'galore'](model, per_layer=method == 'per_layer')
-    if method == 'attached':
-        optimizer.attach([model[0], model[2]])
+    optimizer = METHODS[method](model, per_layer=True)
     scaler = torch.amp.GradScaler('cpu', init_scale=64.0)
     scaler.scale(loss_of(model, 0)).backward()
     if unscale:
