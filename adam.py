@@ -108,8 +108,8 @@ def write_state(state, name, changed, seed=None):
         noise = torch.rand(changed.shape, generator=generator, device=changed.device).sub_(0.5)
         noisy = noise.mul_(apart).add_(changed).clamp_min_(0)  # V is never negative
         quantised, how = kernels().quantize_blockwise(noisy, code=code, blocksize=BLOCK)
-    for name, new in ((name, quantised), (name + '_absmax', how.absmax)):
-        state[name].copy_(torch.where(state['skip'] > 0, state[name], new) if 'skip' in state else new)
+    for part, new in ((name, quantised), (name + '_absmax', how.absmax)):
+        state[part].copy_(torch.where(state['skip'] > 0, state[part], new) if 'skip' in state else new)
 
 
 def pieces(W, G, state):
@@ -159,8 +159,8 @@ def add_(W, N, lr, decay, seed):
 
 
 def round_into(W, exact, seed):
-    """W (bf16 or fp16) <- exact (fp32, which is used up), rounded up or down at random, with the odds that make it right
-    on average; in fp16, numbers below 6e-5 to the nearest."""
+    """W (bf16 or fp16) <- exact (fp32, which is used up), rounded up or down at random, with the odds that make it
+    right on average; in fp16, numbers below 6e-5 to the nearest."""
     # bf16 is the upper half of fp32: add a random lower half, let it carry into the upper one, and cut it off.
     generator, cut = torch.Generator(W.device).manual_seed(seed), CUT[W.dtype]
     noise = torch.randint(0, 1 << cut, W.shape, generator=generator, dtype=torch.int32, device=W.device)
@@ -253,13 +253,13 @@ def several_processes():
 
 def refuse_ddp(optimizer, p):
     """Raise ValueError where torch's DistributedDataParallel waits for the gradient of p, of which it will see none."""
-    for found in gc.get_objects() if dist.is_available() and dist.is_initialized() else ():
-        if issubclass(type(found), torch.nn.parallel.DistributedDataParallel):
-            if any(p is q for q in found.parameters()):
-                raise ValueError(
-                    f'{type(optimizer).__name__} uses gradients inside backward (per_layer, attach) before '
-                    'DistributedDataParallel has averaged them: leave DDP out, since the optimizer averages them itself'
-                )
+    everything = gc.get_objects() if dist.is_available() and dist.is_initialized() else ()
+    wrappers = [found for found in everything if issubclass(type(found), torch.nn.parallel.DistributedDataParallel)]
+    if any(p is q for wrapper in wrappers for q in wrapper.parameters()):
+        raise ValueError(
+            f'{type(optimizer).__name__} uses gradients inside backward (per_layer, attach), before '
+            'DistributedDataParallel has averaged them: leave DDP out, the optimizer averages them itself'
+        )
 
 
 def average_(G):
@@ -308,12 +308,8 @@ class AdamW(torch.optim.Optimizer):
         self.last_micro_batch, self.metrics = True, {}
         self.squares = {}  # p -> squared norm of its gradient, of those taken so far in this step
         self.sums, self.counts = {}, {}  # p -> the sum of its gradients while the next arrives; how many are in it
-        self.complete, self.sound = (
-            set(),
-            {},
-        )  # those whose last micro-batch has come, but no step; was their sum finite
-        self.asked = False  # whether a DDP is there
-        self.flagged = False  # does the loop say which micro-batch is the last?
+        self.complete, self.sound = set(), {}  # those whose last micro-batch came, but no step; is their sum finite
+        self.flagged, self.asked = False, False  # does the loop set last_micro_batch; was a DDP looked for
         self.index_of, self.group_of, self.watched, self.weight_of = {}, {}, [], {}
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, lr_scale=1.0)
         super().__init__(params, defaults | (group_defaults or {}))
@@ -393,21 +389,15 @@ class AdamW(torch.optim.Optimizer):
         if q.grad is not None and q.dtype in CUT:
             self.sums[p], q.grad = q.grad, None
 
-    def zero_grad(self, set_to_none=True):
-        super().zero_grad(set_to_none)
-        self.squares = {}
-        for p in self.index_of:
-            if p.grad is None:
-                self.begin(p)
-
     def drop_if_not_finite(self, p, total):
+        """`total` holds p's gradients of a whole step, and more of them come."""
         self.sound[p] = is_finite(total)
         zero_unless_(self.sound[p], total)
-        if self.flagged:  # then it was not taken, and what rounds the next one begins anew
+        if self.flagged:  # the step was not taken, and the rounding of the next one counts from the start
             self.counts[p] = -1
 
     def begin(self, p):
-        """Forget what is left of a step that was not taken: p.grad is None, and no other trace tells."""
+        """The first micro-batch of a step comes, or none: forget what is left of a step that was not taken."""
         self.counts[p] = 0
         self.complete.discard(p)
         self.sound.pop(p, None)
@@ -425,7 +415,10 @@ class AdamW(torch.optim.Optimizer):
             q.grad = self.sum_up(p, self.sums.pop(p), q.grad)
         self.gradient_ready(p)
         self.flagged |= not self.last_micro_batch
-        (self.complete.add if self.last_micro_batch and p.grad is not None else self.complete.discard)(p)
+        if self.last_micro_batch and p.grad is not None:
+            self.complete.add(p)
+        else:
+            self.complete.discard(p)
 
     def sum_up(self, p, total, G):
         """total + G, in place, for one micro-batch more of p."""
@@ -485,6 +478,13 @@ class AdamW(torch.optim.Optimizer):
     def random_seed(self, p, step, row=0):
         return zlib.crc32(f'{self.seed} {step} {self.index_of[p]} {row}'.encode())
 
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        self.squares = {}
+        for p in self.index_of:
+            if p.grad is None:
+                self.begin(p)
+
     def step(self, closure=None):
         """One optimizer step, on whatever gradients are still waiting."""
         loss = None
@@ -496,6 +496,7 @@ class AdamW(torch.optim.Optimizer):
 
     @exactly
     def take_step(self):
+        """What step() does when its closure has run."""
         if hasattr(self, 'found_inf'):  # see _step_supports_amp_scaling
             raise ValueError(
                 'GradScaler cannot scale gradients that are used up inside backward (by per_layer): train in bf16 '

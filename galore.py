@@ -203,8 +203,8 @@ class Shadow(torch.Tensor):
         order = named.get('ord', arguments[1] if len(arguments) > 1 and name.endswith('norm') else 2)
         if name not in cls.KNOWN or (name.endswith('norm') and order != 2):
             raise NotImplementedError(
-                f'{name}: between refreshes GaLore forms no gradient of a weight that was attached, only its projection '
-                'R, so that in .grad knows its 2-norm and takes factors, no more: use grad_clip=, or do without attach()'
+                f'{name}: of a weight that was attached there is no gradient, only its projection, which has a 2-norm '
+                'and takes factors, and no more: use grad_clip=, or do without attach()'
             )
         found = function(*map(cls.of, arguments), **named)
         if name == 'detach':

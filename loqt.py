@@ -218,8 +218,8 @@ class LoQTLinear(Packed):
 
 @exactly
 def turn(layer):
-    """Make a new P (m, r) of the gradient that the layer collected: `next`, for its next merge; the first one, which has
-    no other to replace, at once.
+    """Make a new P (m, r) of the gradient that the layer collected: `next`, for its next merge; the first one, which
+    replaces no other, at once.
 
     Raises ValueError where no gradient was collected."""
     if layer.G is None:

@@ -29,6 +29,8 @@ FILES = [p for p in FILES if not any(part.startswith('.') for part in p.relative
 LONG = 420  # about 400 lines
 LONG_FILES = {  # path: why it is longer
     'adam.py': 'the one class that every method inherits, in one piece',
+    'galore.py': 'the method in a loop of ours and of others: backward, projected gradient, and what stands for it',
+    'loqt.py': 'the layer, its merge, and the optimizer that tells it when, read in this order',
     'coreset.py': 'choice, features and history of one published system, read from top to bottom',
     'configurator.py': 'scripts import it before anything else, so it has nothing below it to lean on',
 }
