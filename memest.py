@@ -61,9 +61,10 @@ def main(argv):
 def answer(argv, own, config):
     """Print what memest.py's own flags ask for. config: None with --hf."""
     if config is None:
-        from memory import hf
+        with terminal.patience("planning transformers' model"):
+            from memory import hf_command
 
-        return hf.main(argv)
+            return hf_command.main(argv)
     flags.for_a_card(own, config)
     configurator.check_or_exit(config, train.__file__, train.problems)
     shape = native_shape(config)

@@ -4,6 +4,8 @@ What CUDA's kernels allocate and keep that a CPU's do not, for traces that run o
 Most of what stands here allocates the tensors of the kernel that its docstring names, and computes nothing.
 """
 
+from collections import Counter
+
 import torch
 import torch.nn.functional as F
 
@@ -155,12 +157,14 @@ class Recorder(LiveBytes):
     """LiveBytes through an Allocator, with the phase of the step and what CUDA's kernels take beside their results.
 
     phase: set by whoever drives the step. most: peak of allocated bytes; where: its phase and operation. workspaces:
-    cuBLAS's, a block for each thread that multiplied."""
+    cuBLAS's, a block for each thread that multiplied. beside_gradients: by phase, the most that is allocated beside the
+    gradients that wait (`watch`)."""
 
     def __init__(self, cuda, workspace=WORKSPACE):
         super().__init__(Allocator())
         self.cuda, self.workspace, self.workspaces = cuda, workspace, {}
         self.phase, self.running, self.most, self.where = 'load', '', 0, ('', '')
+        self.gradients, self.beside_gradients = {}, Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         card, self.running = self.allocator, function.overloadpacket.__name__
@@ -181,7 +185,19 @@ class Recorder(LiveBytes):
             super().add(storage, tensor, function)
             self.note()
 
+    def watch(self, params):
+        """From here on know which gradients wait; whoever drops them clears `gradients`."""
+
+        def waits(p):
+            if p.grad is not None:  # else it has moved its weight already
+                self.gradients[id(p)] = p.grad.nbytes
+
+        for p in params:
+            p.register_post_accumulate_grad_hook(waits)
+
     def note(self):
+        beside = self.allocator.allocated - sum(self.gradients.values())
+        self.beside_gradients[self.phase] = max(self.beside_gradients[self.phase], beside)
         if self.allocator.allocated > self.most:
             self.most, self.where = self.allocator.allocated, (self.phase, self.running)
 

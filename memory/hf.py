@@ -3,6 +3,8 @@ The peak memory of fine-tuning any Hugging Face model on one GPU, known without 
 
     python memest.py --hf=path/to/folder                                # plain fine-tuning, bf16, AdamW
     python memest.py --hf=config.json --method=qlora --batch=1 --seq=1024 --optimizer=paged_adamw8bit
+    python memest.py --hf=config.json --fit --gpu_gb=24                 # what fits, with the largest batch
+    python memest.py --hf=config.json --gpus=4 --checkpointing          # each of four cards: DDP, ZeRO-1/2/3
     python memest.py --hf --help                                        # every flag
     plan = trace_hf('config.json', method='lora', seq=2048, checkpointing=True)
 
@@ -10,18 +12,15 @@ transformers builds the model, and three training steps of it run. Where peft an
 layers, layers with the same memory stand in, and every storage takes its block from a simulated allocator. What CUDA
 does differently from a CPU is told by hand: attention's kernels, dropout's masks, cuBLAS's workspaces. Neither peft,
 bitsandbytes nor weights are needed; a 7B takes about 10 seconds.
-Not for: several GPUs, torch.compile, packages that bring kernels of their own (Liger, Unsloth), padding masks, a card
-so full that the allocator gives cached segments back.
+Not for: tensor parallelism, torch.compile, packages that bring kernels of their own (Liger, Unsloth), padding masks, a
+card so full that the allocator gives cached segments back.
 """
 
 import contextlib
-import inspect
-import json
 import logging
 import os
 import re
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from unittest.mock import patch
 
@@ -61,7 +60,7 @@ class HFPlan:
     `total` what nvidia-smi would: reserved, CUDA's context, and optimizer states in unified memory (`paged`).
 
     weights: with LoRA's factors; states: the optimizer's on the card; workspaces: cuBLAS's; phase, operation: where
-    `allocated` was first reached."""
+    `allocated` was first reached; pieces: what llmem.several_gpus distributes."""
 
     weights: int = 0
     states: int = 0
@@ -75,6 +74,7 @@ class HFPlan:
     trained: int = 0
     phase: str = ''
     operation: str = ''
+    pieces: dict = field(default_factory=dict)
 
     @property
     def total(self):
@@ -131,8 +131,10 @@ def trace_hf(
         params = [p for p in model.parameters() if p.requires_grad]
         plan.parameters, plan.trained = count(model), sum(p.numel() for p in params)
         update = make_optimizer(optimizer, params)
+        recorder.watch(params)
         train(model, update, recorder, batch, seq, DTYPES.get(autocast), steps, keep_outputs)
         fill(plan, recorder, update)
+        plan.pieces = pieces(model, plan, recorder)
         del model, update, params
     return plan
 
@@ -300,6 +302,7 @@ def train(model, update, recorder, batch, seq, autocast, steps, keep_outputs):
             recorder.phase = 'optimizer'
             update.step()
             update.zero_grad()
+            recorder.gradients.clear()
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as e:
         reason = ' '.join(str(e).split())[:200]
         raise ValueError(f'a step of {type(model).__name__} does not run on fake tensors: {reason}') from e
@@ -315,86 +318,34 @@ def fill(plan, recorder, update):
     plan.phase, plan.operation = recorder.where
 
 
+def pieces(model, plan, recorder):
+    """The parts that llmem.several_gpus distributes, for all ways but tensor parallelism: which activations that would
+    cut is known only for code of one's own. layer: the largest of the longest list of modules."""
+
+    def size(module):
+        return sum(p.nbytes for p in module.parameters())
+
+    kept, most = plan.weights + plan.states, recorder.beside_gradients
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+    layers = [size(layer) for layer in max(lists, key=lambda some: sum(map(size, some)), default=[])]
+    head = model.get_output_embeddings()
+    return dict(
+        weights=plan.weights,
+        gradients=sum(p.nbytes for p in model.parameters() if p.requires_grad),
+        states=plan.states + plan.paged,
+        layer=max(layers, default=0),
+        root=size(model) - sum(layers),
+        head=0 if head is None else size(head),
+        norms=sum(p.nbytes for p in model.parameters() if p.ndim == 1),
+        temporaries=max(most['optimizer'] - kept, 0),
+        activations=max(most['forward'], most['backward']) - kept,
+        residual=0,
+        logits=0,
+    )
+
+
 def shifted_loss(logits, labels, vocab_size, **_):
     """The loss of transformers before 4.50: a copy of the logits without the last token's."""
     logits = logits.float()
     shifted = logits[..., :-1, :].contiguous()  # (B, T - 1, V)
     return F.cross_entropy(shifted.view(-1, vocab_size), labels[..., 1:].contiguous().view(-1))
-
-
-# ---- the command -----------------------------------------------------------------------------------------------------
-
-
-def table(plan, gpu_gb):
-    """The plan as text, and with a card's size whether it fits."""
-    rest = plan.allocated - plan.weights - plan.states - plan.workspaces
-    rows = [
-        ('weights', plan.weights, f'{plan.parameters:,} parameters, {plan.trained:,} of them trained'),
-        ('optimizer states', plan.states, ''),
-        ('workspaces', plan.workspaces, 'of cuBLAS'),
-        ('all else at the peak', rest, f'gradients, activations; peak in {plan.phase}, {plan.operation}'),
-        ('allocated', plan.allocated, 'torch.cuda.max_memory_allocated()'),
-        ('reserved', plan.reserved, 'torch.cuda.max_memory_reserved()'),
-        ('paged states', plan.paged, 'in unified memory'),
-        ('CUDA context', plan.context, 'assumed; not seen by any trace'),
-        ('nvidia-smi', plan.total, 'reserved + paged + context'),
-    ]
-    lines = [f'{name:<22}{size / 2**30:9.3f} GiB  {note}'.rstrip() for name, size, note in rows if size]
-    if gpu_gb:
-        for margin, lengths in ((MARGIN, 'of equal length'), (MARGIN_VARYING, 'padded each to its longest row')):
-            need = plan.total * (1 + margin) / 2**30
-            fits = 'fits' if need <= gpu_gb else 'does not fit'
-            lines.append(f'{fits} on {gpu_gb:g} GiB, with {margin:.0%} to spare for batches {lengths}: {need:.2f} GiB')
-    return '\n'.join(lines)
-
-
-def help_text():
-    """The head of this file, and trace_hf's arguments as flags, from the comments in its source."""
-    comments = dict(re.findall(r'^    (\w+)=.*,  # (.*)$', inspect.getsource(trace_hf).split('"""')[0], re.MULTILINE))
-    lines = [__doc__.strip(), '', f'  {"--gpu_gb=24":28} does it fit a card of so many GiB', f'  {"--json":28} as JSON']
-    for name, parameter in list(inspect.signature(trace_hf).parameters.items())[1:]:
-        lines.append(f'  {f"--{name}={parameter.default}":28} {comments[name]}')
-    return '\n'.join(lines)
-
-
-def main(argv):
-    """python memest.py --hf=... with trace_hf's arguments as flags, --gpu_gb=24, --json. -> 0, or 1 and a sentence."""
-    if '--help' in argv or '-h' in argv:
-        print(help_text())
-        return 0
-    known = {name: p.default for name, p in inspect.signature(trace_hf).parameters.items() if name != 'config'}
-    given, path, gpu_gb, as_json = {}, None, 0.0, False
-    try:
-        for word in argv:
-            name, _, value = word.removeprefix('--').partition('=')
-            if name == 'hf':
-                path = value
-            elif name == 'gpu_gb':
-                gpu_gb = number(name, value, float)
-                if gpu_gb <= 0:
-                    raise ValueError(f'--gpu_gb={value} cannot be: use the size of the card, as in --gpu_gb=24')
-            elif name == 'json':
-                as_json = True
-            elif name not in known:
-                raise ValueError(f'--{name} does not go with --hf: use --hf, --gpu_gb, --json, --{", --".join(known)}')
-            elif isinstance(known[name], bool):
-                if value not in ('', 'True', 'False', '1', '0'):
-                    raise ValueError(f'--{name}={value} is neither: use True or False')
-                given[name] = value in ('', 'True', '1')
-            else:
-                given[name] = number(name, value, int) if isinstance(known[name], int) else value
-        if not path:
-            raise ValueError('--hf is missing: give a folder with a config.json, or such a file')
-        plan = trace_hf(path, **given)
-    except ValueError as e:
-        print(f'error: {e}', file=sys.stderr)
-        return 1
-    print(json.dumps(vars(plan) | {'total': plan.total}) if as_json else table(plan, gpu_gb))
-    return 0
-
-
-def number(name, value, kind):
-    try:
-        return kind(value)
-    except ValueError:
-        raise ValueError(f'--{name}={value} is no number: use one, as in --{name}=8') from None

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 transformers = pytest.importorskip('transformers')
 
-from memory import hf, hf_layers  # noqa: E402
+from memory import hf, hf_command, hf_layers, llmem  # noqa: E402
 from memory.cuda import math_attention  # noqa: E402
 from memory.hf import trace_hf  # noqa: E402
 from memory.record import LiveBytes  # noqa: E402
@@ -163,19 +163,57 @@ def test_what_cuda_does_otherwise_than_a_cpu_is_in_the_plan():
 
 def test_the_command_prints_a_table_and_json(tmp_path, capsys):
     CONFIGS['llama'].save_pretrained(tmp_path)
-    assert hf.main([f'--hf={tmp_path}', '--method=qlora', '--seq=16', '--gpu_gb=24']) == 0
+    assert hf_command.main([f'--hf={tmp_path}', '--method=qlora', '--seq=16', '--gpu_gb=24']) == 0
     text = capsys.readouterr().out
-    assert 'reserved' in text and 'fits on 24 GiB' in text
-    assert hf.main([f'--hf={tmp_path / "config.json"}', '--seq=16', '--json', '--checkpointing']) == 0
+    assert 'reserved' in text and 'a card of 24 GB, 25.77e9 bytes:\n  fits, ' in text
+    assert hf_command.main([f'--hf={tmp_path / "config.json"}', '--seq=16', '--json', '--checkpointing']) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan['total'] == plan['reserved'] + plan['paged'] + plan['context']
 
 
+@pytest.mark.parametrize('words', [[], ['--method=lora'], ['--checkpointing', '--seq=64']], ids=' '.join)
+def test_one_of_one_gpu_holds_what_the_plan_says_and_of_more_ones_less(words):
+    _, given, _ = hf_command.read(['--hf=x', *words])
+    plan = trace_hf(CONFIGS['llama'], batch=4, **{'seq': 256} | given)
+    needs = [llmem.several_gpus(plan.pieces, n, 'zero1', nccl=0)['total'] for n in (1, 2, 4)]
+    assert plan.allocated <= needs[0] <= 1.15 * plan.allocated, (plan, needs)
+    assert needs[0] - needs[1] == pytest.approx(plan.states / 2, abs=2) and needs[2] < needs[1]
+
+
+@pytest.mark.parametrize('room', [99, 110, 118, 119, 135, 200, 2000, 20_000, 1e9])
+def test_fit_of_hf_finds_the_largest_batch_in_a_few_traces(room):
+    tried = []
+
+    def trace(batch):
+        """As plans are: flat where the optimizer holds the peak, then one slope, then a steeper one."""
+        tried.append(batch)
+        return hf.HFPlan(reserved=max(100 + (batch > 1) * 13, 60 + 10 * batch, 11 * batch - 100), context=0)
+
+    found, plan = hf_command.largest_batch(trace, room)
+    fit = [b for b in range(1, 4097) if trace(b).total * (1 + hf.MARGIN) <= room]
+    assert found == max(fit, default=0) and len(tried) - 4096 <= 9, tried[:-4096]
+    assert (plan is None) == (found == 0)
+
+
+@pytest.mark.parametrize('words', [['--fit', '--gpu_gb=0.6'], ['--gpus=4'], ['--gpus=4', '--method=qlora'], []])
+def test_tables_of_hf_fit_a_hundred_columns(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(hf_command, 'LARGEST', 9)
+    CONFIGS['llama'].save_pretrained(tmp_path)
+    assert hf_command.main([f'--hf={tmp_path}', '--seq=32', *words]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100 and 'GiB' not in out and ' GB' in out
+    if '--fit' in words:
+        flags = [line.split() for line in out.splitlines() if line.startswith('    --')]
+        assert len(flags) == 8 and all('--batch=9' in line for line in flags)
+        hf_command.main([f'--hf={tmp_path}', '--seq=32', '--json', '--steps=2', *flags[0]])
+        assert f'{json.loads(capsys.readouterr().out)["total"] / 1e9:6.2f}' in out.splitlines()[3]
+
+
 def test_help_says_a_word_of_each_argument(capsys):
-    assert hf.main(['--hf', '--help']) == 0
+    assert hf_command.main(['--hf', '--help']) == 0
     lines = [line.split(None, 1) for line in capsys.readouterr().out.splitlines() if line.startswith('  --')]
     said = {words[0].removeprefix('--').partition('=')[0]: words[1] for words in lines}
-    assert set(said) == {'gpu_gb', 'json', *inspect.signature(trace_hf).parameters} - {'config'}
+    assert set(said) == {*hf_command.OWN, *inspect.signature(trace_hf).parameters} - {'config'}
     assert all(said.values())
 
 
@@ -190,6 +228,14 @@ def test_help_says_a_word_of_each_argument(capsys):
         (['--hf=CONFIG', '--optimizer=lion'], "'lion'"),
         (['--hf=CONFIG', '--gpu_gb=0'], '--gpu_gb=0'),
         (['--hf=CONFIG', '--colour=red'], '--colour'),
+        (['--hf=CONFIG', '--gpus=none'], '--gpus=none is no number'),
+        (['--hf=CONFIG', '--gpus=4', '--tp=2'], '--tp=2 does not go with --hf'),
+        (['--hf=CONFIG', '--instant'], 'a trace answers'),
+        (['--hf=CONFIG', '--plot=plan.png'], 'leave it out'),
+        (['--hf=CONFIG', '--fit', '--gpus=4'], 'use --gpus with a --method'),
+        (['--hf=CONFIG', '--fit', '--json'], 'leave out --json'),
+        (['--hf=CONFIG', '--fit', '--batch=4', '--method=lora'], 'leave out --method and --batch'),
+        (['--hf=CONFIG', '--gpus=2', '--optimizer=lomo'], 'no gradients to exchange'),
         (['--hf=CONFIG', '--method=lora', '--lora_targets=nothing'], 'q_proj'),
         (['--hf=CONFIG', '--dtype=fp32', '--attention=flash'], 'flash'),
         (['--hf=UNKNOWN'], 'not a config that this transformers knows'),
@@ -212,6 +258,6 @@ def test_bad_input_is_one_sentence(words, names, tmp_path, capsys):
     words = [
         w.replace('--hf=', f'--hf={tmp_path}/') if any(c.isupper() for c in w.partition('=')[2]) else w for w in words
     ]
-    assert hf.main(words) == 1
+    assert hf_command.main(words) == 1
     said = capsys.readouterr().err.strip()
     assert names in said and '\n' not in said and 'Traceback' not in said
