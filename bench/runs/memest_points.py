@@ -3,7 +3,8 @@ Published measurements of peak memory, compared with the predictions of memory/h
 
     python -m bench.runs.memest_points --points=path/to/points.csv      # 10 minutes; --only=C,X for some ids
 
-Finished traces are kept in out/memest_points.json until memest.py or memory/hf.py changes.
+Finished traces are kept in out/memest_points.json until one of the files of a trace changes: memory/hf.py,
+hf_layers.py, cuda.py, record.py.
 
 Columns of the file: id, source, model, params_B, batch, seq, dtype, optimizer, ckpt, attn, extra, gpu, metric, value,
 unit, quality. The models are built here from their published shapes; nothing is downloaded. Rows that say too little
@@ -148,6 +149,11 @@ def number(row, name):
     return int(text)
 
 
+def unit_of(row):
+    """-> the unit of the published figure, and its bytes."""
+    return next((item for item in UNITS.items() if row['unit'].strip().startswith(item[0])), ('GB', 10**9))
+
+
 def config_of(row):
     name = row['model'].strip().lower().removesuffix('-instruct')
     if name not in CONFIGS:
@@ -189,13 +195,13 @@ def recipe(row):
         return 'other', config_of(row), args, 'reserved', 0
     if 'galore' in source:
         raise Unknown('a method of this repository, or per-layer updates: planned by memest.py, not by memory/hf.py')
-    if 'litgpt' in source:
+    if 'litgpt' in source:  # its scripts print max_memory_allocated() / 1e9
         longest = {'phi-1.5': 1044, 'stablelm-3b': 1034, 'llama2-7b': 1304, 'llama2-13b': 1304}[config_of(row)]
         args = dict(batch=number(row, 'batch'), seq=longest, lora_rank=8, lora_dropout=0.05, lora_dtype='bf16')
         args |= dict(lora_targets='q_proj,v_proj', optimizer='adamw', kbit_fp32=False)
         kind = row['optimizer'].lower()
         args |= dict(method='qlora' if 'nf4' in kind else 'lora', double_quant='dq' in kind)
-        return 'other', config_of(row), args, 'reserved', 0
+        return 'other', config_of(row), args, 'allocated', 0
     if 'llama-factory' in source:
         args = dict(method='qlora', batch=number(row, 'batch'), seq=number(row, 'seq'), lora_rank=8, lora_targets='all')
         args |= dict(attention='flash', autocast='bf16', checkpointing=True, keep_outputs=False, kbit_fp32=False)
@@ -215,8 +221,8 @@ def predict(rows):
         with open(KEPT) as f:
             known = {key: HFPlan(**plan) for key, plan in json.load(f).items()}
     code = 0
-    for name in ('memest.py', 'memory/hf.py'):
-        with open(os.path.join(ROOT, name), 'rb') as f:
+    for name in ('hf', 'hf_layers', 'cuda', 'record'):
+        with open(os.path.join(ROOT, 'memory', f'{name}.py'), 'rb') as f:
             code = zlib.crc32(f.read(), code)
     for row in rows:
         try:
@@ -235,8 +241,7 @@ def predict(rows):
         except ValueError as e:
             without.append((row, f'refused: {e}'))
             continue
-        unit = next((size for name, size in UNITS.items() if row['unit'].strip().startswith(name)), 10**9)
-        published = float(row['value']) * unit
+        published = float(row['value']) * unit_of(row)[1]
         predicted = getattr(plan, part) + more
         kind = 'NVML' if 'nvml' in row['metric'].lower() else part
         done.append((row, published, predicted, group if row['quality'].strip() == 'A' else 'other', kind))
@@ -273,10 +278,11 @@ def report(done, without, command):
         lines += ['|---|---|---|---|---|---|---|']
         for row, published, predicted, _, kind in part:
             run = f'{row["optimizer"]}, batch {row["batch"]}, seq {row["seq"]}, ckpt {row["ckpt"]}; {row["extra"]}'
+            unit, size = unit_of(row) if row['unit'].strip().startswith('GB') else ('GiB', 2**30)
             run = re.sub(r'\s*\w*Mem=\d+', '', run.replace('|', '/')).strip('; ')
             lines.append(
-                f'| {row["id"]} | {row["model"]} | {run} | {kind} | {published / 2**30:.4f} GiB '
-                f'| {predicted / 2**30:.4f} GiB | {predicted / published - 1:+.2%} |'
+                f'| {row["id"]} | {row["model"]} | {run} | {kind} | {published / size:.4f} {unit} '
+                f'| {predicted / size:.4f} {unit} | {predicted / published - 1:+.2%} |'
             )
         lines.append('')
     lines += ['## Errors on the rows of quality A', '']
