@@ -5,9 +5,17 @@ trace. Makes random_plans.md.
     python -m bench.runs.random_plans --jobs=2       # 40 of either kind, some minutes; --seed=2 for 40 others
 """
 
+from bench import parser
+
+if __name__ == '__main__':
+    asked = parser()
+    asked.add_argument('--seed', type=int, default=1, help='of the configurations (1)')
+    asked.add_argument('--n', type=int, default=40, choices=range(1, 10**6), metavar='N', help='of either kind (40)')
+    asked.add_argument('--jobs', type=int, default=1, choices=range(1, 1000), metavar='N', help='at a time (1)')
+    args = asked.parse_args()
+
 import multiprocessing
 import random
-import sys
 import time
 
 import torch
@@ -179,24 +187,18 @@ HEADS = {
 }
 
 
-def main(argv):
-    options = dict(seed=1, n=40, jobs=1)
-    for word in argv:
-        name, _, value = word.removeprefix('--').partition('=')
-        if name not in options or not value.isdigit():
-            sys.exit(f'error: {word} is unknown: use --seed=2, --n=10, --jobs=8')
-        options[name] = int(value)
+def main(seed, n, jobs):
     lines = [
         '# Plans of random configurations',
         '',
-        f'Made by `python -m bench.runs.random_plans --seed={options["seed"]}`.',
+        f'Made by `python -m bench.runs.random_plans --seed={seed}`.',
     ]
     for kind, sizes in (('real', SMALL), ('formula', LARGER)):
-        lines += ['', f'## {HEADS[kind][0]}', '', *table(kind, sizes, **options)]
+        lines += ['', f'## {HEADS[kind][0]}', '', *table(kind, sizes, n, seed, jobs)]
     with open(f'{ROOT}/results/random_plans.md', 'w') as f:
         f.write('\n'.join([*lines, '']))
     print('\n'.join(line for line in lines if '`' not in line))
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    main(args.seed, args.n, args.jobs)
