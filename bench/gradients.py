@@ -87,7 +87,9 @@ def watch(model, optimizer):
 
     def count():
         for i, tensors in enumerate(kinds):
-            most[i] = max(most[i], sum(t.grad.nbytes for t in tensors if t.grad is not None))
+            most[i] = max(
+                most[i], sum(t.grad.nbytes for t in tensors if t.grad is not None and type(t.grad) is torch.Tensor)
+            )
 
     def counted(ready, p):
         count()
@@ -97,7 +99,7 @@ def watch(model, optimizer):
     for p in (*kinds[0], *kinds[1]):
         if p._post_accumulate_grad_hooks:
             p._post_accumulate_grad_hooks.clear()
-            p.register_post_accumulate_grad_hook(functools.partial(counted, optimizer.gradient_ready))
+            p.register_post_accumulate_grad_hook(functools.partial(counted, optimizer.gradient_came))
     return most
 
 
