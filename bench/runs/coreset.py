@@ -348,7 +348,10 @@ def draw(md, png):
         axes.set(title=f'{title}, {STEPS} steps', xlabel='mixture loss', ylabel='mean over sources')
         if timed:
             axes.set(title=title, xlabel='CPU ms a step, log scale', ylabel='mixture loss', xscale='log')
-        axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.18), fontsize=8)  # below, never over a point
+    named = {}  # one legend for all panels, below, never over a point
+    for axes in panels:
+        named |= {label: mark for mark, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(named.values(), named, loc='outside lower center', ncols=5, fontsize=9)
     figure.savefig(png, dpi=110)
     plt.close(figure)
 
