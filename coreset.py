@@ -369,24 +369,27 @@ class Coreset:
         return found['p'][i] if self.feature == 'zo' else (found['D'][i].T @ found['X'][i]).float().flatten()
 
     def adam_distance(self, found, sources):
-        """(c, c) l1 distances of Adam's steps, between examples of one source; t counts the calls of `remember`."""
+        """(c, c) l1 distances of Adam's steps, between examples of one source; t counts the calls of `remember`.
+        sources (c,), or for a plan, which knows no data, None: all of one source takes most."""
         (b1, b2), t = self.betas, self.t + 1
         if self.M is None:
             self.M, self.V = (torch.zeros_like(self.gradient(found, 0)) for _ in range(2))
         self.M, self.V = (m.to(found['H'].device) for m in (self.M, self.V))  # a checkpoint's are on the CPU
-        D = torch.zeros(len(sources), len(sources), device=self.M.device)
+        one = [list(range(len(found['H'])))]
+        groups = one if sources is None else [(sources == q).nonzero()[:, 0].tolist() for q in sources.unique()]
+        D = torch.zeros(len(found['H']), len(found['H']), device=self.M.device)
 
         def direction(i):
             g = self.gradient(found, i)
             M, V = (b1 * self.M + (1 - b1) * g) / (1 - b1**t), (b2 * self.V + (1 - b2) * g * g) / (1 - b2**t)
             return M / (V.sqrt() + 1e-8)
 
-        for q in sources.unique():
-            rows = (sources == q).nonzero()[:, 0]
+        for rows in groups:
             mean = sum(direction(i) for i in rows) / len(rows)
             top = mean.abs().topk(min(self.sparsity or len(mean), len(mean))).indices  # (h,)
             f = torch.stack([direction(i)[top] for i in rows])  # (rows, h)
-            D[rows[:, None], rows] = torch.cdist(f, f, p=1)
+            at = torch.tensor(rows)
+            D[at[:, None], at] = torch.cdist(f, f, p=1)
         return D
 
     def remember(self, found, picked):

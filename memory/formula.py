@@ -124,7 +124,9 @@ def what_stays(run):
     outside = run.tables * adam_moments(run.table, c.state_bits) + (2 * L + 1) * adam_moments(run.D, c.state_bits)
     states = L * sum(x.state(c.state_bits) for x in block) + outside * run.trains_outside
     positions = 4 * c.block_size * run.shape.head_dim  # cosines and sines, fp32
-    return {
+    adam = c.coreset != 'none' and c.coreset_norm == 'adam'
+    history = {'history of the choice': 8 * compared(run)} if adam else {}  # M and V
+    return history | {
         'weights': L * sum(x.weight for x in block) + run.outside + positions,
         'states': 0 if c.offload else states,
         'bases': L * sum(x.basis for x in block),
@@ -311,11 +313,18 @@ def during_the_update(run):
     }
 
 
+def compared(run):
+    """Numbers in what `coreset` compares of a window: its derivatives, or its gradient by what the V projection trains,
+    with LoRA B."""
+    c = run.config
+    return c.zo_directions if c.coreset == 'zo' else run.K * (c.rank if c.method == 'lora' else run.D)
+
+
 def during_the_choice(run):
     """{moment: {part: bytes}} of coreset's choice among a pool. Of each window it holds the hidden states in fp32, and
     for 'grad' the factors X and D of its gradient. Then comes one micro-batch through the last block: for 'zo' in fp32,
     one weight after another and at last the head, for 'grad' with its backward; or the Gram matrix, from some columns
-    of all gradients at a time."""
+    of all gradients at a time. Norm 'adam' then takes Adam's step of each window, as if all were of one source."""
     c, a, N, D, F, K = run.config, run.a, run.N, run.D, run.F, run.K
     if c.coreset not in ('zo', 'grad'):
         return {}
@@ -331,9 +340,16 @@ def during_the_choice(run):
         busy = (a + wide + 4) * N * D + 8 * N * K + 4 * K * into + max(inside, at_the_end)
     else:
         tail = activations_of_a_block(run) + rows * run.V * run.a_logit + 3 * a * N * D
+        # the weight of a frozen layer, decoded, and with what was added to it
+        tail += max(x.decoded + a * x.m * x.n * (c.method in ('lora', 'loqt')) for x in run.block.values())
         columns = min(max(PIECE // (pool * K), 1), into)
         product = pool * K * columns * run.a_logit + 4 * pool * pool
         seen, busy = a * pool * c.block_size * (into + K), max(tail, product)
+    if c.coreset_norm == 'adam':
+        # Adam's step of one window: g, the terms of M and of V, and the mean step; of each window its largest parts
+        largest, numbers = min(c.coreset_sparsity or compared(run), compared(run)), compared(run)
+        steps = max(24 * numbers + 4 * pool * largest, 4 * numbers + 8 * pool * largest) + 8 * largest  # int64
+        busy = max(busy, 8 * pool * pool + steps)
     hidden_states = 32 * pool * c.block_size + 4 * pool * D  # with tokens and targets, those of the pool and a copy
     return {'the choice of the batch': {'seen of the pool': hidden_states + seen, 'activations': busy}}
 

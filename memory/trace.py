@@ -375,8 +375,13 @@ def plan_memory(config, shape, dtype, device, method, training_step, selection=N
         if selection and selection.feature != 'random':  # two micro-batches of its pool, and the tensors for all of it
             pool_size = config.batch_size * config.gradient_accumulation_steps * config.coreset_from
             pool = torch.zeros(pool_size, config.block_size, dtype=torch.int64)
-            selection.compare(selection.look(model, pool, pool, config.batch_size, plan=True))
-            del pool
+            found = selection.look(model, pool, pool, config.batch_size, plan=True)
+            gram = selection.compare(found)
+            if selection.norm == 'adam':
+                with torch.no_grad():
+                    selection.adam_distance(found, None)
+                    selection.remember(found, range(pool_size // config.coreset_from))
+            del pool, found, gram
         return training_step(model, optimizer, batches, learning_rate, device)
 
     compute_dtype = dtype if on_card else compute_dtype

@@ -40,3 +40,18 @@ def test_building_packed_weights_needs_one_layer_beside_what_is_kept(method):
         optimizer = train.setup(model, config)
     layer = 2 * (4 * 256 * 256 + 3 * 256 * 704)  # bf16
     assert optimizer.param_groups and live.peak - live.now <= layer, (live.peak - live.now, layer)
+
+
+@pytest.mark.parametrize('words', ['grad --coreset_sparsity=0', 'grad --method=lora --rank=8', 'zo --zo_directions=1'])
+def test_the_history_of_a_choice_by_adams_steps_is_counted(words):
+    """--coreset_norm=adam keeps M and V, and takes one window's step after another: with 'grad' that is the peak."""
+    flags = f'--n_embd=256 --n_head=4 --n_inner=512 --vocab_size=64 --block_size=16 --batch_size=1 --coreset={words} '
+    flags += '--n_layer=1 --gradient_accumulation_steps=2 --coreset_from=4 --coreset_norm=adam --dtype=float32 '
+    flags += (
+        '--method=adamw --grad_clip=0 --per_layer=True' if 'lora' not in words else '--quantize=nf4 --train_rest=no'
+    )
+    (planned,), (real,), moment = random_plans.trace_and_real(flags)
+    assert abs(planned / real - 1) < 0.005, (planned, real, moment)
+    (total, _), (traced, _), moments = random_plans.formula_and_trace(flags)
+    assert abs(total / traced - 1) < 0.03, (total, traced, moments)
+    assert ('choice' in moment) == ('grad' in words), moment

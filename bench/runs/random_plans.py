@@ -56,7 +56,9 @@ SHARED = dict(
     checkpointing=[True, False], offload=[False, False, True], grad_clip=[0.0, 1.0], dtype=['float32', 'bfloat16'],
     coreset=['none', 'none', 'none', 'random', 'zo', 'grad'],
 )  # fmt: skip
-CORESET = dict(coreset_from=[2, 4], zo_directions=[1, 16])
+CORESET = dict(
+    coreset_from=[2, 4], zo_directions=[1, 16], coreset_norm=['unit', 'adam'], coreset_sparsity=[2560, 0, 50]
+)
 SMALL = dict(block_size=[16, 32, 48], n_layer=[1, 2, 3, 5, 6], heads=[2, 4, 6], width=[16, 24], inner=[81, 96, 176])
 SMALL |= dict(vocab_size=[101, 301, 1000], rank=[1, 4, 8, 300])
 LARGER = dict(block_size=[64, 256], n_layer=[2, 5, 8, 12], heads=[4, 8, 12], width=[32, 64, 128], inner=[1.5, 2.7, 3.3])
@@ -92,15 +94,14 @@ def load(flags):
 class Data:
     """As much of data.batches.Tokens as a choice of batches asks for."""
 
-    sources = ('one', 'two')
-    source_ends = (2, 4)  # of equal size: neither is kept whole, so that all of a pool is compared
+    sources, source_ends = ('one',), (4,)  # all of a pool is compared, as a plan has it
 
     def __init__(self, config, vocab_size):
         self.config, self.vocab_size = config, vocab_size
 
     def batch(self, seed, t, batch_size, rank=0, world=1):
         rows = torch.randint(self.vocab_size, (batch_size, self.config.block_size + 1))
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.arange(batch_size) % 2
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.zeros(batch_size, dtype=torch.int64)
 
 
 def real_steps(config, shape, dtype, live):
