@@ -38,6 +38,7 @@ BLOCK = 256  # numbers that share a scale in 8-bit moments
 PIECE = 1 << 24  # numbers updated at once
 CUT = {torch.bfloat16: 16, torch.float16: 13}  # bits that a half has less than fp32
 SMALLEST_8BIT = 4096  # smaller tensors (norms) keep fp32 moments, as in bitsandbytes
+WATCHING = weakref.WeakValueDictionary()  # id of a tensor -> the optimizer that watched it last: who has its gradient
 MOMENTS = ('M', 'V', 'M_absmax', 'V_absmax')
 # What torch puts into a group and nothing here reads: its schedulers, names of parameters.
 FOREIGN = ('params', 'param_names', 'initial_lr', 'max_lr', 'min_lr', 'base_momentum', 'max_momentum', 'differentiable')
@@ -216,14 +217,16 @@ def fast_bf16(device):
 
 
 def weak_hook(method, tensor):
-    """A hook that calls method(tensor) for as long as the method's object lives.
+    """A hook that calls method(tensor) while the method's optimizer lives, and is the last that watches the tensor.
 
     Autograd stores hooks in C++, invisible to Python's garbage collector. A strong reference here would keep the
     optimizer and its parameters alive forever."""
     alive, of = weakref.WeakMethod(method), weakref.ref(tensor)
+    WATCHING[id(tensor)] = method.__self__
 
     def hook(_):
-        if method := alive():
+        method = alive()
+        if method and WATCHING.get(id(of())) is method.__self__:
             method(of())
 
     hook.__torch_unserializable__ = True  # torch.save need not warn that it leaves the hook out

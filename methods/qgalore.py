@@ -22,7 +22,6 @@ import torch.distributed as dist
 import galore
 from adam import BLOCK, add_, at_least_fp32, several_processes
 from galore import GaLoreAdamW, linears_of, project
-from model import Linear
 
 
 def blocks_of(columns):
@@ -202,6 +201,8 @@ def problems(config):
 
 def linear(config):
     """What train.py makes the blocks' layers with for method='qgalore': born packed."""
+    from model import Linear
+
     return Int8Linear if config.weight_bits == 8 else Linear
 
 

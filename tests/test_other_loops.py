@@ -465,3 +465,15 @@ def test_a_method_file_works_in_a_folder_of_its_own_beside_the_files_it_names(fi
     done = run(['-c', f'import sys; sys.path[:] = [{str(tmp_path)!r}, *sys.path[1:]]; {code}'])
     assert done.returncode == 0, done.stderr
     assert not {'train', 'model', 'configurator', 'plumbing', 'memory'} & set(eval(done.stdout)), done.stdout
+
+
+@pytest.mark.parametrize('per_layer', [False, True])
+def test_of_two_optimizers_of_a_weight_the_later_one_has_its_gradient(per_layer):
+    weights = [torch.nn.Parameter(torch.ones(8, 8)) for _ in range(2)]
+    earlier = AdamW(weights[:1], lr=1.0, per_layer=True)  # it would take the gradient inside backward
+    for p in weights:
+        later = AdamW([p], lr=1e-2, per_layer=per_layer)
+        for _ in range(3):
+            p.square().sum().backward()
+            later.step()
+    assert torch.equal(*weights) and not earlier.state
