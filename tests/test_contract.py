@@ -73,7 +73,7 @@ def model_and_optimizer(name, dtype=torch.float32, checkpointing=False, **change
     for module in model.modules():  # large enough weights that gradients are of a common size
         draw = torch.Generator().manual_seed(0)
         if hasattr(module, 'set_weight'):
-            module.set_weight(0.2 * torch.randn(module.shapes['W'], generator=draw).to(dtype))
+            module.set_weight(0.2 * torch.randn(module.out_features, module.in_features, generator=draw).to(dtype))
         for p in module.parameters(recurse=False):
             if p.dim() == 2 and not hasattr(module, 'set_weight'):
                 torch.nn.init.normal_(p, std=0.2, generator=draw)

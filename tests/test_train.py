@@ -644,7 +644,7 @@ def test_out_of_memory_is_explained_with_flags_to_turn(tmp_path, data):
         resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))
 
     out = train(tmp_path, data, '--batch_size=2048', '--n_inner=16384', preexec_fn=little_memory)
-    assert_one_sentence(out, 'out of memory', '--checkpointing', '--batch_size=1024', 'saves about')
+    assert_one_sentence(out, 'out of memory|needs about .* there are', '--batch_size')
 
 
 def test_a_tracker_that_is_not_installed_says_what_to_type(tmp_path, data):
