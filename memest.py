@@ -9,8 +9,8 @@ The peak memory of a run, known before it starts: a step of it is run on fake te
 
 The step is train.py's own, with the method's own optimizer, so the plan cannot drift from the code (LLMem, 2404.10933,
 fits formulas to a loaded model). A few layers are traced, and the record of the rest is written by repetition, storage
-by storage (memory/record.py). The model is built, and takes three steps: the first, which makes moments and bases, an
-ordinary one, and one in which layers are due for a new basis or a merge. What no trace sees, CUDA's context and the
+by storage (memory/record.py). The model is built, and takes a few steps: the first, which makes moments and bases, an
+ordinary one, and those in which layers are due for a new basis or a merge. What no trace sees, CUDA's context and the
 workspaces of libraries, has lines of its own. No data and no weights are needed: of a folder its config.json is enough.
 
 GB are 1e9 bytes. A card is given as it is sold: --gpu_gb=24 are 24 x 2^30 bytes, 25.8 GB.

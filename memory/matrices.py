@@ -107,6 +107,7 @@ def galore(run, name, out, into, int8=False):
 def qgalore(run, name, out, into):
     int8, numbers = run.config.weight_bits == 8, out * into
     x = galore(run, name, out, into, int8)
+    x.extra_state = 4 * (run.config.lazy > 0)  # what the old basis kept of the last gradient, one number
     if int8:
         x.weight = numbers + 4 * out * blocks_of(into) + 2 * run.w  # and two placeholders, the weight's and R's
         x.decoded = run.a * numbers

@@ -5,8 +5,8 @@ A training step on fake tensors, which have shapes and no bytes: what it makes, 
 
 The model is built as train.py builds it, and the step is train.py's own, with the method's own optimizer, so the plan
 cannot drift from the code. At most four layers are traced; the record of a deeper model repeats the third, storage by
-storage (record.py). Three steps: the first, which makes moments and bases, an ordinary one, and one in which layers are
-due for a new basis or a merge.
+storage (record.py). Three steps: the first, which makes moments and bases, an ordinary one, and one in which the last
+layers are due for a new basis or a merge; where gradients accumulate a fourth, in which the first ones are.
 """
 
 import contextlib
@@ -207,11 +207,14 @@ def due_together(config, n_layer):
     return together if together < 7 * n_layer else 0
 
 
-def make_due(model, optimizer, config, n_layer):
+def make_due(model, optimizer, config, n_layer, first=False):
     """Let the next step refresh or merge: all matrices, where a method does so for all in the same step; else as many
-    as fall on one step of n_layer layers, the last ones, in whose backward most activations are alive."""
+    as fall on one step of n_layer layers: the last ones, in whose backward most activations are alive, or the first,
+    whose full gradients of earlier micro-batches wait beside the updates of all others."""
     matrices = [m for layer in model.layers for m in layer.modules() if hasattr(m, 'in_features')]
-    optimizer.make_due(matrices[-due_together(config, n_layer) :])
+    n = due_together(config, n_layer)
+    last = n and max(7 * n_layer // config.update_proj_gap, 1)  # the remainder of the division goes to the first
+    optimizer.make_due(matrices[:n] if first else matrices[-last:])
 
 
 def bytes_of(tensors):
@@ -222,8 +225,8 @@ def bytes_of(tensors):
 
 
 def record_steps(run, model_config, n_layer):
-    """-> the chunks of building and of three steps, and bytes of the weights and of the states: these as with n_layer
-    layers, the chunks with the model_config's own."""
+    """-> the chunks of building and of three steps or four, and bytes of the weights and of the states: these as with
+    n_layer layers, the chunks with the model_config's own."""
     config, extra_layers = run.config, n_layer - model_config.n_layer  # like the third
     never = SimpleNamespace(**vars(config))
     if hasattr(never, 'update_proj_gap'):
@@ -246,11 +249,12 @@ def record_steps(run, model_config, n_layer):
         del located
         watch(record, model, optimizer)
         with record:
-            for i in range(3):
+            waits = config.gradient_accumulation_steps > 1 and due_together(config, n_layer)
+            for i in range(4 if waits else 3):
                 record.phase = 'data'
                 record.at(None)
-                if i == 2:
-                    make_due(model, optimizer, config, n_layer)
+                if i >= 2:
+                    make_due(model, optimizer, config, n_layer, first=i == 3)
                 take_step(run, record, model, optimizer)
                 record.at(None)
         states = relabel_resident(record, model, optimizer, extra_layers)

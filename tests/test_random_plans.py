@@ -55,3 +55,12 @@ def test_the_history_of_a_choice_by_adams_steps_is_counted(words):
     (total, _), (traced, _), moments = random_plans.formula_and_trace(flags)
     assert abs(total / traced - 1) < 0.03, (total, traced, moments)
     assert ('choice' in moment) == ('grad' in words), moment
+
+
+@pytest.mark.parametrize('gap, layers', [(2, 3), (3, 3), (2, 6), (50, 3)])
+def test_full_gradients_of_the_first_layers_wait_beside_the_updates_of_the_last(gap, layers):
+    """In turns, with earlier micro-batches and updates per layer: most waits where the first layers are due."""
+    flags = f'--method=qgalore --n_embd=96 --n_head=4 --n_inner=176 --vocab_size=301 --rank=8 --n_layer={layers} '
+    flags += '--block_size=16 --batch_size=2 --gradient_accumulation_steps=3 --per_layer=True --grad_clip=0 '
+    (planned,), (real,), _ = random_plans.trace_and_real(flags + f'--dtype=float32 --update_proj_gap={gap}')
+    assert abs(planned / real - 1) < 0.001, (planned, real)

@@ -64,18 +64,18 @@ def plan_of(config, shape, dtype, *more):
 
 
 def real_steps(config, dtype, live):
-    """The three steps that a trace takes, on real tensors: -> model, optimizer."""
+    """The steps that a trace takes, on real tensors: -> model, optimizer."""
     with torch.device('meta'):
         model = LLaMA(ModelConfig(**TINY), dtype=dtype, **layers(config))
     model.materialise()
     model.checkpointing, model.compute_dtype = config.checkpointing, torch.float32
     optimizer = method_of(config).setup(model, config)
     live.weights = live.now
-    for i in range(3):
-        n = config.gradient_accumulation_steps
+    n = config.gradient_accumulation_steps
+    for i in range(4 if n > 1 else 3):
         batches = [(torch.randint(0, 301, (4, 32)), torch.randint(0, 301, (4, 32))) for _ in range(n)]
-        if i == 2:
-            trace.make_due(model, optimizer, config, TINY['n_layer'])
+        if i >= 2:
+            trace.make_due(model, optimizer, config, TINY['n_layer'], first=i == 3)
         training_step(model, optimizer, batches, 1e-3, 'cpu')
         del batches
     return model, optimizer
@@ -160,7 +160,9 @@ def test_as_many_matrices_are_due_as_fall_on_one_step():
     for changes in (dict(), dict(update_proj_gap=5), dict(stagger=False), dict(method='adamw')):
         trace.make_due(model, optimizer, config_of(**changes), 12)  # 84 matrices, a quarter of the layers at hand
     matrices = [module for module in model.layers.modules() if hasattr(module, 'in_features')]
-    assert asked == [matrices[-1:], matrices[-17:], matrices, matrices], '1 of 84, 17 of 84, all, all'
+    assert asked == [matrices[-1:], matrices[-16:], matrices, matrices], '1 of 84, 16 of 84, all, all'
+    trace.make_due(model, optimizer, config_of(update_proj_gap=5), 12, first=True)
+    assert asked[-1] == matrices[:17], 'the first fifth is the larger one'
 
 
 def test_a_cards_products_are_in_the_weights_dtype_in_whatever_file_they_are_written():

@@ -115,9 +115,9 @@ def real_steps(config, shape, dtype, live):
     selection = colm.setup(config, data)
     gap = getattr(config, 'update_proj_gap', 200)
     soon = gap <= 3  # then every layer is due by itself within a few steps
-    for i in range(3 + gap if soon else 3):
-        if i == 2 and not soon:
-            trace.make_due(model, optimizer, config, shape.n_layer)
+    for i in range(3 + gap if soon else 4):
+        if i >= 2 and not soon:
+            trace.make_due(model, optimizer, config, shape.n_layer, first=i == 3)
         if selection:
             batches = colm.chosen_batches(selection, model, data, config, i, 'cpu')
         else:
