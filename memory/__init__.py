@@ -1,1 +1,1 @@
-"""What memest.py is made of: a trace of real code on fake tensors, and formulas."""
+"""What memest.py is made of: a trace of real code on fake tensors, and formulas. Modules to import, no programs."""

@@ -143,7 +143,8 @@ def print_fit(config, given, gpu_gb):
         seq = given.get('seq', default('seq'))
         print(f'nothing fits {gpu_gb:g} GB: use a --seq below {seq}, a smaller model or a larger card')
         return
-    print(f'{rows[0][3].parameters:,} parameters: what fits {gpu_gb:g} GB, by traces, fastest first, with the largest')
+    count = min(row[3].parameters - row[3].trained * (row[3].trained < row[3].parameters) for row in rows)
+    print(f'{count:,} parameters: what fits {gpu_gb:g} GB, by traces, fastest first, with the largest')
     print(f'batch that leaves {MARGIN:.0%} free; where lengths vary, plan {MARGIN_VARYING:.0%}. Planned, not measured.')
     print(f'{"":14} {"checkpoints":>11} {"batch":>6} {"GB":>6} {"speed":>6}')
     for name, checkpointing, batch, plan, seconds in rows:

@@ -3,8 +3,10 @@
 python tests/test_odd_lines.py 300 1        # so many lines, and the seed; prints what was not answered
 """
 
+import ast
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -106,6 +108,18 @@ def programs():
         if "if __name__ == '__main__':" in path.read_text(encoding='utf-8'):
             module = '.'.join(where.with_suffix('').parts).removesuffix('.__main__')
             yield ['-m', module] if where.parts[0] == 'bench' else [str(where)]
+
+
+def test_what_is_called_a_program_is_one_and_the_folders_of_modules_have_none():
+    """A module that is run would print nothing, which looks like an answer."""
+    known = {' '.join(words) for words in programs()}
+    texts = (ROOT / 'README.md').read_text(encoding='utf-8').split('```')[1::2]
+    for path in ROOT.rglob('*.py'):
+        if not {'tests', 'out'} & set(path.relative_to(ROOT).parts):
+            texts.append(ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or '')
+    said = set(re.findall(r'python ((?:-m bench[.\w]*)|[\w/]+\.py)\b', '\n'.join(texts))) - {'-m bench.runs.NAME'}
+    assert len(said) > 20 and not said - known, said - known
+    assert not [words for words in known if words.startswith(('memory/', 'methods/', 'plumbing/'))]
 
 
 @pytest.mark.parametrize('words', programs(), ids=' '.join)
