@@ -164,13 +164,16 @@ def activations(run):
 
 
 def due(run):
-    """The matrices that get a new basis, or merge, in one step: all, or the last ones as far as they come."""
+    """The matrices that get a new basis, or merge, in one step: all; or in turns the first ones or the last, whose
+    gradients are larger. What a division leaves over goes to the first."""
     c, block = run.config, list(run.block.values())
     if not block[0].renewal:
         return []
     every = block * run.L
-    together = -(-len(every) // c.update_proj_gap)
-    return every[-together:] if c.stagger else every
+    if not c.stagger:
+        return every
+    turns = every[: -(-len(every) // c.update_proj_gap)], every[-max(len(every) // c.update_proj_gap, 1) :]
+    return max(turns, key=lambda some: sum(x.due for x in some))
 
 
 def logits(run):
