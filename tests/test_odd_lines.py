@@ -99,12 +99,18 @@ def test_odd_lines_are_answered_in_sentences_and_at_once(seed, capsys):
     assert not_answered(150, seed) == []
 
 
-def programs():
-    """The words after `python` of every file that can be run."""
+def sources():
+    """Our files of code: not tests, configs and runs, nor an environment somebody made in the folder (.venv)."""
     for path in sorted(ROOT.rglob('*.py')):
         where = path.relative_to(ROOT)
-        if {'tests', 'config', 'out'} & set(where.parts) or any(part.startswith('.') for part in where.parts):
-            continue
+        hidden = any(part.startswith('.') for part in where.parts) or 'site-packages' in where.parts
+        if not hidden and not {'tests', 'config', 'out'} & set(where.parts):
+            yield path, where
+
+
+def programs():
+    """The words after `python` of every file that can be run."""
+    for path, where in sources():
         if "if __name__ == '__main__':" in path.read_text(encoding='utf-8'):
             module = '.'.join(where.with_suffix('').parts).removesuffix('.__main__')
             yield ['-m', module] if where.parts[0] == 'bench' else [str(where)]
@@ -114,15 +120,15 @@ def test_what_is_called_a_program_is_one_and_the_folders_of_modules_have_none():
     """A module that is run would print nothing, which looks like an answer."""
     known = {' '.join(words) for words in programs()}
     texts = (ROOT / 'README.md').read_text(encoding='utf-8').split('```')[1::2]
-    for path in ROOT.rglob('*.py'):
-        if not {'tests', 'out'} & set(path.relative_to(ROOT).parts):
-            texts.append(ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or '')
+    texts += [ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or '' for path, _ in sources()]
+    for path in (ROOT / 'config').glob('*.py'):
+        texts.append(path.read_text(encoding='utf-8'))
     said = set(re.findall(r'python ((?:-m bench[.\w]*)|[\w/]+\.py)\b', '\n'.join(texts))) - {'-m bench.runs.NAME'}
     assert len(said) > 20 and not said - known, said - known
     assert not [words for words in known if words.startswith(('memory/', 'methods/', 'plumbing/'))]
 
 
-@pytest.mark.parametrize('words', programs(), ids=' '.join)
+@pytest.mark.parametrize('words', list(programs()), ids=' '.join)
 def test_every_program_has_help_under_its_own_name_and_refuses_what_it_does_not_know(words):
     environment = os.environ | {'PYTHONWARNINGS': 'ignore'}
     options = dict(cwd=ROOT, capture_output=True, text=True, env=environment, timeout=60)
