@@ -11,6 +11,7 @@ Letters: B batch, T tokens in a window, D n_embd, H heads, K key/value heads, d 
 Linear weights are (out, in). Modules have Hugging Face's names; state dicts differ only in the prefix `model.`.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -136,26 +137,60 @@ def rotary_tables(config, device=None):
 def rotate(x, cos, sin):
     """Rotate each pair (x_i, x_{i + d/2}), Hugging Face's half-split layout, by its position's angle.
 
-    x: (B, T, H, d); cos, sin: (T, d/2)."""
-    a, b, cos, sin = *x.chunk(2, dim=-1), cos[:, None], sin[:, None]
+    x: (B, T, H, d); cos, sin: (T, d/2), or (B, T, d/2) if rows have positions of their own."""
+    a, b, cos, sin = *x.chunk(2, dim=-1), cos[..., None, :], sin[..., None, :]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 class KVCache:
-    """Keys and values of all positions seen so far, so that sampling runs each token through the model once."""
+    """Keys and values of all positions seen so far, so that sampling runs each token through the model once.
 
-    def __init__(self, config, batch_size=1, device=None, dtype=None):
-        shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size, config.head_dim)
-        self.k = torch.empty(shape, device=device, dtype=dtype)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
+    lengths: of each row in use, how many positions it has seen; rows may differ. Row b's position p stands in slot p,
+    and what stands behind its last one is never looked at."""
+
+    def __init__(self, config, batch_size=1, device=None, dtype=None, slots=0):
+        shape = (config.n_layer, batch_size, config.n_kv_head, slots or config.block_size, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # masked slots count 0 times, which NaN would survive
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = [0] * batch_size
+
+    @property
+    def length(self):
+        return max(self.lengths)
+
+    def row(self, b, length=0):
+        """A cache of row b alone, in the same memory, of which `length` positions count."""
+        row = copy.copy(self)
+        row.k, row.v, row.lengths = self.k[:, b : b + 1], self.v[:, b : b + 1], [length]
+        return row
+
+    def drop(self, b):
+        """Give up row b: the last row in use moves to its place."""
+        self.k[:, b], self.v[:, b] = self.k[:, len(self.lengths) - 1], self.v[:, len(self.lengths) - 1]
+        self.lengths[b] = self.lengths[-1]
+        self.lengths.pop()
+
+    def begin(self, T):
+        """Make room for T more tokens in each row. -> where they stand: a slice if all rows agree, else (B, T)."""
+        start, device = self.lengths, self.k.device
+        self.lengths = [length + T for length in start]
+        if len(set(start)) == 1:
+            at, self.mask = slice(start[0], start[0] + T), None
+            self.at = slice(None), at
+            if start[0] and T > 1:  # query t sees all cached keys and the new keys 0 to t
+                self.mask = torch.ones(T, self.length, dtype=torch.bool, device=device).tril(start[0])  # (T, keys)
+            return at
+        at = torch.tensor(start, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
+        self.at = torch.arange(len(start), device=device)[:, None], at
+        self.mask = (torch.arange(self.length, device=device) <= at[..., None])[:, None]  # (B, 1, T, keys)
+        return at
 
     def extend(self, i, k, v):
-        """Append k, v (B, K, T, d) to layer i's keys and values and return all of them."""
-        end = self.length + k.shape[2]
-        self.k[i, :, :, self.length : end] = k
-        self.v[i, :, :, self.length : end] = v
-        return self.k[i, :, :, :end], self.v[i, :, :, :end]
+        """Append k, v (B, K, T, d) to layer i's keys and values. -> all of them, (B, K, keys, d), and the mask."""
+        rows, keys = slice(len(k)), slice(self.length)
+        self.k[i, rows].transpose(1, 2)[self.at] = k.transpose(1, 2)  # (B, T, K, d)
+        self.v[i, rows].transpose(1, 2)[self.at] = v.transpose(1, 2)
+        return self.k[i, rows, :, keys], self.v[i, rows, :, keys], self.mask
 
 
 def cross_entropy_rows(x, W, targets, scale=None):
@@ -232,12 +267,10 @@ class Attention(nn.Module):
         q, k, v = (A.transpose(1, 2) for A in (rotate(q, cos, sin), rotate(k, cos, sin), v))  # (B, H, T, d), K heads
         mask = None
         if cache is not None:
-            k, v = cache.extend(i, k, v)
-            if cache.length:  # query t sees all cached keys and the new keys 0 to t
-                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
+            k, v, mask = cache.extend(i, k, v)
         # enable_gqa lets several query heads share a key head (H > K). Some kernels refuse it, so only where needed.
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=q.shape[1] != k.shape[1]
         )  # (B, H, T, d)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
@@ -340,30 +373,35 @@ class LLaMA(nn.Module):
         c = self.config
         return 6 * self.n_params(embeddings=False) + 12 * c.n_layer * c.n_head * c.head_dim * T
 
-    def embed(self, tokens, start=0):
-        """tokens (B, T), the first at position `start` -> the blocks' inputs: x (B, T, D), cos and sin (T, d/2)."""
-        end, dtype = start + tokens.shape[1], self.activation_dtype
-        if end > self.config.block_size:
+    def embed(self, tokens, cache=None):
+        """tokens (B, T), which follow those in `cache` -> the blocks' inputs: x (B, T, D), cos and sin (T, d/2), or
+        (B, T, d/2) if the cache's rows differ in length."""
+        T, dtype = tokens.shape[1], self.activation_dtype
+        if (end := T + (cache.length if cache is not None else 0)) > self.config.block_size:
             raise ModelError(f'{end} tokens do not fit the window of {self.config.block_size}: raise block_size')
-        x = self.embed_tokens(tokens).to(dtype)  # (B, T, D)
-        return x, self.cos[start:end].to(dtype), self.sin[start:end].to(dtype)
+        at = cache.begin(T) if cache is not None else slice(T)
+        return self.embed_tokens(tokens).to(dtype), self.cos[at].to(dtype), self.sin[at].to(dtype)
 
-    def forward(self, tokens, targets=None, cache=None, weights=None):
-        """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> the mean loss over targets that are not -100.
-        weights (B,), if given, multiply the loss of each example."""
-        start = cache.length if cache is not None else 0
-        x, cos, sin = self.embed(tokens, start)
+    def hidden(self, tokens, cache=None):
+        """tokens (B, T) -> what the head reads, (B, T, D)."""
+        x, cos, sin = self.embed(tokens, cache)
         for i, layer in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
                 # LoRA's dropout, the only random operation in a block, has its own seed: no generator state to save
                 x = checkpoint(layer, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, cos, sin, cache, i)
-        if cache is not None:
-            cache.length = start + tokens.shape[1]
-        x = self.norm(x)
+        return self.norm(x)
+
+    def logits(self, x):
+        return F.linear(x, self.head.to(x.dtype))  # (..., V)
+
+    def forward(self, tokens, targets=None, cache=None, weights=None):
+        """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> the mean loss over targets that are not -100.
+        weights (B,), if given, multiply the loss of each example."""
+        x = self.hidden(tokens, cache)
         if targets is None:
-            return F.linear(x, self.head.to(x.dtype))  # (B, T, V)
+            return self.logits(x)
         if weights is not None:
             weights = weights.float().repeat_interleave(tokens.shape[1])  # (B T,)
         x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # (B T, D), (B T,)

@@ -22,10 +22,12 @@ if __name__ == '__main__':  # before the imports that take seconds
     config = configurator.load_or_exit(__file__, sys.argv[1:], positional='checkpoint')
 
 import contextlib
+import itertools
 import math
 import os
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 
@@ -94,31 +96,96 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     return int(order[torch.multinomial(p, 1, generator=generator)])
 
 
+def penalised(logits, ids, penalty):
+    """Divide the logits (V,) of tokens that are there by `penalty`, multiply negative ones (CTRL, 1909.05858, 4.1)."""
+    if penalty != 1:
+        seen = torch.tensor(sorted(set(ids)))
+        logits[seen] = torch.where(logits[seen] < 0, logits[seen] * penalty, logits[seen] / penalty)
+    return logits
+
+
+def ends_of(eot):
+    return [] if eot is None else [eot] if isinstance(eot, int) else list(eot)
+
+
+def first_ids(model, ids, ends):
+    """The ids to continue: some tokenizers encode a newline as no token at all."""
+    return list(ids) or [next((i for i in (model.config.bos_token_id, *ends) if i is not None), 0)]
+
+
 @torch.no_grad()
 def generate(model, ids, n, eot=None, temperature=1.0, top_k=0, top_p=1.0, generator=None, penalty=1.0):
     """Yield up to n token ids that continue the list `ids`; stop after an end-of-text id.
 
-    eot: that id, a list of several, or None. penalty: what a logit is divided by, or multiplied if it is negative, once
-    its token is there (CTRL, 1909.05858, section 4.1)."""
-    device, window = model.head.device, model.config.block_size
-    ends = [] if eot is None else [eot] if isinstance(eot, int) else list(eot)
-    # some tokenizers encode a newline as no token at all
-    ids, cache = list(ids) or [next((i for i in (model.config.bos_token_id, *ends) if i is not None), 0)], None
+    eot: that id, a list of several, or None. penalty: see `penalised`."""
+    device, window, ends = model.head.device, model.config.block_size, ends_of(eot)
+    ids, cache = first_ids(model, ids, ends), None
     for _ in range(n):
         if cache is None or cache.length == window:
             # Fill a new cache: at the start, and when the window is full, from its second half at new positions.
             fresh = ids[-window:] if cache is None else ids[-(window // 2) :]
             cache = KVCache(model.config, device=device, dtype=model.activation_dtype)
-        logits = model(torch.tensor([fresh], device=device), cache=cache)[0, -1].cpu()  # (V,)
-        if penalty != 1:
-            seen = torch.tensor(sorted(set(ids)))
-            logits[seen] = torch.where(logits[seen] < 0, logits[seen] * penalty, logits[seen] / penalty)
+        x = model.hidden(torch.tensor([fresh], device=device), cache)  # (1, T, D)
+        logits = penalised(model.logits(x[0, -1]).cpu(), ids, penalty)  # (V,)
         token = choose(logits, temperature, top_k, top_p, generator)
         ids.append(token)
         fresh = [token]
         yield token
         if token in ends:
             return
+
+
+def common(lists):
+    """What all these lists begin with."""
+    low, high = min(lists, default=[]), max(lists, default=[])  # no other differs from them earlier
+    return [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(low, high))]
+
+
+@torch.no_grad()
+def generate_batch(model, prompts, n, eot=None, batch_size=16, stop=None, temperature=0.0, top_k=0, top_p=1.0, seed=1):
+    """Continue many prompts (lists of ids), batch_size at a time. Yields (index of a prompt, its up to n new ids) in
+    the order in which they end, each as `generate` alone would continue it with a generator of seed + index.
+
+    A prompt that ends leaves its row of the cache to the next that waits, and what all prompts begin with is computed
+    once. stop(ids): whether to stop after these new ids, besides after an end-of-text id."""
+    device, window, ends = model.head.device, model.config.block_size, ends_of(eot)
+    waiting = [SimpleNamespace(index=i, ids=first_ids(model, ids, ends)) for i, ids in enumerate(prompts)][::-1]
+    slots = min(window, max((len(row.ids) for row in waiting), default=0) + n)
+    new_cache = partial(KVCache, model.config, device=device, dtype=model.activation_dtype, slots=slots)
+    prefix = common([row.ids[-window:-1] for row in waiting])
+    begun, cache, rows = new_cache(1), new_cache(min(batch_size, len(waiting))), []
+    if prefix:
+        model.hidden(torch.tensor([prefix], device=device), begun)
+
+    def fill(b, ids, known=0):
+        """Read ids into row b of the cache, all but the last, which the next step reads, as in all rows."""
+        row = cache.row(b, known)
+        row.k[..., :known, :], row.v[..., :known, :] = begun.k[..., :known, :], begun.v[..., :known, :]
+        if fresh := ids[known:-1]:
+            model.hidden(torch.tensor([fresh], device=device), row)
+        cache.lengths[b] = len(ids) - 1
+
+    cache.lengths = []  # none in use
+    while rows or waiting:
+        for b, row in enumerate(rows):
+            if cache.lengths[b] == window:
+                fill(b, row.ids[-(window // 2) :])
+        while waiting and len(rows) < cache.k.shape[1]:
+            rows.append(row := waiting.pop())
+            row.start, row.generator = len(row.ids), torch.Generator().manual_seed(seed + row.index)
+            cache.lengths.append(0)
+            fill(len(rows) - 1, row.ids[-window:], len(prefix))
+        x = model.hidden(torch.tensor([row.ids[-1:] for row in rows], device=device), cache)  # (rows, 1, D)
+        logits = model.logits(x[:, -1]).cpu()  # (rows, V)
+        for b in reversed(range(len(rows))):
+            row = rows[b]
+            row.ids.append(choose(logits[b], temperature, top_k, top_p, row.generator))
+            made = row.ids[row.start :]
+            if made[-1] in ends or len(made) == n or (stop and stop(made)):
+                yield row.index, made
+                cache.drop(b)
+                rows[b] = rows[-1]
+                rows.pop()
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ LONG_FILES = {  # path: why it is longer
     'galore.py': 'the method in a loop of ours and of others: backward, projected gradient, and what stands for it',
     'loqt.py': 'the layer, its merge, and the optimizer that tells it when, read in this order',
     'coreset.py': 'choice, features and history of one published system, read from top to bottom',
+    'model.py': 'the mathematics of all families alone, in one file that is read from top to bottom',
     'configurator.py': 'scripts import it before anything else, so it has nothing below it to lean on',
 }
 LONG_FUNCTIONS = {  # name: why it is longer than 60 lines

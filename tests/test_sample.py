@@ -112,6 +112,45 @@ def test_generation_stops_at_the_end_of_text(model):
     assert stopped == free[: min(free.index(free[3]), free.index(free[5])) + 1]
 
 
+PROMPTS = [[5, 6, 7], [9], list(range(40)), [], [5, 6, 7, 8, 9, 10, 11], [3, 3], [5, 6], list(range(20, 36))]
+
+
+@pytest.mark.parametrize('batch_size', [1, 3, 8, 100])
+def test_a_batch_is_continued_as_each_prompt_alone_to_its_own_end_and_beyond_the_window(model, batch_size):
+    ends = [82, 18, 93]
+    alone = [list(sample.generate(model, ids, 30, ends, temperature=0)) for ids in PROMPTS]
+    made = dict(sample.generate_batch(model, PROMPTS, 30, ends, batch_size))
+    assert [made[i] for i in range(len(PROMPTS))] == alone
+    assert len({len(ids) for ids in alone}) > 3 and max(map(len, alone)) == 30
+    assert all(not {*ends} & {*ids[:-1]} for ids in alone)
+
+
+def test_what_all_prompts_begin_with_is_computed_once(model, monkeypatch):
+    prompts = [[4, 8, 15, 16, 23, *rest] for rest in ([], [42], [1, 2], [42, 7, 7])]
+    alone = [list(sample.generate(model, ids, 6, temperature=0)) for ids in prompts]
+    seen, hidden = [], model.hidden
+    monkeypatch.setattr(model, 'hidden', lambda tokens, cache: seen.append(tokens.numel()) or hidden(tokens, cache))
+    made = dict(sample.generate_batch(model, prompts, 6))
+    assert [made[i] for i in range(4)] == alone
+    assert sum(seen) == 4 + sum(len(ids) - 4 for ids in prompts) + 4 * 5
+
+
+def test_a_sampled_batch_is_each_prompt_with_its_own_seed(model):
+    options = dict(temperature=0.8, top_k=20, top_p=0.9)
+    made = dict(sample.generate_batch(model, PROMPTS, 9, batch_size=3, seed=5, **options))
+    for i, ids in enumerate(PROMPTS):
+        generator = torch.Generator().manual_seed(5 + i)
+        assert made[i] == list(sample.generate(model, ids, 9, generator=generator, **options))
+
+
+def test_a_batch_stops_where_its_caller_says(model):
+    free = dict(sample.generate_batch(model, PROMPTS, 9))
+    made = dict(sample.generate_batch(model, PROMPTS, 9, stop=lambda ids: sum(ids) > 150))
+    for i, ids in free.items():
+        sums = [sum(ids[: j + 1]) > 150 for j in range(len(ids))]
+        assert made[i] == ids[: sums.index(True) + 1 if True in sums else None]
+
+
 def test_it_writes_text_that_goes_on_from_the_prompt_and_repeats_by_seed(trained):
     first, again, other = (
         run(['sample.py', str(trained), '--prompt=def f1(', '--tokens=60', f'--seed={seed}']) for seed in (1, 1, 2)
@@ -225,6 +264,25 @@ def test_greedy_text_is_that_of_transformers(tmp_path, capsys, how):
         before, after = (tok.decode(ids, skip_special_tokens=True) for ids in (given[0], made))
         ours = said(capsys, folder, f'--prompt={prompt}', '--tokens=24', '--temperature=0', '--device=cpu')
         assert ours.out == prompt + after.removeprefix(before) + '\n'
+
+
+def test_a_greedy_batch_is_that_of_transformers(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    folder = published(tmp_path, None)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model, generator = LLaMA.from_pretrained(folder), torch.Generator().manual_seed(0)
+    prompts = [torch.randint(5, 420, (n,), generator=generator).tolist() for n in (1, 4, 30, 17, 9)]
+    free = dict(sample.generate_batch(model, prompts, 20))
+    ends = [free[0][2], free[2][9], free[4][15]]  # so that some stop early
+    ours = dict(sample.generate_batch(model, prompts, 20, ends, batch_size=2))
+    assert len({len(ids) for ids in ours.values()}) > 2
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts])
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+    options = dict(do_sample=False, max_new_tokens=20, eos_token_id=ends, pad_token_id=0)
+    made = theirs.generate(ids, attention_mask=mask, **options)[:, width:].tolist()
+    assert [ids[: len(ours[i])] for i, ids in enumerate(made)] == [ours[i] for i in range(len(prompts))]
+    assert all(not any(ids[len(ours[i]) :]) for i, ids in enumerate(made))
 
 
 def test_what_is_not_done_of_a_generation_config_is_named(tmp_path, capsys):
