@@ -16,7 +16,7 @@ is in matrices.py; a method that is not there is refused.
 from dataclasses import dataclass, field
 
 from memory.cuda import CONTEXT, workspace
-from memory.matrices import METHODS, PIECE, adam_moments, update_of
+from memory.matrices import METHODS, PIECE, adam_moments, turns, update_of
 from memory.record import MB
 from model import SIZES, HeadLoss, ModelConfig
 
@@ -164,16 +164,15 @@ def activations(run):
 
 
 def due(run):
-    """The matrices that get a new basis, or merge, in one step: all; or in turns the first ones or the last, whose
-    gradients are larger. What a division leaves over goes to the first."""
+    """The matrices that get a new basis, or merge, in one step: all; or in turns those whose gradients are largest."""
     c, block = run.config, list(run.block.values())
     if not block[0].renewal:
         return []
     every = block * run.L
     if not c.stagger:
         return every
-    turns = every[: -(-len(every) // c.update_proj_gap)], every[-max(len(every) // c.update_proj_gap, 1) :]
-    return max(turns, key=lambda some: sum(x.due for x in some))
+    parts = [[every[i] for i in part] for part in turns(len(every), c.update_proj_gap)]
+    return max(parts, key=lambda some: sum(x.due for x in some))
 
 
 def logits(run):

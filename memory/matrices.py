@@ -42,6 +42,13 @@ class Matrix:
 # ---- tensors in few bits, and Adam -------------------------------------------------------------------------------
 
 
+def turns(n, gap):
+    """Of n matrices that take turns within `gap` steps those of each turn, as ranges: the i-th's is i gap // n."""
+    if gap >= n:
+        return [range(i, i + 1) for i in range(n)]
+    return [range(-(-k * n // gap), -(-(k + 1) * n // gap)) for k in range(gap)]
+
+
 def nf4(numbers, double_quant=False):
     """4 bits a number, and a scale a block: 4 bytes, or with double_quant 1 byte and 4 for every 256 of them."""
     blocks = -(-numbers // BLOCK_4BIT)

@@ -5,8 +5,8 @@ A training step on fake tensors, which have shapes and no bytes: what it makes, 
 
 The model is built as train.py builds it, and the step is train.py's own, with the method's own optimizer, so the plan
 cannot drift from the code. At most four layers are traced; the record of a deeper model repeats the third, storage by
-storage (record.py). Three steps: the first, which makes moments and bases, an ordinary one, and one in which the last
-layers are due for a new basis or a merge; where gradients accumulate a fourth, in which the first ones are.
+storage (record.py). Three steps or more: the first, which makes moments and bases, an ordinary one, and one or more in
+which layers are due for a new basis or a merge.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ import model as models
 import quant
 from memory.cuda import FusedRMSNorm, cuda_attention, workspace
 from memory.formula import Plan
+from memory.matrices import turns
 from memory.record import NotUniform, Record, deeper, replay
 from model import Linear, LLaMA
 
@@ -199,22 +200,33 @@ def storages(model, optimizer):
             yield None, tensor
 
 
-def due_together(config, n_layer):
-    """How many of a model's matrices, seven a layer, are due in the same step; 0: all."""
-    if not getattr(config, 'stagger', False):
-        return 0
-    together = -(-7 * n_layer // config.update_proj_gap)
-    return together if together < 7 * n_layer else 0
+def renewals(model, config, n_layer):
+    """The matrices that are due for a new basis or a merge, for each step to be traced of a model of n_layer layers, of
+    which `model` has some.
 
-
-def make_due(model, optimizer, config, n_layer, first=False):
-    """Let the next step refresh or merge: all matrices, where a method does so for all in the same step; else as many
-    as fall on one step of n_layer layers: the last ones, in whose backward most activations are alive, or the first,
-    whose full gradients of earlier micro-batches wait beside the updates of all others."""
+    All, where a method does so for all in the same step. In turns: the last turn, in whose backward most activations
+    are alive; where gradients accumulate the first, whose full gradients of earlier micro-batches wait beside the
+    updates of all others; and where a turn in between has larger matrices, these, as deep in the model as they can be
+    and as near to its start."""
     matrices = [m for layer in model.layers for m in layer.modules() if hasattr(m, 'in_features')]
-    n = due_together(config, n_layer)
-    last = n and max(7 * n_layer // config.update_proj_gap, 1)  # the remainder of the division goes to the first
-    optimizer.make_due(matrices[:n] if first else matrices[-last:])
+    parts = turns(7 * n_layer, config.update_proj_gap) if getattr(config, 'stagger', False) else []
+    if len(parts) < 2:
+        return [matrices]
+
+    def numbers(part):
+        return sum(matrices[i % 7].in_features * matrices[i % 7].out_features for i in part)
+
+    def with_larger(part, in_order):
+        largest = max(in_order, key=numbers)  # the first of them in this order
+        return [part, largest] if numbers(largest) > numbers(part) else [part]
+
+    def at(layer, part):  # the layers in between are alike, and not all at hand: the first or the last stands for them
+        return [matrices[i] if len(matrices) == 7 * n_layer else layer[i % 7] for i in part]
+
+    found = [at(matrices[-7:], part) for part in with_larger(parts[-1], parts[::-1])]
+    if config.gradient_accumulation_steps > 1:
+        found += [at(matrices[:7], part) for part in with_larger(parts[0], parts)]
+    return found
 
 
 def bytes_of(tensors):
@@ -249,12 +261,11 @@ def record_steps(run, model_config, n_layer):
         del located
         watch(record, model, optimizer)
         with record:
-            waits = config.gradient_accumulation_steps > 1 and due_together(config, n_layer)
-            for i in range(4 if waits else 3):
+            for due in [None, None, *renewals(model, config, n_layer)]:
                 record.phase = 'data'
                 record.at(None)
-                if i >= 2:
-                    make_due(model, optimizer, config, n_layer, first=i == 3)
+                if due:
+                    optimizer.make_due(due)
                 take_step(run, record, model, optimizer)
                 record.at(None)
         states = relabel_resident(record, model, optimizer, extra_layers)
@@ -338,8 +349,8 @@ def trace_step(model_config, dtype, config, setup, step, compute_dtype=None, on_
     try:
         with mock.patch.object(quant, 'nf4_on_cpu', nf4_by_shapes), as_on_a_card(not on_cpu):
             try:
-                if due_together(config, n_layer) > 7:
-                    raise NotUniform('more than the last layer is due at once, and less than all')
+                if getattr(config, 'stagger', False) and 7 * n_layer > 7 * config.update_proj_gap > 7:
+                    raise NotUniform('more than a layer is due at once, and less than all')
                 chunks, *sizes = traced(min(n_layer, 4))
                 chunks = deeper(chunks, n_layer) if n_layer > 4 else chunks
             except NotUniform:

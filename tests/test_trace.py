@@ -10,6 +10,7 @@ import configurator
 import galore
 from configurator import method_of
 from memory import trace
+from memory.matrices import turns
 from memory.record import LiveBytes
 from model import LLaMA, ModelConfig
 from train import training_step
@@ -72,10 +73,10 @@ def real_steps(config, dtype, live):
     optimizer = method_of(config).setup(model, config)
     live.weights = live.now
     n = config.gradient_accumulation_steps
-    for i in range(4 if n > 1 else 3):
+    for due in [None, None, *trace.renewals(model, config, TINY['n_layer'])]:
         batches = [(torch.randint(0, 301, (4, 32)), torch.randint(0, 301, (4, 32))) for _ in range(n)]
-        if i >= 2:
-            trace.make_due(model, optimizer, config, TINY['n_layer'], first=i == 3)
+        if due:
+            optimizer.make_due(due)
         training_step(model, optimizer, batches, 1e-3, 'cpu')
         del batches
     return model, optimizer
@@ -154,15 +155,27 @@ def test_layers_that_differ_are_traced_one_by_one():
 
 
 def test_as_many_matrices_are_due_as_fall_on_one_step():
-    model = LLaMA(ModelConfig(**TINY))
-    asked = []
-    optimizer = SimpleNamespace(make_due=asked.append)
-    for changes in (dict(), dict(update_proj_gap=5), dict(stagger=False), dict(method='adamw')):
-        trace.make_due(model, optimizer, config_of(**changes), 12)  # 84 matrices, a quarter of the layers at hand
+    model = LLaMA(ModelConfig(**TINY))  # a quarter of the 12 layers that are planned
     matrices = [module for module in model.layers.modules() if hasattr(module, 'in_features')]
-    assert asked == [matrices[-1:], matrices[-16:], matrices, matrices], '1 of 84, 16 of 84, all, all'
-    trace.make_due(model, optimizer, config_of(update_proj_gap=5), 12, first=True)
-    assert asked[-1] == matrices[:17], 'the first fifth is the larger one'
+
+    def due(n_layer=12, **changes):
+        return [[matrices.index(m) for m in some] for some in trace.renewals(model, config_of(**changes), n_layer)]
+
+    end = len(matrices)
+    assert due() == [[end - 1]] and due(stagger=False) == due(method='adamw') == [list(range(end))]
+    # 14 matrices in 5 turns: q k v, o gate up, down q k, v o gate, up down
+    assert due(update_proj_gap=30) == [[end - 2, end - 1], [end - 4, end - 3, end - 2]], (
+        'o gate up is more than up down'
+    )
+    starts = due(update_proj_gap=30, gradient_accumulation_steps=2)[2:]
+    assert starts == [[0, 1, 2], [3, 4, 5]], 'and their full gradients wait longest in the first layer'
+    assert due(3, update_proj_gap=2) == [list(range(11, 21))], 'where all layers are at hand they are where they are'
+
+
+@pytest.mark.parametrize('n, gap', [(14, 5), (84, 30), (84, 200), (84, 5), (7, 3)])
+def test_turns_are_those_of_the_optimizers(n, gap):
+    of = [i * gap // n for i in range(n)]  # galore.py and loqt.py: `offset`
+    assert turns(n, gap) == [range(of.index(k), n - of[::-1].index(k)) for k in sorted(set(of))]
 
 
 def test_a_cards_products_are_in_the_weights_dtype_in_whatever_file_they_are_written():

@@ -17,6 +17,7 @@ if __name__ == '__main__':
 import multiprocessing
 import random
 import time
+from types import SimpleNamespace
 
 import torch
 
@@ -110,14 +111,17 @@ def real_steps(config, shape, dtype, live):
         model = LLaMA(shape, dtype=dtype, linear=layers_of(config))
     model.materialise('cpu', 1)
     model.checkpointing = config.checkpointing
-    optimizer = train.setup(model, config)
+    gap = getattr(config, 'update_proj_gap', 200)
+    soon = gap <= 3  # then every layer is due by itself within a few steps, else only when asked for
+    optimizer = train.setup(
+        model, config if soon else SimpleNamespace(**vars(config) | {'update_proj_gap': trace.NEVER})
+    )
     data = Data(config, shape.vocab_size)
     selection = colm.setup(config, data)
-    gap = getattr(config, 'update_proj_gap', 200)
-    soon = gap <= 3  # then every layer is due by itself within a few steps
-    for i in range(3 + gap if soon else 4):
-        if i >= 2 and not soon:
-            trace.make_due(model, optimizer, config, shape.n_layer, first=i == 3)
+    due = [None] * (3 + gap) if soon else [None, None, *trace.renewals(model, config, shape.n_layer)]
+    for i, matrices in enumerate(due):
+        if matrices:
+            optimizer.make_due(matrices)
         if selection:
             batches = colm.chosen_batches(selection, model, data, config, i, 'cpu')
         else:
