@@ -139,9 +139,7 @@ def activations_of_a_block(run):
     norm; gate, silu(gate), up and their product."""
     c, a, N, D, F = run.config, run.a, run.N, run.D, run.F
     kept = a * N * (4 * D + 2 * run.Q + 2 * run.K + 4 * F) + N * (4 * run.H + 8)
-    if (
-        run.math_attention
-    ):  # q and k scaled, k and v repeated for each head, a number a score, attention's result copied
+    if run.math_attention:  # q and k scaled, k and v repeated for each head, a number a score, the result copied
         kept += a * N * (2 * run.Q - 2 * run.K) + 4 * run.H * N * (c.block_size - 1)
     if c.method != 'lora':
         return kept
