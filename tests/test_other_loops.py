@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import ROOT, run
 from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from adam import AdamW, split_decay
+from adam import AdamW, add_up_, split_decay
 from galore import GaLoreAdamW, on_the_right
 from loqt import LoQTAdamW, replace_linears
 from lora import LoRAAdamW, LoRALinear
@@ -477,3 +478,79 @@ def test_of_two_optimizers_of_a_weight_the_later_one_has_its_gradient(per_layer)
             p.square().sum().backward()
             later.step()
     assert torch.equal(*weights) and not earlier.state
+
+
+# ---- what is saved, averaged, or of another kind -----------------------------------------------------------------
+
+
+def with_layers(method, **more):
+    model = net()
+    optimizer = METHODS[method](model, **more)
+    if hasattr(optimizer, 'attach'):
+        optimizer.attach([model[0], model[2]])
+    return model, optimizer
+
+
+@pytest.mark.parametrize('method', METHODS_BUT_LOQT)  # whose merged weights, packed, have no average
+def test_an_average_of_an_attached_model_is_the_average_of_its_weights_and_does_not_train(method):
+    model, optimizer = with_layers(method)
+    mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    expected = None
+    for step in range(3):
+        train(model, optimizer, 1, first=step)
+        mean.update_parameters(model)
+        now = [p.detach() for p in model.parameters()]
+        expected = [p.clone() for p in now] if expected is None else [0.5 * a + 0.5 * b for a, b in zip(expected, now)]
+    for a, b in zip(mean.module.parameters(), expected):
+        torch.testing.assert_close(a, b)
+    before = weights(model)
+    loss_of(mean, 5).backward()  # as in an evaluation that forgot no_grad
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(model))), 'the original moved'
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_an_attached_model_and_its_optimizer_pass_through_torch_save(method, tmp_path):
+    model, optimizer = with_layers(method)
+    train(model, optimizer, 4)
+    torch.save((model, optimizer), tmp_path / 'both.pt')
+    other, its_optimizer = torch.load(tmp_path / 'both.pt', weights_only=False)
+    assert train(other, its_optimizer, 4, first=4) == train(model, optimizer, 4, first=4)
+
+
+@pytest.mark.parametrize('per_layer', [False, True])
+@pytest.mark.parametrize('method', ['galore', 'qgalore', 'fira'])
+def test_a_layer_that_no_group_projects_is_attached_and_trains_as_by_adamw(method, per_layer):
+    model, plain = net(), net()
+    optimizer = type(METHODS[method](net()))([{'params': model.parameters(), 'rank': 0}], lr=1e-2, per_layer=per_layer)
+    optimizer.attach([model[0], model[2]])
+    losses = train(model, optimizer, 5)
+    assert losses == pytest.approx(
+        train(plain, torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0), 5), 1e-5
+    )
+
+
+@pytest.mark.parametrize('method', METHODS_BUT_LOQT)
+def test_gradients_that_are_sparse_and_parameters_that_are_complex_are_refused_in_a_sentence(method):
+    table = torch.nn.Embedding(6, 12, sparse=True)
+    model = torch.nn.Sequential(table, *net())
+    optimizer = type(METHODS[method](net()))
+    more = ([],) if method == 'lora' else ()
+    trains = optimizer(model.parameters(), *more, lr=1e-2)
+    with pytest.raises(ValueError, match=r'takes no sparse gradients: use nn\.Embedding\(sparse=False\)'):
+        model(torch.tensor([1, 2])).sum().backward()
+    assert trains.state is not None
+    with pytest.raises(ValueError, match='not torch[.]complex64: leave them out'):
+        optimizer([torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.complex64))], *more, lr=1e-2)
+
+
+@pytest.mark.parametrize('dtype, n, most', [(torch.bfloat16, 128, 0.03), (torch.float16, 128, 0.005)])
+def test_sums_of_micro_batches_in_few_bits_are_right_on_average(dtype, n, most):
+    G = (torch.rand(64, 64, generator=torch.Generator().manual_seed(1)) + 0.5).to(dtype)
+    naive, total = torch.zeros_like(G), torch.zeros_like(G)
+    for i in range(n):
+        naive += G
+        add_up_(total, G, seed=i * 1000)
+    exact = n * G.double()
+    assert abs((total - exact).sum() / exact.sum()) < 1e-3, 'biased'
+    off, before = ((A - exact).norm() / exact.norm() for A in (total, naive))
+    assert off < most and (dtype == torch.float16 or before > 3 * off), (off, before)
