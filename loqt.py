@@ -134,7 +134,9 @@ class LoQTLinear(Packed):
             self.reset_parameters()
 
     def reset_parameters(self, generator=None):
-        """A new weight, N(0, 0.02), which exists in full only here."""
+        """A new weight, N(0, 0.02), which exists in full only here, and a bias of zero."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
         W = torch.empty(self.shapes['W'], device=self.B.device, dtype=self.B.dtype)
         self.set_weight(nn.init.normal_(W, std=0.02, generator=generator), precious=False)
 

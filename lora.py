@@ -45,14 +45,15 @@ class FrozenLinear(torch.autograd.Function):
 
 
 class LoRALinear(Packed):
-    """y = x @ (W + alpha / r B @ A).T in the place of an nn.Linear without bias, whose weight W is (out, in).
+    """y = x @ (W + alpha / r B @ A).T, plus b, in the place of an nn.Linear whose weight W is (out, in).
 
-    Parameters: A (r, in), uniform as in Kaiming's initialisation, and B (out, r), zero; fp32 whatever W's dtype.
+    Parameters: A (r, in), uniform as in Kaiming's initialisation, and B (out, r), zero; fp32 whatever W's dtype. And
+    with bias=True b (out,), which is no part of the adapter and has W's dtype.
     quantize: 'none', or 'nf4' for a W in 4 bits; double_quant: with its scales in 8. dropout: share of the inputs of A
     that are zero in training. Raises ValueError for values that cannot be."""
 
-    def __init__(self, n_in, n_out, rank=16, alpha=32.0, quantize='none', double_quant=False, dropout=0.0, device=None,
-                 dtype=None):  # fmt: skip
+    def __init__(self, n_in, n_out, rank=16, alpha=32.0, quantize='none', double_quant=False, dropout=0.0, bias=False,
+                 device=None, dtype=None):  # fmt: skip
         super().__init__()
         if quantize not in ('nf4', 'none') or rank < 1:
             raise ValueError(f"quantize={quantize!r}, rank={rank} cannot be: use 'nf4' or 'none', and at least 1")
@@ -64,11 +65,14 @@ class LoRALinear(Packed):
         self.drawn, self.ahead = 0, 0  # micro-batches of the steps so far, and of this one; LoRAAdamW counts them
         self.A = nn.Parameter(torch.empty(rank, n_in, device=device))
         self.B = nn.Parameter(torch.empty(n_out, rank, device=device))
+        self.bias = nn.Parameter(torch.zeros(n_out, device=device, dtype=dtype)) if bias else None
         if not self.A.is_meta:
             self.reset_parameters()
 
     def reset_parameters(self, generator=None):
-        """A new weight, N(0, 0.02), and factors whose product is zero."""
+        """A new weight, N(0, 0.02), a bias of zero, and factors whose product is zero."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
         W = torch.empty(self.out_features, self.in_features, device=self.A.device, dtype=self.dtype)
         self.set_weight(nn.init.normal_(W, std=0.02, generator=generator), generator)
 
@@ -111,11 +115,12 @@ class LoRALinear(Packed):
         return x.masked_fill(drop, 0.0)
 
     def forward(self, x):
+        y = FrozenLinear.apply(x, self) if self.bias is None else FrozenLinear.apply(x, self) + self.bias.to(x.dtype)
         if not len(self.A):  # no adapter here
-            return FrozenLinear.apply(x, self)
+            return y
         A, B, x_A = self.A.to(x.dtype), self.B.to(x.dtype), self.dropped(x)
         scale = self.scale if x_A is x else self.scale / (1 - self.dropout)
-        return FrozenLinear.apply(x, self) + (scale * (x_A @ A.T)) @ B.T  # (..., out)
+        return y + (scale * (x_A @ A.T)) @ B.T  # (..., out)
 
 
 class LoRAAdamW(AdamW):
@@ -247,6 +252,6 @@ def setup(model, config):
             layer.A.data, layer.B.data = layer.A.data[:0].clone(), layer.B.data[:, :0].clone()  # rank 0: W alone
         elif not scratch and not layer.A.is_meta:  # a weight that was given made each A from its shape alone
             layer.new_factors(torch.Generator(layer.A.device).manual_seed(zlib.crc32(f'{config.seed} 0 {i}'.encode())))
-        layer.requires_grad_(len(layer.A) > 0)
+        layer.A.requires_grad_(len(layer.A) > 0), layer.B.requires_grad_(len(layer.A) > 0)
     groups = split_decay(p for p in model.parameters() if p.requires_grad)
     return LoRAAdamW(groups, list(layers.values()), merge_every=config.merge_every, **adam.common(config))

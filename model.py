@@ -1,5 +1,6 @@
 """
 LLaMA in one file: RMSNorm, rotary embeddings, SwiGLU, grouped-query attention; loads and saves Hugging Face folders.
+By switches of ModelConfig it is Mistral, Qwen2 and 2.5, Qwen3, Phi-3 to 4, SmolLM3, Granite, or StableLM.
 
     model = LLaMA(ModelConfig(**SIZES['60m']))            # random weights, N(0, 0.02)
     loss = model(tokens, targets)                         # tokens, targets: (B, T) int64 -> mean loss in nats per token
@@ -38,11 +39,24 @@ class ModelConfig:
     head_dim: int = 0  # 0: n_embd / n_head
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # Llama 3's, a dict with the keys ROPE_SCALING; None: no scaling
+    rope_scaling: dict | None = None  # how frequencies change for long windows, as ROPE says; None: not at all
     tie_embeddings: bool = False  # head and embedding share one matrix
+    family: str = 'llama'  # model_type of the folder it is saved to; what differs in the arithmetic is said below
+    qkv_bias: bool = False  # q, k and v projections add a vector
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each head of q and k, before they are rotated
+    layer_norm: bool = False  # norms are LayerNorm with bias
+    rotary_dim: int = 0  # dimensions of a head that rotate, the first ones; 0: head_dim
+    no_rope: tuple = ()  # layers that do not rotate at all
+    embedding_scale: float = 1.0  # factor on the embedding's rows
+    residual_scale: float = 1.0  # factor on what attention and MLP add
+    attention_scale: float = 0.0  # factor on q k^T; 0: 1 / sqrt(head_dim)
+    logit_divisor: float = 1.0
     max_positions: int = 0  # longest window the weights support, kept when training on shorter ones; 0: block_size
     bos_token_id: int | None = None  # these two are unused here, only saved for other readers of the folder
     eos_token_id: int | list | None = None
+    kept: dict | None = None  # other fields of the config.json it came from, which go back into the one it is saved to
 
     def __post_init__(self):
         for key in ('n_layer', 'n_head', 'n_embd', 'n_inner', 'vocab_size', 'block_size'):
@@ -57,6 +71,12 @@ class ModelConfig:
             raise ModelError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}: change one')
         if self.head_dim % 2:
             raise ModelError(f'head_dim={self.head_dim} is odd, but rotary embeddings turn pairs: change n_embd')
+        self.attention_scale = self.attention_scale or self.head_dim**-0.5
+        self.rope_scaling = self.rope_scaling and {'rope_type': 'llama3', **self.rope_scaling}
+        self.rotary_dim = self.rotary_dim or self.head_dim
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            what = f'rotary_dim={self.rotary_dim} is odd, or more than head_dim={self.head_dim}'
+            raise ModelError(f'{what}: use an even number up to that')
 
 
 def _size(n_embd, n_inner, n_head, n_layer, vocab_size=32000):
@@ -82,64 +102,139 @@ SIZES = {
 }
 
 
-ROPE_SCALING = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
-
-
 class Linear(nn.Linear):
-    """y = x W^T, no bias. W is cast to the activations' dtype, so that a CPU can store bf16 and compute in fp32."""
+    """y = x W^T + b, or no b. W is cast to the activations' dtype, so that a CPU can store bf16 and compute in fp32."""
 
-    def __init__(self, n_in, n_out, **kw):
-        super().__init__(n_in, n_out, bias=False, **kw)
+    def __init__(self, n_in, n_out, bias=False, **kw):
+        super().__init__(n_in, n_out, bias=bias, **kw)
 
     def reset_parameters(self, generator=None):
         nn.init.normal_(self.weight, std=0.02, generator=generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class Embedding(nn.Embedding):
+    def __init__(self, n, n_embd, scale=1.0, **kw):
+        super().__init__(n, n_embd, **kw)
+        self.scale = scale
+
     def reset_parameters(self, generator=None):
         nn.init.normal_(self.weight, std=0.02, generator=generator)
 
+    def forward(self, tokens):
+        x = super().forward(tokens)  # (B, T, D)
+        return x if self.scale == 1 else x * self.scale
+
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * w, over the last dimension."""
+    """x / rms(x) * w, over the last dimension. divisor: of what comes out."""
 
-    def __init__(self, n, eps, **kw):
+    def __init__(self, n, eps, divisor=1.0, **kw):
         super().__init__()
-        self.eps = eps
+        self.eps, self.divisor = eps, divisor
         self.weight = nn.Parameter(torch.ones(n, **kw))
 
     def reset_parameters(self, generator=None):
         nn.init.ones_(self.weight)
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        x = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return x if self.divisor == 1 else x / self.divisor
 
 
-def rotary_tables(config, device=None):
-    """cos and sin of position times frequency, each (block_size, d/2), fp32 (RoFormer, 2104.09864, section 3.4)."""
-    d = config.head_dim
-    frequency = config.rope_theta ** (-torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)  # (d/2,)
-    if config.rope_scaling:
+class LayerNorm(RMSNorm):
+    """(x - mean(x)) / std(x) * w + b, over the last dimension."""
+
+    def __init__(self, n, eps, divisor=1.0, **kw):
+        super().__init__(n, eps, divisor, **kw)
+        self.bias = nn.Parameter(torch.zeros(n, **kw))
+
+    def reset_parameters(self, generator=None):
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        x = F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return x if self.divisor == 1 else x / self.divisor
+
+
+# rope_scaling is {'rope_type': one of these, ...} with these keys; those behind None may be missing.
+ROPE = {
+    'linear': ('factor',),
+    'dynamic': ('factor', 'original_max_position_embeddings'),
+    'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'),
+    'yarn': ('factor', 'original_max_position_embeddings', None, 'attention_factor', 'beta_fast', 'beta_slow', 'mscale',
+             'mscale_all_dim', 'truncate'),
+    'longrope': ('factor', 'original_max_position_embeddings', 'short_factor', 'long_factor', None, 'attention_factor'),
+}  # fmt: skip
+
+
+def rotary_frequencies(config, T=0, device=None):
+    """-> radians a position (d/2,) fp32, d being rotary_dim, and a factor on cosines and sines. T: length of the window
+    they are for; it counts where that is longer than the model was made for, under 'dynamic' and 'longrope'."""
+    d, theta, s = config.rotary_dim, config.rope_theta, config.rope_scaling or {'rope_type': 'default'}
+    kind, f, old = s['rope_type'], s.get('factor'), s.get('original_max_position_embeddings')
+    if kind == 'dynamic' and old < T:  # all are stretched so that the lowest is divided by f T / old - (f - 1)
+        theta *= (f * T / old - (f - 1)) ** (d / (d - 2))
+    frequency = theta ** (-torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)  # (d/2,)
+    if kind == 'linear':  # 2306.15595
+        return frequency / f, 1.0
+    if kind == 'llama3':
         # Low frequencies, whose period exceeds the old context, are divided by `factor`; high ones stay; those in
         # between are interpolated.
-        s = config.rope_scaling
-        turns = s['original_max_position_embeddings'] * frequency / (2 * math.pi)  # full turns within the old context
+        turns = old * frequency / (2 * math.pi)  # full turns within the old context
         keep = (turns - s['low_freq_factor']) / (s['high_freq_factor'] - s['low_freq_factor'])
         keep = keep.clamp(0, 1)
-        frequency = keep * frequency + (1 - keep) * frequency / s['factor']
-    angle = torch.arange(config.block_size, dtype=torch.float32, device=device)[:, None] * frequency  # (T, d/2)
-    return angle.cos(), angle.sin()
+        return keep * frequency + (1 - keep) * frequency / f, 1.0
+    if kind == 'yarn':  # 2309.00071: much the same, interpolated by numbers of dimensions
+        bounds = [  # the dimension that makes so many full turns within the old context
+            d * math.log(old / (2 * math.pi * turns)) / (2 * math.log(theta))
+            for turns in (s.get('beta_fast') or 32, s.get('beta_slow') or 1)
+        ]
+        if s.get('truncate', True):  # to whole numbers
+            bounds = [math.floor(bounds[0]), math.ceil(bounds[1])]
+        low, high = max(bounds[0], 0), min(bounds[1], d - 1)
+        low_ones = (torch.arange(d // 2, device=device) - low) / (high - low if high != low else 0.001)
+        low_ones = low_ones.clamp(0, 1)
+        return (1 - low_ones) * frequency + low_ones * frequency / f, yarn_factor(s)
+    if kind == 'longrope':  # 2402.13753: a divisor for each frequency, found by a search
+        divisors = torch.tensor(s['long_factor' if old < T else 'short_factor'], dtype=torch.float32, device=device)
+        usual = math.sqrt(1 + math.log(f) / math.log(old)) if f > 1 else 1.0
+        return frequency / divisors, s.get('attention_factor') or usual
+    return frequency, 1.0
+
+
+def yarn_factor(s):
+    """The factor on cosines and sines: its square sharpens attention over longer windows (2309.00071, section 3.4)."""
+
+    def factor(mscale):
+        return 0.1 * mscale * math.log(s['factor']) + 1 if s['factor'] > 1 else 1.0
+
+    both = s.get('mscale') and s.get('mscale_all_dim')
+    return s.get('attention_factor') or (factor(s['mscale']) / factor(s['mscale_all_dim']) if both else factor(1))
+
+
+def rotary_tables(config, device=None, T=0):
+    """cos and sin of position times frequency, each (T, d/2), fp32 (RoFormer, 2104.09864, section 3.4), for a window of
+    T tokens; 0: (block_size, d/2), for all that are no longer than the model was made for."""
+    frequency, factor = rotary_frequencies(config, T, device)
+    angle = torch.arange(T or config.block_size, dtype=torch.float32, device=device)[:, None] * frequency  # (T, d/2)
+    cos, sin = angle.cos(), angle.sin()
+    return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
 
 def rotate(x, cos, sin):
     """Rotate each pair (x_i, x_{i + d/2}), Hugging Face's half-split layout, by its position's angle.
 
-    x: (B, T, H, d); cos, sin: (T, d/2), or (B, T, d/2) if rows have positions of their own."""
-    a, b, cos, sin = *x.chunk(2, dim=-1), cos[..., None, :], sin[..., None, :]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    x: (B, T, H, d or more); cos, sin: (T, d/2), or (B, T, d/2) if rows have positions of their own."""
+    half, rest = cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]  # where only part of a head rotates, the rest passes
+    a, b, *rest = x.split([half, half] + [rest] * (rest > 0), dim=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, *rest], dim=-1)
 
 
 class KVCache:
@@ -252,25 +347,37 @@ class HeadLoss(torch.autograd.Function):
 
 
 class Attention(nn.Module):
-    def __init__(self, c, linear, **kw):
+    def __init__(self, c, linear, rotates=True, **kw):
         super().__init__()
-        self.d = c.head_dim
-        self.q_proj = linear(c.n_embd, c.n_head * c.head_dim, **kw)
-        self.k_proj = linear(c.n_embd, c.n_kv_head * c.head_dim, **kw)
-        self.v_proj = linear(c.n_embd, c.n_kv_head * c.head_dim, **kw)
-        self.o_proj = linear(c.n_head * c.head_dim, c.n_embd, **kw)
+        self.d, self.scale, self.rotates, self.qk_norm = c.head_dim, c.attention_scale, rotates, c.qk_norm
+        self.q_proj = linear(c.n_embd, c.n_head * c.head_dim, bias=c.qkv_bias, **kw)
+        self.k_proj = linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias, **kw)
+        self.v_proj = linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias, **kw)
+        self.o_proj = linear(c.n_head * c.head_dim, c.n_embd, bias=c.o_bias, **kw)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps, **kw) for _ in range(2))
 
     def forward(self, x, cos, sin, cache=None, i=0):
         B, T, _ = x.shape
         q, k, v = (f(x).view(B, T, -1, self.d) for f in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotates:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         # Transposed last: q stays in memory by token, cuDNN lays out y as q, and o_proj's input is no second copy of y.
-        q, k, v = (A.transpose(1, 2) for A in (rotate(q, cos, sin), rotate(k, cos, sin), v))  # (B, H, T, d), K heads
+        q, k, v = (A.transpose(1, 2) for A in (q, k, v))  # (B, H, T, d), K heads
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(i, k, v)
         # enable_gqa lets several query heads share a key head (H > K). Some kernels refuse it, so only where needed.
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,
+            scale=self.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
         )  # (B, H, T, d)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
@@ -278,25 +385,30 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c, linear, **kw):
         super().__init__()
-        self.gate_proj = linear(c.n_embd, c.n_inner, **kw)
-        self.up_proj = linear(c.n_embd, c.n_inner, **kw)
-        self.down_proj = linear(c.n_inner, c.n_embd, **kw)
+        self.gate_proj = linear(c.n_embd, c.n_inner, bias=c.mlp_bias, **kw)
+        self.up_proj = linear(c.n_embd, c.n_inner, bias=c.mlp_bias, **kw)
+        self.down_proj = linear(c.n_inner, c.n_embd, bias=c.mlp_bias, **kw)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, D)
 
 
 class Block(nn.Module):
-    def __init__(self, c, linear, **kw):
+    def __init__(self, c, linear, rotates=True, **kw):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.n_embd, c.norm_eps, **kw)
-        self.self_attn = Attention(c, linear, **kw)
-        self.post_attention_layernorm = RMSNorm(c.n_embd, c.norm_eps, **kw)
+        Norm = LayerNorm if c.layer_norm else RMSNorm
+        self.scale = c.residual_scale
+        self.input_layernorm = Norm(c.n_embd, c.norm_eps, **kw)
+        self.self_attn = Attention(c, linear, rotates, **kw)
+        self.post_attention_layernorm = Norm(c.n_embd, c.norm_eps, **kw)
         self.mlp = MLP(c, linear, **kw)
 
     def forward(self, x, cos, sin, cache=None, i=0):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, i)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.add(x, self.self_attn(self.input_layernorm(x), cos, sin, cache, i))
+        return self.add(x, self.mlp(self.post_attention_layernorm(x)))
+
+    def add(self, x, branch):
+        return x + branch if self.scale == 1 else x + self.scale * branch
 
 
 def arithmetic(device, dtype):
@@ -313,7 +425,7 @@ class LLaMA(nn.Module):
     until `materialise`, which creates the weights module by module, so that a 7B needs no more than its own 13 GB.
 
     linear: the class of the blocks' linear layers, called like Linear. A method that packs its weights passes its own,
-    which returns the dense W (out, in) from `dense_weight()` and takes one with `set_weight(W)`."""
+    which returns the dense W (out, in) from `dense_weight()` and takes one with `set_weight(W)`; `bias` is as it is."""
 
     def __init__(self, config, device=None, dtype=None, linear=Linear):
         super().__init__()
@@ -321,9 +433,11 @@ class LLaMA(nn.Module):
         self.config = config
         self.checkpointing = False  # True: keep only each block's input and recompute the block in backward
         self.compute_dtype = None  # None: `arithmetic` chooses
-        self.embed_tokens = Embedding(config.vocab_size, config.n_embd, **kw)
-        self.layers = nn.ModuleList(Block(config, linear, **kw) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config.n_embd, config.norm_eps, **kw)
+        self.embed_tokens = Embedding(config.vocab_size, config.n_embd, config.embedding_scale, **kw)
+        blocks = (Block(config, linear, i not in config.no_rope, **kw) for i in range(config.n_layer))
+        self.layers = nn.ModuleList(blocks)
+        Norm = LayerNorm if config.layer_norm else RMSNorm
+        self.norm = Norm(config.n_embd, config.norm_eps, config.logit_divisor, **kw)  # so that the head divides, too
         if not config.tie_embeddings:
             self.lm_head = Linear(config.n_embd, config.vocab_size, **kw)
         self.set_block_size(config.block_size, device)
@@ -334,6 +448,13 @@ class LLaMA(nn.Module):
         cos, sin = rotary_tables(self.config, device)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
+
+    def rotary(self, T):
+        """cos and sin (T or more, d/2) of a window of T tokens. Under 'dynamic' and 'longrope' a window that is longer
+        than the model was made for has its own; a cache's older keys keep the rotation that they have."""
+        s = self.config.rope_scaling or {}
+        longer = s.get('rope_type') in ('dynamic', 'longrope') and s['original_max_position_embeddings'] < T
+        return rotary_tables(self.config, self.cos.device, T) if longer else (self.cos, self.sin)
 
     @property
     def head(self):
@@ -364,6 +485,8 @@ class LLaMA(nn.Module):
         for prefix, module in self.named_modules():
             if hasattr(module, 'dense_weight'):  # packed, or with low-rank factors
                 yield prefix + '.weight', (module.out_features, module.in_features), module.dense_weight
+                if module.bias is not None:
+                    yield prefix + '.bias', tuple(module.bias.shape), module.bias.detach
             else:
                 for name, p in module.named_parameters(prefix, recurse=False):
                     yield name, tuple(p.shape), p.detach
@@ -380,7 +503,8 @@ class LLaMA(nn.Module):
         if (end := T + (cache.length if cache is not None else 0)) > self.config.block_size:
             raise ModelError(f'{end} tokens do not fit the window of {self.config.block_size}: raise block_size')
         at = cache.begin(T) if cache is not None else slice(T)
-        return self.embed_tokens(tokens).to(dtype), self.cos[at].to(dtype), self.sin[at].to(dtype)
+        cos, sin = self.rotary(end)
+        return self.embed_tokens(tokens).to(dtype), cos[at].to(dtype), sin[at].to(dtype)
 
     def hidden(self, tokens, cache=None):
         """tokens (B, T) -> what the head reads, (B, T, D)."""

@@ -14,7 +14,8 @@ from data.batches import read_meta
 from data.fields import check, text, whole
 from model import SIZES, Linear, LLaMA, ModelConfig, ModelError
 from plumbing import Stop
-from plumbing.folder import ADVICE, AdapterError, read_config
+from plumbing.families import ADVICE, read_config
+from plumbing.folder import AdapterError
 from plumbing.hf import PackedError, first_line, weights_folder
 from plumbing.parallel import device_and_dtype
 from plumbing.resume import CheckpointError, find

@@ -1,13 +1,9 @@
 """
-What a stranger's folder says: config.json, adapter_config.json and the headers of its weights, each checked before any
-of it is believed and before anything is allocated.
+What a stranger's folder says: the headers of its weights and adapter_config.json, each checked before any of it is
+believed and before anything is allocated. (config.json: families.py.)
 
-    config = config_from_hf(read_config(folder), folder)     # a ModelConfig
     held = headers(folder)                                   # {name: Held(path, raw name, shape, dtype)}
     adapter = read_adapter(folder)                           # adapter_config.json of plain LoRA, or None
-
-A field that changes the mathematics, and that we do not compute, is refused by its name and value: loading such a model
-all the same would give other numbers without a word. What else a file says passes.
 """
 
 import math
@@ -17,164 +13,9 @@ from typing import NamedTuple
 import torch
 
 from data import fields
-from data.fields import either, maybe, number, one_of, several, switch, table, text, whole
-from model import ROPE_SCALING, ModelConfig, ModelError
-
-ADVICE = 'fetch or save the model again'
-FLOATS = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
-DTYPE = maybe(one_of(*(str(dtype).removeprefix('torch.') for dtype in FLOATS.values())))
-LONGEST = 2**31  # positions
-
-# ---- config.json -------------------------------------------------------------------------------------------------
-
-THETA, TOKEN = maybe(number(1, 1e15)), whole(-1, 2**31)  # llama 1 wrote -1 for no token
-CONFIG = {
-    'hidden_size': whole(1, 2**20),
-    'intermediate_size': whole(1, 2**22),
-    'num_hidden_layers': whole(1, 4096),
-    'num_attention_heads': whole(1, 2**16),
-    'num_key_value_heads': maybe(whole(1, 2**16)),
-    'head_dim': maybe(whole(1, 2**16)),
-    'vocab_size': whole(1, fields.ROWS),
-    'max_position_embeddings': whole(1, LONGEST, default=2048),
-    'sliding_window': maybe(whole(1, LONGEST)),
-    'rms_norm_eps': number(0, 1, default=1e-6),
-    'rope_theta': THETA,
-    'rope_scaling': maybe(table()),
-    'rope_parameters': maybe(table()),
-    'tie_word_embeddings': switch(default=False),
-    'bos_token_id': maybe(either(TOKEN, several(TOKEN))),
-    'eos_token_id': maybe(either(TOKEN, several(TOKEN))),
-    'dtype': DTYPE,  # transformers 5
-    'torch_dtype': DTYPE,  # transformers 4
-    'packed_weights': switch(default=False),  # ours
-}
-# What a missing field means, where the family has a default of its own.
-FAMILIES = {
-    'llama': {},
-    'mistral': {'num_key_value_heads': 8, 'sliding_window': 4096, 'max_position_embeddings': 131072},
-}
-# Fields that change the arithmetic, and the values that stand for ours. The second half is of other families.
-COMPUTED = {
-    'hidden_act': ('silu', 'swish'),
-    'attention_bias': (False,),
-    'mlp_bias': (False,),
-    'attention_dropout': (0.0, None),
-    'partial_rotary_factor': (1.0, None),
-    'is_causal': (True, None),
-    'quantization_config': (None,),
-    'compression_config': (None,),
-    'qkv_bias': (False, None),
-    'use_qkv_bias': (False, None),
-    'qk_layernorm': (False, None),
-    'use_qk_norm': (False, None),
-    'use_parallel_residual': (False, None),
-    'clip_qkv': (None,),
-    'attn_logit_softcapping': (None,),
-    'final_logit_softcapping': (None,),
-    'attention_chunk_size': (None,),
-    'no_rope_layers': (None,),
-    'attention_multiplier': (None,),
-    'embedding_multiplier': (1.0, None),
-    'residual_multiplier': (1.0, None),
-    'logits_scaling': (1.0, None),
-    'num_local_experts': (None,),
-    'pruned_heads': ({}, None),
-    'use_bidirectional_attention': (False, None),
-}
-ROPE = {'rope_type': one_of('default', 'llama3'), 'rope_theta': THETA}
-SCALING = {
-    'factor': number(1e-6, 1e6),
-    'low_freq_factor': number(1e-6, 1e6),
-    'high_freq_factor': number(1e-6, 1e6),
-    'original_max_position_embeddings': whole(1, LONGEST),
-}
-
-
-def same(a, b):
-    """Equal, and True is no 1."""
-    return a == b and isinstance(a, bool) == isinstance(b, bool)
-
-
-def read_config(folder):
-    """config.json of a folder as a dict that fits CONFIG. Raises ModelError."""
-    path = os.path.join(folder, 'config.json')
-    try:
-        return checked(fields.read(path, {}, ModelError, ADVICE), path)
-    except FileNotFoundError:
-        raise ModelError(f'{path} does not exist: name a folder that holds config.json and model.safetensors') from None
-
-
-def checked(given, where):
-    """A config.json, given as a dict, with the defaults of its family. Raises ModelError."""
-    family = given.get('model_type')
-    if not isinstance(family, str) or family not in FAMILIES:
-        what = f'model_type={fields.shown(family)}'
-        raise ModelError(f'{where}: {what} is not what this LLaMA computes (only llama and mistral are)')
-    for name, allowed in COMPUTED.items():
-        if name in given and not any(same(given[name], value) for value in allowed):
-            what = f'{name}={fields.shown(given[name])}'
-            raise ModelError(f'{where}: {what} is not what this LLaMA computes (only {allowed[0]!r} is)')
-    return fields.check(FAMILIES[family] | given, CONFIG, where, ModelError, ADVICE)
-
-
-def rope_from_hf(hf, where):
-    """-> theta, and Llama 3's scaling or None.
-
-    transformers 4 keeps theta beside `rope_scaling`, 5 has both in `rope_parameters`; which of two counts depends on
-    the version, so they must say the same. Raises ModelError if they do not."""
-    said, theta = [], float(hf['rope_theta'] or 10000.0)
-    for name in ('rope_scaling', 'rope_parameters'):
-        if not (rope := hf[name]):
-            continue
-        place = f'{where}, {name}'
-        rope = {'rope_type': rope.get('type', 'default')} | rope
-        if rope.get('partial_rotary_factor') not in (1.0, None) or any(type(v) is dict for v in rope.values()):
-            what = fields.shown(rope)
-            raise ModelError(f'{place} is {what}: only one rotation, of whole heads, is what this LLaMA computes')
-        kind = fields.check(rope, ROPE, place, ModelError, 'only these are what this LLaMA computes')['rope_type']
-        if kind == 'llama3':
-            fields.check(rope, SCALING, place, ModelError, ADVICE)
-            outer = hf.get('original_max_position_embeddings', rope['original_max_position_embeddings'])
-            if rope['low_freq_factor'] >= rope['high_freq_factor']:
-                raise ModelError(f'{place}: low_freq_factor must be less than high_freq_factor: {ADVICE}')
-            if outer != rope['original_max_position_embeddings']:
-                raise ModelError(f'{where}: original_max_position_embeddings has two values: {ADVICE}')
-        scaling = {key: rope[key] for key in ROPE_SCALING} if kind == 'llama3' else None
-        said.append((float(rope.get('rope_theta') or theta), scaling))
-    said = said or [(theta, None)]
-    if any(one != said[0] for one in said) or hf['rope_theta'] not in (None, said[0][0]):
-        raise ModelError(f'{where}: rope_theta, rope_scaling and rope_parameters contradict each other: {ADVICE}')
-    return said[0]
-
-
-def config_from_hf(given, where='config.json'):
-    """ModelConfig of a Hugging Face config (a dict). Raises ModelError, naming the field that LLaMA cannot have."""
-    hf = checked(given, where)
-    theta, scaling = rope_from_hf(hf, where)
-    block_size = hf['max_position_embeddings']
-    if hf['model_type'] == 'mistral':  # within its window, a sliding-window model has ordinary attention
-        block_size = min(block_size, hf['sliding_window'] or block_size)
-    try:
-        return ModelConfig(
-            n_layer=hf['num_hidden_layers'],
-            n_head=hf['num_attention_heads'],
-            n_kv_head=hf['num_key_value_heads'] or 0,
-            n_embd=hf['hidden_size'],
-            n_inner=hf['intermediate_size'],
-            vocab_size=hf['vocab_size'],
-            block_size=block_size,
-            head_dim=hf['head_dim'] or 0,
-            norm_eps=hf['rms_norm_eps'],
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tie_embeddings=hf['tie_word_embeddings'],
-            bos_token_id=hf['bos_token_id'],
-            eos_token_id=hf['eos_token_id'],
-        )
-    except ModelError as error:
-        raise ModelError(f'{where}: {error}') from None
-
+from data.fields import either, maybe, number, one_of, several, table, text, whole
+from model import ModelError
+from plumbing.families import ADVICE, FLOATS, same
 
 # ---- weights -----------------------------------------------------------------------------------------------------
 
@@ -186,6 +27,7 @@ class Held(NamedTuple):
     raw: str
     shape: tuple
     dtype: str  # as safetensors writes it: 'F32', 'BF16', 'I8' ...
+    rows: tuple | None = None  # from which to which; None: the tensor is all of it
 
 
 INDEX = {'weight_map': table()}
@@ -243,6 +85,33 @@ def headers(folder):
                 what = 'numbers that stand for others, or no weights at all'
                 raise ModelError(f'{path}: {raw} is of {dtype}, {what}: name a folder with weights in BF16, F16 or F32')
             found[name] = Held(path, raw, shape, dtype)
+    return found
+
+
+FUSED = {  # by Phi-3, row after row
+    'self_attn.qkv_proj': ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
+    'mlp.gate_up_proj': ('mlp.gate_proj', 'mlp.up_proj'),
+}
+
+
+def fused_rows(c):
+    """{a fused matrix: rows of each of its parts}, of a ModelConfig."""
+    Q, K = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    return dict(zip(FUSED, ((Q, K, K), (c.n_inner, c.n_inner)))) if c.family == 'phi3' else {}
+
+
+def split_fused(held, config):
+    """`headers` with fused matrices as their parts. One whose rows are not those of its parts stays as it is."""
+    found, sizes = {}, fused_rows(config)
+    for name, one in held.items():
+        matrix = name.removesuffix('.weight').partition('layers.')[2].partition('.')[2]
+        if one.shape[:1] != (sum(sizes.get(matrix, ())),):
+            found[name] = one
+            continue
+        start = 0
+        for part, n in zip(FUSED[matrix], sizes[matrix]):
+            found[name.replace(matrix, part)] = one._replace(shape=(n, *one.shape[1:]), rows=(start, start + n))
+            start += n
     return found
 
 

@@ -16,17 +16,8 @@ import torch
 import torch.nn as nn
 
 from model import Linear, LLaMA, ModelError
-from plumbing.folder import (
-    ADVICE,
-    FLOATS,
-    AdapterError,
-    config_from_hf,
-    finite,
-    headers,
-    read_adapter,
-    read_config,
-    read_header,
-)
+from plumbing.families import ADVICE, FLOATS, config_from_hf, config_to_hf, read_config
+from plumbing.folder import FUSED, AdapterError, Held, finite, headers, read_adapter, read_header, split_fused
 from plumbing.terminal import patience
 
 WINDOW = 2**17  # positions that a model without a given block_size has rotary tables for
@@ -49,11 +40,11 @@ def load(folder, dtype=None, device='cpu', block_size=None, linear=Linear):
     config = config_from_hf(stored, folder)
     if block_size is not None and block_size > config.block_size:
         raise ModelError(f'{folder} is made for windows of {config.block_size} tokens: set block_size to at most that')
-    held = headers(folder)
+    held = split_fused(headers(folder), config)
     planned = torch.device(device).type == 'meta' and not held
     last = f'layers.{config.n_layer - 1}.input_layernorm.weight'
     if not held and not planned:
-        raise ModelError(f'{folder} has no model.safetensors: save the model again in that format')
+        raise ModelError(f'{folder} has no model.safetensors: {how_to_get_it(folder)}')
     if not planned and last not in held:  # before a module of a layer is made
         raise ModelError(f'{folder} lacks {last}, one of the {config.n_layer} layers of its config.json: {ADVICE}')
     first = held.get('embed_tokens.weight')
@@ -70,13 +61,22 @@ def load(folder, dtype=None, device='cpu', block_size=None, linear=Linear):
     return model
 
 
+def how_to_get_it(folder):
+    """What to do about a folder without model.safetensors."""
+    pickles = [name for name in sorted(os.listdir(folder)) if re.fullmatch(r'pytorch_model.*\.bin', name)]
+    if not pickles:
+        return 'save the model again in that format'
+    convert = "AutoModelForCausalLM.from_pretrained('OLD', dtype='auto').save_pretrained('NEW')"
+    return f'{pickles[0]} is a pickle, which may run code as it is read; if you trust it, use transformers: {convert}'
+
+
 def check_tensors(model, held, folder, packed_weights):
     """Raise ModelError unless the files hold this model's tensors, each in its shape, and nothing else. -> names of
     those that are in optimizer.pt instead. held: see folder.headers."""
     wanted = {name: shape for name, shape, _ in model.dense_weights()}
     if model.config.tie_embeddings and 'lm_head.weight' in held:
         wanted['lm_head.weight'] = wanted['embed_tokens.weight']  # a copy
-    for name, (_, _, shape, _) in held.items():
+    for name, (_, _, shape, *_) in held.items():
         if name not in wanted:
             raise ModelError(f'{folder} holds a tensor this model has no place for: {name}')
         if shape != wanted[name]:
@@ -96,7 +96,7 @@ def module_of(model, name):
 
 def check_copy(folder, embedding, head):
     """Raise ModelError if a head that config.json ties to the embedding is not the same matrix."""
-    (_, a), (_, b) = (next(tensors_of(one.path, [('', one.raw)])) for one in (embedding, head))
+    (_, a), (_, b) = (next(tensors_of(one.path, [('', one)])) for one in (embedding, head))
     if a.dtype != b.dtype or not torch.equal(a, b):
         what = 'config.json says tie_word_embeddings, but lm_head.weight is another matrix than embed_tokens.weight'
         raise ModelError(f'{folder}: {what}: set it to false there if the model has a head of its own')
@@ -106,7 +106,7 @@ def read_tensors(model, held, dtype, device):
     """Fill a model on the meta device from its files."""
     by_file = {}
     for name, one in held.items():
-        by_file.setdefault(one.path, []).append((name, one.raw))
+        by_file.setdefault(one.path, []).append((name, one))
     done = 0
     with patience('reading weights') as tell:
         for path, names in by_file.items():
@@ -115,8 +115,10 @@ def read_tensors(model, held, dtype, device):
                     raise ModelError(f'{path}: {name} holds NaN or infinite numbers: {ADVICE}')
                 module, leaf = module_of(model, name), name.rpartition('.')[2]
                 tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)  # not the file's mmap
-                if hasattr(module, 'set_weight'):
+                if hasattr(module, 'set_weight') and leaf == 'weight':
+                    bias = module.bias  # perhaps read before
                     module.to_empty(device=device, recurse=False).set_weight(tensor)
+                    module.bias = module.bias if bias is None or bias.is_meta else bias
                 else:
                     setattr(module, leaf, nn.Parameter(tensor))
                 done += 1
@@ -124,13 +126,13 @@ def read_tensors(model, held, dtype, device):
 
 
 def tensors_of(path, names):
-    """Yield (name, tensor) for each (name, name in the file): views of the file."""
+    """Yield (name, tensor) for each (name, its Held): views of the file."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework='pt') as f:
-            for name, raw in names:
-                yield name, f.get_tensor(raw)
+            for name, one in names:
+                yield name, f.get_tensor(one.raw) if one.rows is None else f.get_slice(one.raw)[slice(*one.rows)]
     except (SafetensorError, OSError) as error:
         raise ModelError(f'{path} is missing or broken ({error}): {ADVICE}') from None
 
@@ -150,9 +152,11 @@ def save(model, folder, shard_bytes=4 * 2**30, merged=True):
         json.dump(config_to_hf(model.config, model.head.dtype) | marked, f, indent=2)
     shards, size = [{}], 0
     each, total = model.head.element_size(), 0
-    for name, shape, whole in model.dense_weights():
-        if not merged and hasattr(model.get_submodule(name.rpartition('.')[0]), 'set_weight'):
-            continue
+    weights = model.dense_weights()
+    if not merged:
+        packed = {f'{name}.weight' for name, module in model.named_modules() if hasattr(module, 'set_weight')}
+        weights = (one for one in weights if one[0] not in packed)
+    for name, shape, whole in fused(weights, model.config.family):
         nbytes = math.prod(shape) * each
         if size + nbytes > shard_bytes and shards[-1]:
             shards, size = [*shards, {}], 0
@@ -170,40 +174,27 @@ def save(model, folder, shard_bytes=4 * 2**30, merged=True):
             json.dump({'metadata': {'total_size': total}, 'weight_map': files}, f, indent=2)
 
 
+def fused(weights, family):
+    """dense_weights with the parts of Phi-3's fused matrices as one, in the place of the last of them."""
+    waiting = []
+    for name, shape, whole in weights:
+        part = name.removesuffix('.weight').partition('layers.')[2].partition('.')[2]
+        matrix = next((matrix for matrix, parts in FUSED.items() if family == 'phi3' and part in parts), None)
+        if not matrix:
+            yield name, shape, whole
+            continue
+        waiting.append((shape, whole))
+        if part == FUSED[matrix][-1]:
+            (shapes, each), waiting = zip(*waiting), []
+            rows = sum(rows for rows, _ in shapes)
+            yield name.replace(part, matrix), (rows, shape[1]), lambda each=each: torch.cat([one() for one in each])
+
+
 def first_line(error):
     text = str(error) or type(error).__name__
     if 'weights_only' in text:  # torch goes on to say how to run the code that is in the file
         return 'it holds other things than tensors, which are not read'
     return text.splitlines()[0]
-
-
-def config_to_hf(c, dtype=torch.float32):
-    """The dict that Hugging Face writes as config.json for a LlamaForCausalLM, the rotary keys in both spellings."""
-    rope = {'rope_type': 'llama3', **c.rope_scaling} if c.rope_scaling else {'rope_type': 'default'}
-    return {
-        'architectures': ['LlamaForCausalLM'],
-        'model_type': 'llama',
-        'vocab_size': c.vocab_size,
-        'hidden_size': c.n_embd,
-        'intermediate_size': c.n_inner,
-        'num_hidden_layers': c.n_layer,
-        'num_attention_heads': c.n_head,
-        'num_key_value_heads': c.n_kv_head,
-        'head_dim': c.head_dim,
-        'hidden_act': 'silu',
-        'max_position_embeddings': max(c.max_positions, c.block_size),
-        'bos_token_id': c.bos_token_id,
-        'eos_token_id': c.eos_token_id,
-        'initializer_range': 0.02,
-        'rms_norm_eps': c.norm_eps,
-        'tie_word_embeddings': c.tie_embeddings,
-        'rope_theta': c.rope_theta,
-        'rope_scaling': rope if c.rope_scaling else None,
-        'rope_parameters': {'rope_theta': c.rope_theta, **rope},
-        'attention_bias': False,
-        'mlp_bias': False,
-        'torch_dtype': str(dtype).removeprefix('torch.'),
-    }
 
 
 # ---- PEFT's adapter folders --------------------------------------------------------------------------------------
@@ -270,7 +261,8 @@ def load_adapter(model, folder):
     r, scale = stored['r'], stored['lora_alpha'] / stored['r']
     layer = next(module for module in model.modules() if is_lora(module))
     path = os.path.join(folder, 'adapter_model.safetensors')
-    tensors = dict(tensors_of(path, [(name, name) for name in read_header(path, AdapterError)[0]]))
+    held = read_header(path, AdapterError)[0].items()
+    tensors = dict(tensors_of(path, [(name, Held(path, name, *one)) for name, one in held]))
     targets = ','.join(sorted({name.split('.')[-3] for name in tensors}))
     for name, tensor in tensors.items():
         if name not in ours or ours[name].shape != tensor.shape or not math.isclose(scale, layer.scale):

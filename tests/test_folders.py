@@ -19,7 +19,8 @@ from data import DataError, fields, tokenizer
 from data.batches import Tokens, read_meta
 from model import LLaMA, ModelConfig, ModelError
 from plumbing import build, checkpoint, hf
-from plumbing.folder import AdapterError, config_from_hf, headers, read_adapter
+from plumbing.families import config_from_hf
+from plumbing.folder import AdapterError, headers, read_adapter
 
 EACH = int(os.environ.get('HOSTILE_EACH', 2))  # hostile values a field; more find more
 DEEP = '[' * 10_000 + ']' * 10_000

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from model import SIZES, KVCache, LLaMA, ModelConfig, ModelError
-from plumbing.hf import config_from_hf
+from plumbing.families import config_from_hf
 
 LLAMA3 = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 TINY = dict(n_layer=2, n_head=4, n_embd=32, n_inner=56, vocab_size=97, block_size=24)
@@ -186,12 +186,11 @@ def test_compile_gives_the_same_loss_and_gradients():
 
 
 REFUSED = {
-    'attention_bias=True': dict(attention_bias=True),
-    'mlp_bias=True': dict(mlp_bias=True),
     "hidden_act='gelu'": dict(hidden_act='gelu'),
     "model_type='gemma'": dict(model_type='gemma'),
-    "rope_type='yarn'": dict(rope_parameters={'rope_type': 'yarn', 'rope_theta': 1e4}),
-    "rope_type='linear'": dict(rope_parameters=None, rope_scaling={'type': 'linear', 'factor': 2.0}),
+    "rope_type='proportional'": dict(rope_parameters={'rope_type': 'proportional', 'rope_theta': 1e4}),
+    'lacks factor': dict(rope_parameters=None, rope_scaling={'type': 'linear'}),
+    'only one rotation, of whole heads': dict(rope_parameters={'rope_theta': 1e4, 'partial_rotary_factor': 0.5}),
     'quantization_config': dict(quantization_config={'bits': 4}),
 }
 
