@@ -40,6 +40,9 @@ from data import DataError, tokenizer  # noqa: E402
 FORMAT = 1
 SPLITS = ('train', 'val')
 BATCH_CHARACTERS = 4_000_000  # encoded at a time: about 1M tokens, some 40 MB as Python lists
+# What an earlier preparation of other data or another tokenizer may have left, to be removed.
+MAY_BE_LEFT = ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja']
+MAY_BE_LEFT += [f'{split}_{kind}.bin' for split in SPLITS for kind in ('trained', 'ends')]
 PIECE_CHARACTERS = 500_000  # a longer document is encoded in pieces, so that one huge file also uses all cores
 
 
@@ -80,8 +83,11 @@ def choose_tokenizer(spec, texts, vocab_size):
 class Writer:
     """Collects documents in a hidden subfolder, and moves the files into place only when all documents are written.
 
+    kinds: of files for each split, named after it; '' is the one of the tokens.
     limits={'train': N}: take whole documents until there are N tokens, then ignore the rest (see .full).
     total: bytes expected, for the progress bar. Further keywords are written to meta.json."""
+
+    kinds = ('',)
 
     def __init__(self, folder, tok, made_by, limits=None, total=None, **extra):
         if tok.eot is None:
@@ -89,12 +95,17 @@ class Writer:
                 'this tokenizer has no end-of-text token: name it as eos_token in its tokenizer_config.json'
             )
         self.folder, self.tok, self.made_by, self.extra = Path(folder), tok, made_by, extra
-        self.limits = limits or {}
+        self.limits, self.vocab_size = limits or {}, tok.vocab_size
         self.dtype = 'uint16' if tok.vocab_size <= 65536 else 'uint32'
+        self.files = {} if tok.json is None else {'tokenizer.json': tok.json}  # beside the tokens: name -> text
+        if tok.kind == 'bpe':  # transformers' AutoTokenizer needs a second file
+            config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': tokenizer.EOT}
+            self.files['tokenizer_config.json'] = json.dumps(config) + '\n'
         self.sources = {}  # name -> its entry in meta.json, in order of first appearance
         self.tokens = dict.fromkeys(SPLITS, 0)
         self.bytes = dict.fromkeys(SPLITS, 0)
         self.waiting, self.waiting_characters, self.taking = [], 0, True
+        self.chunks = {}  # (source, split, kind): arrays that are still to be written to its file
         unit, total = ('tok', sum(limits.values())) if limits else ('B', total)
         self.bar = tqdm(total=total, desc='tokenize', unit=unit, unit_scale=True, delay=2, leave=False)
 
@@ -131,7 +142,6 @@ class Writer:
         return self.tokens[split] >= self.limits.get(split, float('inf'))
 
     def _flush(self):
-        chunks = {}
         encoded = encode_pieces(self.tok, [(piece, first) for _, _, piece, first, _ in self.waiting])
         for (source, split, piece, first, last), ids in zip(self.waiting, encoded):
             if first:
@@ -140,25 +150,46 @@ class Writer:
                 continue
             if last:
                 ids.append(self.tok.eot)
-            size = len(piece.encode('utf-8', 'replace'))
-            entry = self.sources.setdefault(
-                source, {'name': source, 'train_tokens': 0, 'val_tokens': 0, 'train_documents': 0, 'val_documents': 0}
-            )
-            entry[f'{split}_tokens'] += len(ids)
-            entry[f'{split}_documents'] += last
-            self.tokens[split] += len(ids)
-            self.bytes[split] += size
-            self.bar.update(len(ids) if self.limits else size)
-            chunks.setdefault((source, split), []).append(ids)
-        # One file per source and split, opened only to append: there may be more sources than file handles.
-        for (source, split), lists in chunks.items():
-            with open(self._part(source, split), 'ab') as f:
-                for ids in lists:
-                    np.array(ids, dtype=np.dtype(self.dtype).newbyteorder('<')).tofile(f)
+            self.take(source, split, ids, len(piece.encode('utf-8', 'replace')), last)
+        self._write_chunks()
         self.waiting, self.waiting_characters = [], 0
 
-    def _part(self, source, split):
-        return self.work / f'{list(self.sources).index(source)}.{split}'
+    def take(self, source, split, ids, size, documents):
+        """Count these tokens and put them aside for the file of their source and split."""
+        entry = self.sources.setdefault(
+            source, {'name': source, 'train_tokens': 0, 'val_tokens': 0, 'train_documents': 0, 'val_documents': 0}
+        )
+        entry[f'{split}_tokens'] += len(ids)
+        entry[f'{split}_documents'] += documents
+        self.tokens[split] += len(ids)
+        self.bytes[split] += size
+        self.bar.update(len(ids) if self.limits else size)
+        self.chunks.setdefault((source, split, ''), []).append(np.array(ids, np.dtype(self.dtype).newbyteorder('<')))
+
+    def _write_chunks(self):
+        # One file per source and split, opened only to append: there may be more sources than file handles.
+        for (source, split, kind), arrays in self.chunks.items():
+            with open(self._part(source, split, kind), 'ab') as f:
+                for array in arrays:
+                    array.tofile(f)
+        self.chunks = {}
+
+    def _part(self, source, split, kind=''):
+        return self.work / f'{list(self.sources).index(source)}.{split}{kind}'
+
+    def _join(self, split, kind, checksum):
+        """The parts of all sources, one after another, as a file of the folder."""
+        with open(self.work / f'{split}{kind}.bin', 'wb') as out:
+            for source in self.sources:
+                part = self._part(source, split, kind)
+                if part.exists():
+                    with open(part, 'rb') as f:
+                        while block := f.read(2**20):
+                            out.write(block)
+                            checksum.update(block)
+                    part.unlink()
+            out.flush()
+            os.fsync(out.fileno())
 
     def _finish(self):
         self._flush()
@@ -168,21 +199,12 @@ class Writer:
         for split in SPLITS:
             if not self.tokens[split]:
                 raise DataError(f'too little text: the {split} split is empty; give more text or change --val_share')
-            with open(self.work / f'{split}.bin', 'wb') as out:
-                for source in self.sources:
-                    part = self._part(source, split)
-                    if part.exists():
-                        with open(part, 'rb') as f:
-                            while block := f.read(2**20):
-                                out.write(block)
-                                checksum.update(block)
-                        part.unlink()
-                out.flush()
-                os.fsync(out.fileno())
+            for kind in self.kinds:
+                self._join(split, kind, checksum)
         self.meta = {
             'format': FORMAT,
             'tokenizer': self.tok.kind,
-            'vocab_size': self.tok.vocab_size,
+            'vocab_size': self.vocab_size,
             'eot': self.tok.eot,
             'dtype': self.dtype,
             'train_tokens': self.tokens['train'],
@@ -195,22 +217,17 @@ class Writer:
             'python': platform.python_version(),
             **self.extra,
         }
-        names = ['train.bin', 'val.bin']
-        if self.tok.json is not None:
-            (self.work / 'tokenizer.json').write_text(self.tok.json, encoding='utf-8')
-            names.append('tokenizer.json')
-        if self.tok.kind == 'bpe':  # transformers' AutoTokenizer needs a second file
-            config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': tokenizer.EOT}
-            (self.work / 'tokenizer_config.json').write_text(json.dumps(config) + '\n', encoding='utf-8')
-            names.append('tokenizer_config.json')
-        (self.work / 'meta.json').write_text(json.dumps(self.meta, indent=1) + '\n', encoding='utf-8')
+        self.files['meta.json'] = json.dumps(self.meta, indent=1) + '\n'
+        for name, text in self.files.items():
+            (self.work / name).write_text(text, encoding='utf-8')
+        names = [f'{split}{kind}.bin' for split in SPLITS for kind in self.kinds] + [*self.files]
         # Remove the old meta.json first and write the new one last: after a crash in between, the folder counts as not
         # prepared.
         if (self.folder / 'meta.json').exists():
             (self.folder / 'meta.json').unlink()
-            for name in {'tokenizer.json', 'tokenizer_config.json'} - set(names):
+            for name in {*MAY_BE_LEFT} - {*names}:
                 (self.folder / name).unlink(missing_ok=True)
-        for name in [*names, 'meta.json']:
+        for name in names:  # meta.json is the last
             os.replace(self.work / name, self.folder / name)
 
 

@@ -1,0 +1,400 @@
+"""
+Conversations -> token ids, and which of them are trained. The only place that knows a chat template.
+
+    template = chat.load(folder, tok)                 # the model's own; chat.load(folder, tok, 'chatml'): one of ours
+    ids, trained = template.encode([{'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'}])
+    ids = template.prompt([{'role': 'user', 'content': '2+2?'}])             # up to where the answer begins
+    template.text(messages)                           # as transformers' apply_chat_template(tokenize=False) has it
+
+A template is jinja from a stranger's folder, so it runs in jinja's sandbox, with what transformers gives it. A
+conversation is written and tokenised once, as a whole, and its trained tokens are found by characters: those of each
+answer up to and with the token that ends the turn. Where an answer begins and ends say the `{% generation %}` tags of
+the template; without them an answer is what the template writes more than it wrote to ask for it, which must therefore
+be how the whole begins. Names of special tokens within a message are plain text, so that no user can end a turn.
+"""
+
+import bisect
+import json
+import os
+import re
+from datetime import datetime
+from itertools import pairwise, takewhile
+
+from data import fields
+from data.signed import NONCHARACTERS, Coder, pattern, special_names
+from data.templates import NEEDS, TEMPLATES
+from data.tokenizer import ADVICE, HF, TokenizerError, name_of, read_json
+
+DATE = datetime(2024, 7, 26)  # what a template is told is today, as Llama 3's own falls back to: runs must not differ
+NAMES = '|'.join(TEMPLATES)
+KNOWN = [f'{kind}_token' for kind in ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')]
+TOKENS = {name: fields.maybe(fields.either(fields.text(), fields.table())) for name in KNOWN}
+OWN = {'chat_template': fields.maybe(fields.either(fields.text(), fields.several(fields.table())))}
+GENERATION = re.compile(r'\{%-?\s*generation\s*-?%\}')
+
+
+class ChatError(TokenizerError):
+    """A conversation that a template cannot write, or whose answers cannot be found in what it writes."""
+
+
+def load(folder, tok, name=None):
+    """The model's own template, or the one of that name, or in that .jinja file. Raises TokenizerError."""
+    variables = token_names(folder, tok)
+    if name in TEMPLATES:
+        special, added = special_names(tok)
+        if missing := [token for token in NEEDS.get(name, ()) if token not in {**special, **added}]:
+            fit = '|'.join(other for other in TEMPLATES if other not in NEEDS)
+            raise TokenizerError(
+                f'--template={name} needs the special token {missing[0]}, which the tokenizer in {folder} lacks: '
+                f'use one of ordinary text, --template={fit}'
+            )
+        # Readers of the saved file add no BOS of their own.
+        if not tok.bos or tok.bos != [special.get(variables.get('bos_token'))]:
+            variables.pop('bos_token', None)  # some name a token here that the model never saw begin a text
+        bos = '{{ bos_token }}' if 'bos_token' in variables else ''
+        return Template({'default': bos + TEMPLATES[name]}, tok, variables, f'--template={name}')
+    if name:
+        if not name.endswith('.jinja') or not os.path.isfile(name):
+            raise TokenizerError(f'--template={name} is none of ours and no .jinja file: use one of {NAMES}')
+        return Template({'default': fields.read_text(name, TokenizerError, ADVICE)}, tok, variables, name)
+    sources, where = own(folder)
+    if not sources:
+        raise TokenizerError(f'{folder} has no chat template: choose one, --template={NAMES}')
+    return Template(sources, tok, variables, where)
+
+
+def own(folder):
+    """-> {'default': jinja, 'tool_use': another for conversations with tools, if there is one}, the file they are from.
+
+    chat_template.jinja counts before tokenizer_config.json, as in transformers."""
+    sources, where = {}, os.path.join(folder, 'chat_template.jinja')
+    more = os.path.join(folder, 'additional_chat_templates', 'tool_use.jinja')
+    for kind, path in (('default', where), ('tool_use', more)):
+        if os.path.exists(path):
+            sources[kind] = fields.read_text(path, TokenizerError, ADVICE)
+    if 'default' in sources:
+        return sources, where
+    path = os.path.join(folder, 'tokenizer_config.json')
+    found = read_json(path, OWN)['chat_template'] if os.path.exists(path) else None
+    if isinstance(found, str):
+        return {'default': found}, path
+    table = {'name': fields.text(), 'template': fields.text()}
+    for one in found or ():
+        fields.check(one, table, f'{path}, chat_template', TokenizerError, ADVICE)
+    sources = {one['name']: one['template'] for one in found or ()}
+    if sources and 'default' not in sources:
+        raise TokenizerError(f'{path} has the chat templates {", ".join(sources)} and no default: --template={NAMES}')
+    return sources, path
+
+
+def token_names(folder, tok):
+    """{'bos_token': '<s>', ...} as the folder says; the end of text also if it does not."""
+    found = {}
+    for file in ('special_tokens_map.json', 'tokenizer_config.json'):
+        path = os.path.join(folder, file)
+        if os.path.exists(path):
+            said = read_json(path, TOKENS)
+            found |= {name: name_of(said[name], f'{path}, {name}') for name in KNOWN if said[name] is not None}
+    if 'eos_token' not in found and tok.eot is not None:
+        found['eos_token'] = name_of_id(tok, tok.eot)
+    return found
+
+
+def name_of_id(tok, i):
+    return tok.hf.id_to_token(i) if isinstance(tok, HF) else tok.decode([i])
+
+
+def environment():
+    """jinja as transformers sets it up. What it gives a template cannot change what it is given, nor leave jinja."""
+    import jinja2
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} ... {% endgeneration %}: what stands between them comes out between two signs."""
+
+        tags = frozenset({'generation'})
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method('marked'), [], [], body).set_lineno(line)
+
+        def marked(self, caller):
+            begin, end = self.environment.generation_signs
+            return begin + caller() + end
+
+    class Namespace(jinja2.utils.Namespace):
+        """A place for a template's variables: under no name that Python keeps something of its own."""
+
+        def __init__(*args, **named):
+            for name in named:
+                check(name)
+            jinja2.utils.Namespace.__init__(*args, **named)
+
+        def __setitem__(self, name, value):
+            check(name)
+            jinja2.utils.Namespace.__setitem__(self, name, value)
+
+    def check(name):
+        if name.startswith('_'):
+            raise jinja2.exceptions.SecurityError(f'a variable named {name}')
+
+    def refuse(message):
+        raise jinja2.TemplateError(message)
+
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return re.sub(r'\\u(fd[de][0-9a-f])', lambda m: chr(int(m[1], 16)), text) if ensure_ascii else text  # our signs
+
+    found = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, 'jinja2.ext.loopcontrols']
+    )
+    found.generation_signs = ('', '')
+    found.filters['tojson'] = to_json
+    found.globals |= {
+        'raise_exception': refuse,
+        'strftime_now': lambda form: DATE.strftime(form),
+        'namespace': Namespace,
+        'dict': lambda *args, **named: dict(*args, **named),
+    }
+    return found
+
+
+class Template:
+    """sources: jinja as {'default': text, maybe 'tool_use': text}; where: the file or flag that they are from.
+
+    Raises TokenizerError if it is not jinja, or cannot write even one question."""
+
+    def __init__(self, sources, tok, variables, where):
+        import jinja2
+
+        self.sources, self.tok, self.variables, self.where = sources, tok, variables, where
+        self.environment = environment()
+        try:
+            self.compiled = {kind: self.environment.from_string(source) for kind, source in sources.items()}
+            parsed = [self.environment.parse(source) for source in sources.values()]
+        except (jinja2.TemplateError, RecursionError, ValueError, OverflowError) as error:
+            line = f'line {error.lineno}: ' if getattr(error, 'lineno', None) else ''
+            raise TokenizerError(
+                f'{where} is not a template that jinja can read ({line}{error}): use --template={NAMES}'
+            ) from None
+        literals = [node.data for tree in parsed for node in tree.find_all(jinja2.nodes.TemplateData)]
+        literals += [node.value for tree in parsed for node in tree.find_all(jinja2.nodes.Const)]
+        literals = '\0'.join(text for text in literals if isinstance(text, str))
+        self.special, added = special_names(tok)
+        # Some tokenizers do not say of their control tokens that they are special; a template that writes one does.
+        self.loose = {name: i for name, i in added.items() if name.strip() and name in literals}
+        self.coder = Coder(tok, {**self.special, **self.loose})
+        self.names = pattern(self.coder.names)
+        self.tagged = all(GENERATION.search(source) for source in sources.values())
+        self.takes_system = True
+        self.takes_system = self.finds_system()
+
+    # ---- writing
+
+    def text(self, messages, generation_prompt=False, tools=None):
+        """The conversation as the template writes it. Raises ChatError if it refuses to."""
+        return self.write(messages, generation_prompt, tools)
+
+    def write(self, messages, generation_prompt=False, tools=None, signs=('', '')):
+        import jinja2
+
+        self.environment.generation_signs = signs
+        compiled = self.compiled.get('tool_use' if tools else 'default', self.compiled['default'])
+        given = {'tools': tools or None, 'documents': None, 'add_generation_prompt': generation_prompt}
+        try:
+            return compiled.render(messages=self.prepared(messages), **given, **self.variables)
+        except jinja2.exceptions.SecurityError as error:
+            raise TokenizerError(
+                f'{self.where} tries to leave its sandbox ({error}): do not trust this folder, use --template={NAMES}'
+            ) from None
+        except Exception as error:  # a template is a program, and can fail in any way
+            raise ChatError(f'{self.where} cannot write this conversation: {error or type(error).__name__}') from None
+
+    def prepared(self, messages):
+        """Messages as templates want them: no null, no field of ours, the system message where there is a place."""
+        ours = ('weight', 'train')
+        found = [{key: v for key, v in m.items() if v is not None and key not in ours} for m in messages]
+        if self.takes_system or not found or found[0]['role'] != 'system':
+            return found
+        system, *rest = found
+        if not rest or rest[0]['role'] != 'user' or not system.get('content'):
+            return rest
+        before = {
+            key: system['content'] + '\n\n' + rest[0][key] for key in ('content', 'instruction') if key in rest[0]
+        }
+        return [rest[0] | before, *rest[1:]]
+
+    def finds_system(self):
+        user = {'role': 'user', 'content': 'question'}
+        try:
+            self.write([user], True)
+        except ChatError as error:
+            raise TokenizerError(f'{error}, not even one question: use --template={NAMES}') from None
+        try:
+            return 'instructions' in self.write([{'role': 'system', 'content': 'instructions'}, user], True)
+        except ChatError:
+            return False
+
+    # ---- tokens
+
+    def prompt(self, messages, tools=None):
+        """Ids up to where the model's answer begins."""
+        signs = self.signs(messages, tools)
+        written = self.write(self.shielded(messages, signs), True, self.shielded(tools, signs))
+        return self.encode_written([(written, [], signs)])[0][0]
+
+    def encode(self, messages, train_on='all', tools=None):
+        """-> ids, trained (list of bool of the same length). train_on: 'all' answers, or the 'last' one.
+
+        An answer whose message says weight 0 or train false is not trained. Raises ChatError."""
+        return self.encode_written([self.spans(messages, train_on, tools)])[0]
+
+    def encode_written(self, written):
+        """[(ids, trained)] of [(text with signs, its trained spans, its signs)], in one call of the tokenizer."""
+        texts, places = [], []
+        for text, spans, signs in written:
+            cuts = sorted({0, len(text), *(at for span in spans for at in span)})
+            parts = [self.signed(text[a:b], signs) for a, b in pairwise(cuts)]
+            lengths = [len(part) - part.count(signs[-1]) for part in parts]  # ends do not count signs
+            moved = {at: sum(lengths[:i]) for i, at in enumerate(cuts)}
+            texts.append((''.join(parts), signs[-1]))
+            places.append([(moved[a], moved[b]) for a, b in spans])
+        coded = [None] * len(texts)
+        for sign in {sign for _, sign in texts}:
+            rows = [i for i, (_, one) in enumerate(texts) if one == sign]
+            for i, row in zip(rows, self.coder.encode_batch([texts[i][0] for i in rows], sign)):
+                coded[i] = row
+        for (ids, ends), (text, sign), spans in zip(coded, texts, places):
+            for a, _ in reversed(spans):
+                self.part(ids, ends, text.replace(sign, ''), a, sign)
+        return [self.marked(ids, ends, spans) for (ids, ends), spans in zip(coded, places)]
+
+    def part(self, ids, ends, text, at, sign):
+        """Divide the token that begins before an answer and ends in it, if there is one ("\\n " before a space): when
+        the model is asked, the text ends there, and that token cannot come."""
+        i = bisect.bisect_right(ends, at)
+        begin = ends[i - 1] if i else 0
+        if i == len(ends) or not begin < at or ids[i] in self.coder.names.values():
+            return
+        end, j = ends[i], bisect.bisect_right(ends, ends[i])
+        new = [(begin, *self.middle(text[begin:at], sign)), (at, *self.middle(text[at:end], sign))]
+        ids[i:j] = [t for _, some, _ in new for t in some]
+        ends[i:j] = [start + e for start, _, some in new for e in some]
+
+    def middle(self, text, sign):
+        """(ids, ends) of a text that neither begins nor follows a special token."""
+        ids, ends = self.coder.encode_batch([sign + text], sign)[0]
+        first = bisect.bisect_right(ends, 1)  # the tokens of the sign, which merges with nothing
+        return ids[first:], [end - 1 for end in ends[first:]]
+
+    def marked(self, ids, ends, spans):
+        """A token is trained if it ends within a trained span; not a special one that only swallows its beginning."""
+        trained = [False] * len(ids)
+        special, begins = {*self.coder.names.values()}, [0, *ends]
+        for a, b in spans:
+            for i, end in enumerate(ends):
+                trained[i] |= a < end <= b and not (ids[i] in special and begins[i] < a)
+        bos = self.tok.bos
+        if bos and ids[: len(bos)] != bos:  # once: the template may have written it
+            ids, trained = bos + ids, [False] * len(bos) + trained
+        return ids, trained
+
+    def signs(self, messages, tools=None):
+        """Characters that stand nowhere in the conversation: before a name that is text, around what is generated, and
+        before a name that is a token."""
+        said = json.dumps([messages, tools, *self.sources.values()], ensure_ascii=False)
+        free = [c for c in NONCHARACTERS if c not in said]
+        if len(free) < 4:
+            raise ChatError('it holds nearly all of the characters U+FDD0 to U+FDEF, which no text should')
+        return free[0], free[1], free[2], free[3]
+
+    def shielded(self, value, signs, loose=True):
+        """The same with a sign before each name of a special token in it. An answer's own <think> stays a token."""
+        if isinstance(value, str):
+            return (self.names if loose else pattern(self.special)).sub(signs[0] + r'\1', value)
+        if isinstance(value, list):
+            return [self.shielded(one, signs, loose) for one in value]
+        if isinstance(value, dict):
+            loose = loose and value.get('role') != 'assistant'
+            return {self.shielded(k, signs): self.shielded(v, signs, loose) for k, v in value.items()}
+        return value
+
+    def signed(self, text, signs):
+        """What was written: names with the first sign become text, all others get the last sign, which makes tokens."""
+        shield, sign = signs[0], signs[-1]
+        either = re.compile(f'{shield}?{self.names.pattern}|{shield}')
+        return either.sub(lambda m: m[0].lstrip(shield) if m[0][0] == shield else sign + m[0], text)
+
+    # ---- which characters are trained
+
+    def spans(self, messages, train_on, tools):
+        """-> text with signs, [(begin, end)] of its trained characters, the signs."""
+        signs = self.signs(messages, tools)
+        wanted = [i for i, m in enumerate(messages) if m['role'] == 'assistant']
+        if not wanted or messages[-1]['role'] != 'assistant':
+            raise ChatError('its last turn is no answer')
+        if any(m.get('tool_calls') for m in messages) and not any('tool_calls' in s for s in self.sources.values()):
+            raise ChatError(f'{self.where} has no place for tool calls')
+        turns = wanted[-1:] if train_on == 'last' else wanted
+        turns = [i for i in turns if messages[i].get('weight') != 0 and messages[i].get('train') is not False]
+        shielded, tools = self.shielded(messages, signs), self.shielded(tools, signs)
+        if self.tagged:
+            text, found = self.tagged_spans(shielded, tools, signs)
+            if len(found) == len(wanted):
+                found = [span for i, span in zip(wanted, found) if i in turns]
+            elif turns != wanted:
+                raise ChatError(f'{self.where} marks {len(found)} answers as generated, there are {len(wanted)}')
+        else:
+            text = self.write(shielded, False, tools)
+            found = [self.span_of(shielded, i, text, tools, train_on) for i in turns]
+        return self.with_end(text, found, signs)
+
+    def tagged_spans(self, messages, tools, signs):
+        """The text without the signs of {% generation %}, and what they enclose."""
+        begin, end = signs[1:3]
+        parts = re.split(f'([{begin}{end}])', self.write(messages, False, tools, (begin, end)))
+        at, found, opened = 0, [], None
+        for part in parts:
+            if part == begin:
+                opened = at
+            elif part == end:
+                found.append((opened, at))
+            else:
+                at += len(part)
+        return ''.join(part for part in parts if part not in (begin, end)), found
+
+    def span_of(self, messages, i, text, tools, train_on):
+        """The characters of answer i: what is written with it and was not when it was asked for."""
+        asked = self.write(messages[:i], True, tools)
+        told = text if i == len(messages) - 1 else self.write(messages[: i + 1], False, tools)
+        upto = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(told, text)))
+        # What a template writes only at the very end, as Phi-3 an end of text, may be missing.
+        if not text.startswith(asked) or upto <= len(asked) or pattern(self.special).sub('', told[upto:]).strip():
+            other = '--train_on=last' if train_on == 'all' and i < len(messages) - 1 else f'--template={NAMES}'
+            raise ChatError(
+                f'{self.where} writes the turns before answer {i} otherwise once it is there, and has no generation '
+                f'tags, so that what it trains is not to be told: use {other}'
+            )
+        return len(asked), upto
+
+    def with_end(self, text, spans, signs):
+        """Spans that end with the token that ends the turn: without what follows it, and with it if a tag left it out.
+        A template that writes none after its last answer gets the end of text."""
+        shield = signs[0]
+        token = re.compile(f'(?<!{shield}){pattern(self.special).pattern}')
+        found = []
+        for a, b in spans:
+            last = next(reversed([*token.finditer(text, a, b)]), None)
+            if last and not text[last.end() : b].strip():
+                b = last.end()
+            elif after := token.match(text, b):
+                b = after.end()
+            elif not text[b:].strip():
+                if self.tok.eot is None:
+                    raise TokenizerError(f'{self.where} writes no end of turn, and the tokenizer has no end of text')
+                name = name_of_id(self.tok, self.tok.eot)
+                text, b = text[:b] + name, b + len(name)
+            found.append((a, b))
+        return text, found, signs
