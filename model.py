@@ -237,6 +237,26 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin, *rest], dim=-1)
 
 
+# ---- packed rows: pieces (P + 1,) int32 = 0, ..., B T, where the pieces of B rows of T tokens end, rows one after
+# another. An end may stand there more than once, so that P can be the same in all batches.
+
+
+def positions_of(pieces, B, T):
+    """(B, T) int64: the place of each token in its own piece."""
+    at = torch.arange(B * T, device=pieces.device)
+    return (at - pieces[torch.searchsorted(pieces, at, right=True) - 1]).view(B, T)
+
+
+def attend_masked(q, k, v, pieces, scale=None):
+    """Causal attention within each piece, by a mask: for whatever has no kernel of its own. q (B, T, H, d), k and v
+    (B, T, K, d) -> (B, T, H, d)."""
+    B, T, H, _ = q.shape
+    piece = torch.searchsorted(pieces, torch.arange(B * T, device=q.device), right=True).view(B, 1, T)
+    mask = (piece[..., None] == piece[..., None, :]).tril()  # (B, 1, T, T)
+    q, k, v = (A.transpose(1, 2) for A in (q, k, v))  # (B, H, T, d)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=k.shape[1] != H).transpose(1, 2)
+
+
 class KVCache:
     """Keys and values of all positions seen so far, so that sampling runs each token through the model once.
 
@@ -307,8 +327,8 @@ def cross_entropy_rows(x, W, targets, scale=None):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of x W^T in nats, over targets that are not -100, without the (N, V) logits. weights (N,): a
-    factor on each row's.
+    """Cross-entropy of x W^T in nats, its sum over targets that are not -100 divided by `divisor`, a number or a 0-dim
+    tensor; None: by how many these are, the mean. Never the (N, V) logits. weights (N,): a factor on each row's.
 
     Forward and backward together, ROWS rows of logits at a time. torch's F.linear_cross_entropy does this too, but in
     bf16 either adds losses up in bf16, 0.2 nats off at 16,384 rows, or, on a CPU, makes two fp32 tensors of the
@@ -317,8 +337,8 @@ class HeadLoss(torch.autograd.Function):
     ROWS = 512
 
     @staticmethod
-    def forward(ctx, x, W, targets, needs_grad, weights=None):
-        count = (targets != -100).sum()
+    def forward(ctx, x, W, targets, needs_grad, weights=None, divisor=None):
+        count = (targets != -100).sum() if divisor is None else divisor
         loss = torch.zeros((), device=x.device)
         W_here = W.to(x.dtype)  # (V, D)
         if needs_grad:
@@ -343,7 +363,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale):
         dx, dW = ctx.saved_tensors
-        return dx.mul_(scale), dW if dW is None else dW.mul_(scale), None, None, None
+        return dx.mul_(scale), dW if dW is None else dW.mul_(scale), None, None, None, None
 
 
 class Attention(nn.Module):
@@ -357,13 +377,16 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps, **kw) for _ in range(2))
 
-    def forward(self, x, cos, sin, cache=None, i=0):
+    def forward(self, x, cos, sin, cache=None, i=0, pieces=None):
         B, T, _ = x.shape
         q, k, v = (f(x).view(B, T, -1, self.d) for f in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotates:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if pieces is not None:
+            y = attend_masked(q, k, v, pieces, self.scale)  # (B, T, H, d)
+            return self.o_proj(y.reshape(B, T, -1))  # (B, T, D)
         # Transposed last: q stays in memory by token, cuDNN lays out y as q, and o_proj's input is no second copy of y.
         q, k, v = (A.transpose(1, 2) for A in (q, k, v))  # (B, H, T, d), K heads
         mask = None
@@ -403,8 +426,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = Norm(c.n_embd, c.norm_eps, **kw)
         self.mlp = MLP(c, linear, **kw)
 
-    def forward(self, x, cos, sin, cache=None, i=0):
-        x = self.add(x, self.self_attn(self.input_layernorm(x), cos, sin, cache, i))
+    def forward(self, x, cos, sin, cache=None, i=0, pieces=None):
+        x = self.add(x, self.self_attn(self.input_layernorm(x), cos, sin, cache, i, pieces))
         return self.add(x, self.mlp(self.post_attention_layernorm(x)))
 
     def add(self, x, branch):
@@ -496,40 +519,45 @@ class LLaMA(nn.Module):
         c = self.config
         return 6 * self.n_params(embeddings=False) + 12 * c.n_layer * c.n_head * c.head_dim * T
 
-    def embed(self, tokens, cache=None):
+    def embed(self, tokens, cache=None, pieces=None):
         """tokens (B, T), which follow those in `cache` -> the blocks' inputs: x (B, T, D), cos and sin (T, d/2), or
-        (B, T, d/2) if the cache's rows differ in length."""
+        (B, T, d/2) if the cache's rows differ in length, or each piece of a packed row has positions of its own."""
         T, dtype = tokens.shape[1], self.activation_dtype
         if (end := T + (cache.length if cache is not None else 0)) > self.config.block_size:
             raise ModelError(f'{end} tokens do not fit the window of {self.config.block_size}: raise block_size')
-        at = cache.begin(T) if cache is not None else slice(T)
+        at = (
+            cache.begin(T) if cache is not None else slice(T) if pieces is None else positions_of(pieces, *tokens.shape)
+        )
         cos, sin = self.rotary(end)
         return self.embed_tokens(tokens).to(dtype), cos[at].to(dtype), sin[at].to(dtype)
 
-    def hidden(self, tokens, cache=None):
+    def hidden(self, tokens, cache=None, pieces=None):
         """tokens (B, T) -> what the head reads, (B, T, D)."""
-        x, cos, sin = self.embed(tokens, cache)
+        x, cos, sin = self.embed(tokens, cache, pieces)
         for i, layer in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
                 # LoRA's dropout, the only random operation in a block, has its own seed: no generator state to save
-                x = checkpoint(layer, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, cos, sin, None, i, pieces, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, cache, i)
+                x = layer(x, cos, sin, cache, i, pieces)
         return self.norm(x)
 
     def logits(self, x):
         return F.linear(x, self.head.to(x.dtype))  # (..., V)
 
-    def forward(self, tokens, targets=None, cache=None, weights=None):
-        """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> the mean loss over targets that are not -100.
-        weights (B,), if given, multiply the loss of each example."""
-        x = self.hidden(tokens, cache)
+    def forward(self, tokens, targets=None, cache=None, weights=None, divisor=None, pieces=None):
+        """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> the loss: its sum over targets that are not -100 by
+        `divisor` (a number or a 0-dim tensor), or, without one, the mean over them.
+
+        weights (B,) or (B, T), if given, multiply the loss of each row or token. pieces (P + 1,) int32: the rows are
+        packed, and no piece sees another (`positions_of`)."""
+        x = self.hidden(tokens, cache, pieces)
         if targets is None:
             return self.logits(x)
         if weights is not None:
-            weights = weights.float().repeat_interleave(tokens.shape[1])  # (B T,)
+            weights = weights.float().view(len(tokens), -1).expand(tokens.shape).reshape(-1)  # (B T,)
         x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # (B T, D), (B T,)
-        return HeadLoss.apply(x, self.head, targets, torch.is_grad_enabled(), weights)
+        return HeadLoss.apply(x, self.head, targets, torch.is_grad_enabled(), weights, divisor)
 
     # ---- Hugging Face folders: plumbing/hf.py, imported late because it imports this file ----
 

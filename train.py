@@ -29,13 +29,13 @@ import os
 import subprocess
 
 import torch
-import torch.distributed as dist
 
 import coreset as colm
 import sample
+from adam import average_
 from configurator import at_least, between, method_of, typed
 from data import DataError, tokenizer
-from data.batches import Tokens, read_meta
+from data.batches import Tokens, read_meta, trained_tokens
 from memory import fit, trace
 from memory.measure import Measure
 from memory.record import LiveBytes
@@ -214,17 +214,16 @@ def eval_tokens_of(config):
 
 @torch.no_grad()
 def evaluate(model, data, config, here):
-    """Mean loss in nats per token over the fixed evaluation windows, which are divided among the processes."""
-    total, n = torch.zeros(2, dtype=torch.float64), eval_tokens_of(config)  # summed loss, tokens
+    """Mean loss in nats per trained token over what the data set fixes, which is divided among the processes."""
+    total, n = torch.zeros(2, dtype=torch.float64), eval_tokens_of(config)  # summed loss, trained tokens
     with patience(f'evaluating on {n:,} tokens') as tell:
-        for i, (x, y, _) in enumerate(data.evaluation(n, config.batch_size)):
+        for i, (x, y, _, *pieces) in enumerate(data.evaluation(n, config.batch_size)):
             if i % here.world == here.rank:
-                loss = model(x.to(here.device), y.to(here.device)).item()
-                total += torch.tensor([loss * y.numel(), y.numel()], dtype=torch.float64)
+                count = trained_tokens([(x, y)]).clamp_min(1)
+                loss = loss_of(model, (x, y, None, *pieces), count.to(here.device), here.device)
+                total += torch.tensor([loss.item() * count, count], dtype=torch.float64)
             tell(min((i + 1) * y.numel() / min(n, len(data.tokens)), 1))
-    if here.world > 1:
-        total = total.to(here.device)
-        dist.all_reduce(total)
+    total = average_(total.to(here.device))
     return (total[0] / total[1]).item()
 
 
@@ -236,14 +235,20 @@ def print_sample(model, tok, config):
     print('sample:', repr(tok.decode(made))[1:-1], flush=True)
 
 
+def loss_of(forward, micro_batch, divisor, device):
+    """The summed loss by the divisor of a micro-batch: (x, y), (x, y, weights) or (x, y, weights or None, pieces)."""
+    x, y, *more = (part if part is None else part.to(device) for part in micro_batch)
+    return forward(x, y, divisor=divisor, **{k: v for k, v in zip(('weights', 'pieces'), more) if v is not None})
+
+
 def training_step(forward, optimizer, micro_batches, learning_rate, device):
-    """One optimizer step on a list of (x, y) or (x, y, weights), the same for every method. -> mean loss, a 0-dim
-    tensor."""
+    """One optimizer step, the same for every method. -> the loss, a 0-dim tensor: of the step, summed over its trained
+    tokens, by how many these are in all its micro-batches, of all processes, whose mean it is."""
     optimizer.lr, total = learning_rate, 0.0
-    for i, (x, y, *weights) in enumerate(micro_batches):
+    divisor = average_(trained_tokens(micro_batches).to(device)).clamp_min(1e-9)  # none trained: no loss, no gradient
+    for i, micro_batch in enumerate(micro_batches):
         optimizer.last_micro_batch = i == len(micro_batches) - 1
-        weighted = {'weights': weights[0].to(device)} if weights else {}
-        loss = forward(x.to(device), y.to(device), **weighted) / len(micro_batches)
+        loss = loss_of(forward, micro_batch, divisor, device)
         loss.backward()
         total = total + loss.detach()
     optimizer.step()

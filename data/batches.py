@@ -65,6 +65,16 @@ def fingerprint(folder):
     return identity.hexdigest()
 
 
+def trained_tokens(micro_batches):
+    """How many targets of a step are trained, those that are not -100, each counted as its weight says: a 0-dim fp32
+    tensor. micro_batches: (x, y), (x, y, weights), or with more behind; weights (B,), (B, T) or None."""
+    count = torch.zeros(())
+    for _, y, *weights in micro_batches:
+        keep = y != -100  # (B, T)
+        count = count + (keep if not weights or weights[0] is None else keep * weights[0].view(len(y), -1)).sum()
+    return count
+
+
 class Tokens:
     """The token file of one split. Raises DataError if it is missing, truncated or too short."""
 

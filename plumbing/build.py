@@ -104,7 +104,7 @@ def try_compile(model, data, config, device):
         x, y, _ = data.read([0] * config.batch_size)
         compiled = torch.compile(model)
         with patience('compiling'):
-            compiled(x.to(device), y.to(device))
+            compiled(x.to(device), y.to(device), divisor=torch.ones((), device=device))
         return compiled
     except Exception as error:
         print(f'compile off: {type(error).__name__}: {first_line(error)}')
