@@ -539,7 +539,7 @@ def test_gradients_that_are_sparse_and_parameters_that_are_complex_are_refused_i
     with pytest.raises(ValueError, match=r'takes no sparse gradients: use nn\.Embedding\(sparse=False\)'):
         model(torch.tensor([1, 2])).sum().backward()
     assert trains.state is not None
-    with pytest.raises(ValueError, match='not torch[.]complex64: leave them out'):
+    with pytest.raises(ValueError, match=r'not torch[.]complex64: leave them out'):
         optimizer([torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.complex64))], *more, lr=1e-2)
 
 
