@@ -186,7 +186,7 @@ def checked(given, where):
         if not known:
             what = f'{name}={fields.shown(given[name])}'
             raise ModelError(f'{where}: {what} is not what this LLaMA computes (only {allowed[0]!r} is)')
-    return fields.check(given, CONFIG | FAMILIES[family], where, ModelError, ADVICE)
+    return fields.check(given, CONFIG | SOME_SLIDE | FAMILIES[family], where, ModelError, ADVICE)
 
 
 def rope_from_hf(hf, where):
@@ -236,16 +236,15 @@ def one_rope(rope, hf, theta, partial, place):
 
 
 def window_of(hf):
-    """The longest window in which a model's attention is ordinary: within its sliding window it is. transformers
-    ignores sliding_window without use_sliding_window, and where it makes no layer slide."""
+    """W of a sliding window, in which attention is ordinary; None if no layer slides. As in transformers, the field
+    alone does not make a Qwen or a SmolLM3 slide."""
     family, W, n = hf['model_type'], hf.get('sliding_window'), hf['num_hidden_layers']
     if family in ('mistral', 'phi3'):
-        slides = True
-    elif hf.get('layer_types') is not None:
-        slides = 'sliding_attention' in hf['layer_types']
-    else:
-        slides = bool(silent_layers(hf)) if family == 'smollm3' else (hf.get('max_window_layers') or 0) < n
-    return W if W and slides and hf.get('use_sliding_window', family in ('mistral', 'phi3')) else None
+        return W
+    if family not in ('qwen2', 'qwen3', 'smollm3') or not hf['use_sliding_window']:
+        return None
+    slides = (hf['max_window_layers'] or 0) < n if family != 'smollm3' else bool(silent_layers(hf))
+    return W if (slides if hf['layer_types'] is None else 'sliding_attention' in hf['layer_types']) else None
 
 
 def silent_layers(hf):
@@ -298,7 +297,7 @@ def config_from_hf(given, where='config.json'):
             max_positions=positions,
             bos_token_id=hf['bos_token_id'],
             eos_token_id=hf['eos_token_id'],
-            kept={name: hf[name] for name in KEPT if name in given and name in CONFIG | FAMILIES[family]},
+            kept={name: hf[name] for name in KEPT if name in given and name in {'pad_token_id', *FAMILIES[family]}},
         )
     except ModelError as error:
         raise ModelError(f'{where}: {error}') from None
