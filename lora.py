@@ -32,16 +32,17 @@ from quant import Packed
 
 
 class FrozenLinear(torch.autograd.Function):
-    """y = x @ W.T with W as it is kept: decoded in forward and again in backward, never in between."""
+    """y = x @ W.T + b with W as it is kept: decoded in forward and again in backward, never in between."""
 
     @staticmethod
-    def forward(ctx, x, layer):
+    def forward(ctx, x, bias, layer):
         ctx.layer = layer
-        return F.linear(x, layer.read('W', x.dtype))  # (..., out)
+        return F.linear(x, layer.read('W', x.dtype), None if bias is None else bias.to(x.dtype))  # (..., out)
 
     @staticmethod
     def backward(ctx, delta):
-        return delta @ ctx.layer.read('W', delta.dtype), None  # (..., in)
+        db = delta.flatten(0, -2).sum(0).to(ctx.layer.bias.dtype) if ctx.needs_input_grad[1] else None  # (out,)
+        return delta @ ctx.layer.read('W', delta.dtype), db, None  # (..., in)
 
 
 class LoRALinear(Packed):
@@ -115,12 +116,11 @@ class LoRALinear(Packed):
         return x.masked_fill(drop, 0.0)
 
     def forward(self, x):
-        y = FrozenLinear.apply(x, self) if self.bias is None else FrozenLinear.apply(x, self) + self.bias.to(x.dtype)
         if not len(self.A):  # no adapter here
-            return y
+            return FrozenLinear.apply(x, self.bias, self)
         A, B, x_A = self.A.to(x.dtype), self.B.to(x.dtype), self.dropped(x)
         scale = self.scale if x_A is x else self.scale / (1 - self.dropout)
-        return y + (scale * (x_A @ A.T)) @ B.T  # (..., out)
+        return FrozenLinear.apply(x, self.bias, self) + (scale * (x_A @ A.T)) @ B.T  # (..., out)
 
 
 class LoRAAdamW(AdamW):

@@ -140,16 +140,18 @@ class QGaLoreAdamW(GaLoreAdamW):
 
 
 class Int8Linear(torch.nn.Linear):
-    """A linear layer without bias that packs a weight the moment it gets one: of a model that is built or loaded, one
-    layer at a time is whole. `packed` holds the int8 tensors until an optimizer takes them into its state."""
+    """A linear layer that packs a weight the moment it gets one: of a model that is built or loaded, one layer at a
+    time is whole. `packed` holds the int8 tensors until an optimizer takes them into its state."""
 
     packed = None
 
-    def __init__(self, n_in, n_out, **kw):
-        super().__init__(n_in, n_out, bias=False, **kw)
+    def __init__(self, n_in, n_out, bias=False, **kw):
+        super().__init__(n_in, n_out, bias=bias, **kw)
 
     def reset_parameters(self, generator=None):
-        """A new weight, N(0, 0.02), which exists in full only here."""
+        """A new weight, N(0, 0.02), which exists in full only here, and a bias of zero."""
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
         if not self.weight.is_meta:
             self.set_weight(torch.nn.init.normal_(self.weight.detach(), std=0.02, generator=generator))
 
