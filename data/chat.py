@@ -13,19 +13,18 @@ the template; without them an answer is what the template writes more than it wr
 be how the whole begins. Names of special tokens within a message are plain text, so that no user can end a turn.
 """
 
-import bisect
 import json
 import os
 import re
-from datetime import datetime
 from itertools import pairwise, takewhile
+
+import numpy as np
 
 from data import fields
 from data.signed import NONCHARACTERS, Coder, pattern, special_names
-from data.templates import NEEDS, TEMPLATES
+from data.templates import NEEDS, TEMPLATES, environment
 from data.tokenizer import ADVICE, HF, TokenizerError, name_of, read_json
 
-DATE = datetime(2024, 7, 26)  # what a template is told is today, as Llama 3's own falls back to: runs must not differ
 NAMES = '|'.join(TEMPLATES)
 KNOWN = [f'{kind}_token' for kind in ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')]
 TOKENS = {name: fields.maybe(fields.either(fields.text(), fields.table())) for name in KNOWN}
@@ -38,14 +37,17 @@ class ChatError(TokenizerError):
 
 
 def load(folder, tok, name=None):
-    """The model's own template, or the one of that name, or in that .jinja file. Raises TokenizerError."""
+    """The model's own template (name None or 'own'), the one of that name, or the one in that .jinja file.
+
+    folder: the model's, or None for a tokenizer without one. Raises TokenizerError, with what to type."""
+    folder = folder or os.devnull  # where nothing is found
     variables = token_names(folder, tok)
     if name in TEMPLATES:
         special, added = special_names(tok)
         if missing := [token for token in NEEDS.get(name, ()) if token not in {**special, **added}]:
             fit = '|'.join(other for other in TEMPLATES if other not in NEEDS)
             raise TokenizerError(
-                f'--template={name} needs the special token {missing[0]}, which the tokenizer in {folder} lacks: '
+                f'--template={name} needs the special token {missing[0]}, which this tokenizer lacks: '
                 f'use one of ordinary text, --template={fit}'
             )
         # Readers of the saved file add no BOS of their own.
@@ -53,13 +55,13 @@ def load(folder, tok, name=None):
             variables.pop('bos_token', None)  # some name a token here that the model never saw begin a text
         bos = '{{ bos_token }}' if 'bos_token' in variables else ''
         return Template({'default': bos + TEMPLATES[name]}, tok, variables, f'--template={name}')
-    if name:
+    if name not in (None, 'own'):
         if not name.endswith('.jinja') or not os.path.isfile(name):
             raise TokenizerError(f'--template={name} is none of ours and no .jinja file: use one of {NAMES}')
         return Template({'default': fields.read_text(name, TokenizerError, ADVICE)}, tok, variables, name)
     sources, where = own(folder)
     if not sources:
-        raise TokenizerError(f'{folder} has no chat template: choose one, --template={NAMES}')
+        raise TokenizerError(f'{folder} has no chat template of its own: choose one, --template={NAMES}')
     return Template(sources, tok, variables, where)
 
 
@@ -104,63 +106,6 @@ def name_of_id(tok, i):
     return tok.hf.id_to_token(i) if isinstance(tok, HF) else tok.decode([i])
 
 
-def environment():
-    """jinja as transformers sets it up. What it gives a template cannot change what it is given, nor leave jinja."""
-    import jinja2
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %} ... {% endgeneration %}: what stands between them comes out between two signs."""
-
-        tags = frozenset({'generation'})
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
-            return jinja2.nodes.CallBlock(self.call_method('marked'), [], [], body).set_lineno(line)
-
-        def marked(self, caller):
-            begin, end = self.environment.generation_signs
-            return begin + caller() + end
-
-    class Namespace(jinja2.utils.Namespace):
-        """A place for a template's variables: under no name that Python keeps something of its own."""
-
-        def __init__(*args, **named):
-            for name in named:
-                check(name)
-            jinja2.utils.Namespace.__init__(*args, **named)
-
-        def __setitem__(self, name, value):
-            check(name)
-            jinja2.utils.Namespace.__setitem__(self, name, value)
-
-    def check(name):
-        if name.startswith('_'):
-            raise jinja2.exceptions.SecurityError(f'a variable named {name}')
-
-    def refuse(message):
-        raise jinja2.TemplateError(message)
-
-    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-        return re.sub(r'\\u(fd[de][0-9a-f])', lambda m: chr(int(m[1], 16)), text) if ensure_ascii else text  # our signs
-
-    found = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, 'jinja2.ext.loopcontrols']
-    )
-    found.generation_signs = ('', '')
-    found.filters['tojson'] = to_json
-    found.globals |= {
-        'raise_exception': refuse,
-        'strftime_now': lambda form: DATE.strftime(form),
-        'namespace': Namespace,
-        'dict': lambda *args, **named: dict(*args, **named),
-    }
-    return found
-
-
 class Template:
     """sources: jinja as {'default': text, maybe 'tool_use': text}; where: the file or flag that they are from.
 
@@ -186,7 +131,9 @@ class Template:
         # Some tokenizers do not say of their control tokens that they are special; a template that writes one does.
         self.loose = {name: i for name, i in added.items() if name.strip() and name in literals}
         self.coder = Coder(tok, {**self.special, **self.loose})
-        self.names = pattern(self.coder.names)
+        self.ids = [*self.coder.names.values()]
+        self.names, self.specials = pattern(self.coder.names), pattern(self.special)
+        self.free = [c for c in NONCHARACTERS if not any(c in source for source in sources.values())]
         self.tagged = all(GENERATION.search(source) for source in sources.values())
         self.takes_system = True
         self.takes_system = self.finds_system()
@@ -249,7 +196,22 @@ class Template:
         """-> ids, trained (list of bool of the same length). train_on: 'all' answers, or the 'last' one.
 
         An answer whose message says weight 0 or train false is not trained. Raises ChatError."""
-        return self.encode_written([self.spans(messages, train_on, tools)])[0]
+        (found,) = self.encode_batch([(messages, tools)], train_on)
+        if isinstance(found, ChatError):
+            raise found
+        return found[:2]
+
+    def encode_batch(self, conversations, train_on='all'):
+        """[(messages, tools)] -> for each (ids, trained, bytes of the text that is trained), or the ChatError that says
+        what is wrong with it."""
+        written = []
+        for messages, tools in conversations:
+            try:
+                written.append(self.spans(messages, train_on, tools))
+            except ChatError as error:
+                written.append(error)
+        coded = iter(self.encode_written([one for one in written if not isinstance(one, ChatError)]))
+        return [one if isinstance(one, ChatError) else (*next(coded), trained_bytes(*one)) for one in written]
 
     def encode_written(self, written):
         """[(ids, trained)] of [(text with signs, its trained spans, its signs)], in one call of the tokenizer."""
@@ -266,46 +228,46 @@ class Template:
             rows = [i for i, (_, one) in enumerate(texts) if one == sign]
             for i, row in zip(rows, self.coder.encode_batch([texts[i][0] for i in rows], sign)):
                 coded[i] = row
-        for (ids, ends), (text, sign), spans in zip(coded, texts, places):
-            for a, _ in reversed(spans):
-                self.part(ids, ends, text.replace(sign, ''), a, sign)
-        return [self.marked(ids, ends, spans) for (ids, ends), spans in zip(coded, places)]
+        return [self.marked(*row, text, spans) for row, text, spans in zip(coded, texts, places)]
 
-    def part(self, ids, ends, text, at, sign):
-        """Divide the token that begins before an answer and ends in it, if there is one ("\\n " before a space): when
-        the model is asked, the text ends there, and that token cannot come."""
-        i = bisect.bisect_right(ends, at)
-        begin = ends[i - 1] if i else 0
-        if i == len(ends) or not begin < at or ids[i] in self.coder.names.values():
-            return
-        end, j = ends[i], bisect.bisect_right(ends, ends[i])
-        new = [(begin, *self.middle(text[begin:at], sign)), (at, *self.middle(text[at:end], sign))]
-        ids[i:j] = [t for _, some, _ in new for t in some]
-        ends[i:j] = [start + e for start, _, some in new for e in some]
-
-    def middle(self, text, sign):
-        """(ids, ends) of a text that neither begins nor follows a special token."""
-        ids, ends = self.coder.encode_batch([sign + text], sign)[0]
-        first = bisect.bisect_right(ends, 1)  # the tokens of the sign, which merges with nothing
-        return ids[first:], [end - 1 for end in ends[first:]]
-
-    def marked(self, ids, ends, spans):
-        """A token is trained if it ends within a trained span; not a special one that only swallows its beginning."""
-        trained = [False] * len(ids)
-        special, begins = {*self.coder.names.values()}, [0, *ends]
+    def marked(self, ids, ends, text, spans):
+        """-> ids, trained. A token is trained if it ends within a trained span; a special one, which may swallow the
+        spaces around it, if it begins there."""
+        for a, _ in reversed(spans):
+            ids, ends = self.divided(ids, ends, text, a)
+        begins = np.concatenate([[0], ends[:-1]])
+        special, trained = np.isin(ids, self.ids), np.zeros(len(ids), bool)
         for a, b in spans:
-            for i, end in enumerate(ends):
-                trained[i] |= a < end <= b and not (ids[i] in special and begins[i] < a)
-        bos = self.tok.bos
+            trained |= np.where(special, (a <= begins) & (begins < b), (a < ends) & (ends <= b))
+        ids, trained, bos = list(ids), trained.tolist(), self.tok.bos
         if bos and ids[: len(bos)] != bos:  # once: the template may have written it
             ids, trained = bos + ids, [False] * len(bos) + trained
         return ids, trained
 
+    def divided(self, ids, ends, text, at):
+        """The token that begins before an answer and ends in it ("\\n " before a space), if there is one, made two: when
+        the model is asked, the text ends there, and that token cannot come."""
+        i = int(np.searchsorted(ends, at, 'right'))
+        begin = int(ends[i - 1]) if i else 0
+        if i == len(ids) or begin >= at or ids[i] in self.ids:
+            return ids, ends
+        text, sign = text
+        text, end, j = text.replace(sign, ''), int(ends[i]), int(np.searchsorted(ends, ends[i], 'right'))
+        new = [(start, *self.middle(part, sign)) for start, part in ((begin, text[begin:at]), (at, text[at:end]))]
+        ids = [*ids[:i], *(t for _, some, _ in new for t in some), *ids[j:]]
+        return ids, np.concatenate([ends[:i], *(start + some for start, _, some in new), ends[j:]])
+
+    def middle(self, text, sign):
+        """(ids, ends) of a text that neither begins nor follows a special token."""
+        ids, ends = self.coder.encode_batch([sign + text], sign)[0]
+        first = int(np.searchsorted(ends, 1, 'right'))  # behind the tokens of the sign, which merges with nothing
+        return ids[first:], ends[first:] - 1
+
     def signs(self, messages, tools=None):
         """Characters that stand nowhere in the conversation: before a name that is text, around what is generated, and
         before a name that is a token."""
-        said = json.dumps([messages, tools, *self.sources.values()], ensure_ascii=False)
-        free = [c for c in NONCHARACTERS if c not in said]
+        said = json.dumps([messages, tools], ensure_ascii=False)
+        free = [c for c in self.free if c not in said]
         if len(free) < 4:
             raise ChatError('it holds nearly all of the characters U+FDD0 to U+FDEF, which no text should')
         return free[0], free[1], free[2], free[3]
@@ -313,7 +275,7 @@ class Template:
     def shielded(self, value, signs, loose=True):
         """The same with a sign before each name of a special token in it. An answer's own <think> stays a token."""
         if isinstance(value, str):
-            return (self.names if loose else pattern(self.special)).sub(signs[0] + r'\1', value)
+            return (self.names if loose else self.specials).sub(signs[0] + r'\1', value)
         if isinstance(value, list):
             return [self.shielded(one, signs, loose) for one in value]
         if isinstance(value, dict):
@@ -369,9 +331,11 @@ class Template:
         """The characters of answer i: what is written with it and was not when it was asked for."""
         asked = self.write(messages[:i], True, tools)
         told = text if i == len(messages) - 1 else self.write(messages[: i + 1], False, tools)
-        upto = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(told, text)))
+        upto = (
+            len(told) if text.startswith(told) else sum(1 for _ in takewhile(lambda p: p[0] == p[1], zip(told, text)))
+        )
         # What a template writes only at the very end, as Phi-3 an end of text, may be missing.
-        if not text.startswith(asked) or upto <= len(asked) or pattern(self.special).sub('', told[upto:]).strip():
+        if not text.startswith(asked) or upto <= len(asked) or self.specials.sub('', told[upto:]).strip():
             other = '--train_on=last' if train_on == 'all' and i < len(messages) - 1 else f'--template={NAMES}'
             raise ChatError(
                 f'{self.where} writes the turns before answer {i} otherwise once it is there, and has no generation '
@@ -383,7 +347,7 @@ class Template:
         """Spans that end with the token that ends the turn: without what follows it, and with it if a tag left it out.
         A template that writes none after its last answer gets the end of text."""
         shield = signs[0]
-        token = re.compile(f'(?<!{shield}){pattern(self.special).pattern}')
+        token = re.compile(f'(?<!{shield}){self.specials.pattern}')
         found = []
         for a, b in spans:
             last = next(reversed([*token.finditer(text, a, b)]), None)
@@ -398,3 +362,8 @@ class Template:
                 text, b = text[:b] + name, b + len(name)
             found.append((a, b))
         return text, found, signs
+
+
+def trained_bytes(text, spans, signs):
+    plain = (re.sub('[' + ''.join(signs) + ']', '', text[a:b]) for a, b in spans)
+    return sum(len(part.encode('utf-8', 'replace')) for part in plain)

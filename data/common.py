@@ -170,8 +170,7 @@ class Writer:
         # One file per source and split, opened only to append: there may be more sources than file handles.
         for (source, split, kind), arrays in self.chunks.items():
             with open(self._part(source, split, kind), 'ab') as f:
-                for array in arrays:
-                    array.tofile(f)
+                np.concatenate(arrays).tofile(f)
         self.chunks = {}
 
     def _part(self, source, split, kind=''):

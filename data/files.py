@@ -3,6 +3,7 @@ Read a file as text, or say what it is instead and what to type.
 
     text = files.read_text('chapter.txt')          # UTF-8, or UTF-16 and UTF-32 that begin with a byte order mark
     text = files.read_text('chapter.txt.gz')       # unpacked first; .bz2 and .xz, too
+    for place, row in files.rows('examples.jsonl'):    # ('examples.jsonl:1', {...}); .json and .parquet, too
 
 A file is known by its first bytes, not by its name, since guessing wrongly would train on noise without a word.
 """
@@ -12,10 +13,11 @@ import importlib
 import json
 from pathlib import Path
 
-from data import DataError
+from data import DataError, fields
 
 UNPACK = {b'\x1f\x8b': 'gzip', b'BZh91AY&SY': 'bz2', b'\xfd7zXZ\x00': 'lzma'}
 PACKED = ('.gz', '.bz2', '.xz')
+LISTS = ('data', 'train', 'rows', 'examples', 'instances')  # fields of a .json file that may hold its rows
 MARKS = {  # UTF-32's first, since UTF-16's is its beginning
     codecs.BOM_UTF32_LE: 'utf-32',
     codecs.BOM_UTF32_BE: 'utf-32',
@@ -48,6 +50,12 @@ KNOWN = {  # first bytes: what it is, how to make text of it
 def read_text(path):
     """The text of a file. Raises DataError if it is something else, or text in a coding that it does not name."""
     data = unpacked(path, Path(path).read_bytes())
+    text = decoded(path, data)
+    check_json(path, text)
+    return text
+
+
+def decoded(path, data):
     if encoding := next((MARKS[mark] for mark in MARKS if data.startswith(mark)), None):
         try:
             return data.decode(encoding)
@@ -56,14 +64,12 @@ def read_text(path):
     check_kind(path, data)
     check_zeros(path, data)
     try:
-        text = data.decode('utf-8')
+        return data.decode('utf-8')
     except UnicodeDecodeError as e:
         raise DataError(
             f'{path} is not UTF-8 (byte {e.start:,}): '
             f'convert it first, e.g. iconv -f latin1 -t utf-8 {path} > converted.txt, or leave it out if it is no text'
         ) from e
-    check_json(path, text)
-    return text
 
 
 def look(path):
@@ -114,7 +120,74 @@ def check_json(path, text):
     if isinstance(row, dict) and isinstance(row.get('text'), str):
         raise DataError(f'{path} is JSON lines: python data/c4/prepare.py --input={path} --tokenizer=FOLDER reads them')
     if isinstance(row, dict):
-        examples = Path(__file__).with_name('instruct') / 'prepare.py'
-        command = f'python data/instruct/prepare.py --input={path}'
-        otherwise = f"jq -r '.{next(iter(row), 'FIELD')}' {path} > text.txt, and --input=text.txt"
-        raise DataError(f'{path} is JSON lines, not text: {command if examples.exists() else otherwise}')
+        command = f'python data/instruct/prepare.py --input={path} --tokenizer=FOLDER'
+        raise DataError(f'{path} is JSON lines, not text: {command} reads examples')
+
+
+def rows(path):
+    """Yield (place, row) of a .jsonl, .json or .parquet file: 'FILE:3', as an editor finds it, and a dict.
+
+    Raises DataError, naming the place, for what is no row of fields."""
+    with open(path, 'rb') as f:
+        head = f.read(4)
+    if head.startswith(b'PAR1'):
+        found = parquet_rows(path)
+    else:
+        text = decoded(path, unpacked(path, Path(path).read_bytes()))
+        found = whole_rows(path, text)
+        found = line_rows(path, text) if found is None else found
+    for place, row in found:
+        if not isinstance(row, dict):
+            raise DataError(f'{place} holds {fields.shown(row)}, not an object with fields: mend it or leave it out')
+        yield place, row
+
+
+def whole_rows(path, text):
+    """The rows of a file that is one JSON value: a list, or an object with the list in a field; None if it is not."""
+    begin = text[:4096].lstrip()
+    if begin.startswith('{') and parsed(begin.partition('\n')[0])[1] is None:
+        return None  # an object a line
+    found, error = parsed(text)
+    if error:
+        if begin.startswith('['):
+            raise DataError(f'{path} begins as a list and is not valid JSON ({error}): mend it')
+        return None
+    if isinstance(found, dict):
+        found = next((found[name] for name in LISTS if isinstance(found.get(name), list)), [found])
+    found = found if isinstance(found, list) else [found]
+    return [(f'{path}, row {n}', row) for n, row in enumerate(found, 1)]
+
+
+def line_rows(path, text):
+    begin, n = 0, 0
+    while begin < len(text):
+        end = text.find('\n', begin)
+        end = len(text) if end < 0 else end
+        line, n, begin = text[begin:end], n + 1, end + 1
+        if line.strip():
+            row, error = parsed(line)
+            if error:
+                raise DataError(f'{path}:{n} is not valid JSON ({error}): mend this line or delete it')
+            yield f'{path}:{n}', row
+
+
+def parsed(text):
+    """-> the JSON value, None; or None, the error."""
+    try:
+        return json.loads(text), None
+    except (ValueError, RecursionError) as error:
+        return None, error
+
+
+def parquet_rows(path):
+    import pyarrow
+    import pyarrow.parquet
+
+    n = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                n += 1
+                yield f'{path}, row {n}', row
+    except (pyarrow.ArrowException, OSError) as e:
+        raise DataError(f'{path} is a broken Parquet table ({e}): fetch it again') from None

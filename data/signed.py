@@ -13,6 +13,8 @@ import json
 import re
 from itertools import accumulate
 
+import numpy as np
+
 from data.tokenizer import EOT, HF, TokenizerError, in_time
 
 # Unicode's noncharacters: no text should hold one, and a text that does leaves 31 others.
@@ -26,7 +28,7 @@ def pattern(names, sign=''):
 
 
 def special_names(tok):
-    """-> {name: id} of the special tokens, and {name: id} of those that were added and are not special."""
+    """-> {name: id} of the special tokens, and of those that were added and are not special."""
     if isinstance(tok, HF):
         added = tok.hf.get_added_tokens_decoder()
         return tuple({t.content: i for i, t in added.items() if t.special == special} for special in (True, False))
@@ -49,17 +51,12 @@ class Coder:
         signed = pattern(self.names, sign)
         found = []
         for text, (ids, ends, parsed) in zip(texts, read(texts, sign)):
-            # Signs do not count: move each end back by the signs before it.
             places = [match.start() for match in signed.finditer(text)]
-            before, moved = 0, []
-            for end in ends:
-                while before < len(places) and places[before] < end:
-                    before += 1
-                moved.append(end - before)
-            plain = {self.names[name] for name in self.plain_names(text, sign)}
-            if plain and any(i in plain and not is_parsed for i, is_parsed in zip(ids, parsed)):
+            plain = [self.names[name] for name in self.plain_names(text, sign)]
+            if plain and (np.isin(ids, plain) & ~np.array(parsed)).any():
                 raise TokenizerError('this tokenizer.json makes a special token of plain text that only names it')
-            found.append((ids, moved))
+            ends = np.array(ends, np.int64)
+            found.append((ids, ends - np.searchsorted(places, ends)))  # without the signs before each end
         return found
 
     def plain_names(self, text, sign):

@@ -1,10 +1,16 @@
 """
-Chat templates by name, for a base model that brings none. `python data/instruct/prepare.py --template=NAME` takes them.
+Chat templates by name, for a base model that brings none, and the jinja that they and a model's own run in.
+
+    python data/instruct/prepare.py --template=NAME ...
 
 Each is jinja, as a model's own chat_template.jinja is, and is written into the prepared folder under that name, so that
 transformers, vLLM and sample.py read the tuned model as it was trained. NEEDS says which special tokens a tokenizer
 must have for it: a name that is none would be written out in ordinary letters, and never end a turn.
 """
+
+import json
+import re
+from datetime import datetime
 
 NO_TOOLS = """{% if message.role not in ['system', 'user', 'assistant'] %}\
 {{ raise_exception('this template has no place for a turn of ' + message.role) }}{% endif %}"""
@@ -127,3 +133,61 @@ NEEDS = {
     'gemma': ('<start_of_turn>', '<end_of_turn>'),
     'phi3': ('<|user|>', '<|assistant|>', '<|end|>'),
 }
+DATE = datetime(2024, 7, 26)  # what a template is told is today, as Llama 3's own falls back to: runs must not differ
+
+
+def environment():
+    """jinja as transformers sets it up. What it gives a template cannot change what it is given, nor leave jinja."""
+    import jinja2
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} ... {% endgeneration %}: what stands between them comes out between two signs."""
+
+        tags = frozenset({'generation'})
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method('marked'), [], [], body).set_lineno(line)
+
+        def marked(self, caller):
+            begin, end = self.environment.generation_signs
+            return begin + caller() + end
+
+    class Namespace(jinja2.utils.Namespace):
+        """A place for a template's variables: under no name that Python keeps something of its own."""
+
+        def __init__(*args, **named):
+            for name in named:
+                check(name)
+            jinja2.utils.Namespace.__init__(*args, **named)
+
+        def __setitem__(self, name, value):
+            check(name)
+            jinja2.utils.Namespace.__setitem__(self, name, value)
+
+    def check(name):
+        if name.startswith('_'):
+            raise jinja2.exceptions.SecurityError(f'a variable named {name}')
+
+    def refuse(message):
+        raise jinja2.TemplateError(message)
+
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return re.sub(r'\\u(fd[de][0-9a-f])', lambda m: chr(int(m[1], 16)), text) if ensure_ascii else text  # our signs
+
+    found = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, 'jinja2.ext.loopcontrols']
+    )
+    found.generation_signs = ('', '')
+    found.filters['tojson'] = to_json
+    found.globals |= {
+        'raise_exception': refuse,
+        'strftime_now': lambda form: DATE.strftime(form),
+        'namespace': Namespace,
+        'dict': lambda *args, **named: dict(*args, **named),
+    }
+    return found

@@ -29,7 +29,12 @@ class TokenizerError(ValueError):
 
 
 ID, ADVICE = fields.whole(0, fields.ROWS - 1), 'fetch or make it again'
-META = {'tokenizer': fields.text(default='hf'), 'eot': fields.maybe(ID)}
+META = {
+    'tokenizer': fields.text(default='hf'),
+    'eot': fields.maybe(ID),
+    'end_of_turn': fields.several(ID, default=()),  # of examples: what their answers end with
+    'model_type': fields.maybe(fields.text()),  # of the model whose tokenizer it is
+}
 # Of config.json, generation_config.json and tokenizer_config.json: an id, several, or a name, alone or in an object.
 EOT_FIELDS = {
     'eos_token_id': fields.maybe(fields.either(fields.whole(-1, 2**31), fields.several(fields.whole(-1, 2**31)))),
@@ -149,7 +154,8 @@ class HF:
 
         config, model = (os.path.join(folder, name) for name in ('tokenizer_config.json', 'config.json'))
         config = read_json(config, CLASS_FIELDS) if os.path.exists(config) else {'tokenizer_class': None}
-        model = read_json(model).get('model_type') if os.path.exists(model) else None
+        meta = os.path.join(folder, 'meta.json')
+        model = next((read_json(path).get('model_type') for path in (model, meta) if os.path.exists(path)), None)
         ours = isinstance(self.hf.model, models.BPE) and self.hf.model.byte_fallback and model != 'mistral'
         if ours and config['tokenizer_class'] in ('LlamaTokenizer', 'LlamaTokenizerFast'):
             space = 'never' if config['add_prefix_space'] is False else 'always' if config['legacy'] else 'first'
@@ -237,13 +243,16 @@ def find_eot(folder, hf, vocab_size):
 
 def ends(folder, tok):
     """The ids that end a generated text, as transformers' `generate` takes them: what generation_config.json names,
-    else config.json. The end of a document is one, too, if they name none, or if we prepared the data (meta.json)."""
+    else config.json. With data of ours (meta.json), what its answers end with; then, or if they name none, the end of a
+    document is one, too."""
     named = []
     for name in ('generation_config.json', 'config.json'):
         path = os.path.join(folder, name)
         named = named or (several(read_json(path, EOT_FIELDS)) if os.path.exists(path) else [])
-    ours = not named or os.path.exists(os.path.join(folder, 'meta.json'))
-    return [*dict.fromkeys([*named, *([tok.eot] if ours and tok.eot is not None else [])])]
+    meta = os.path.join(folder, 'meta.json')
+    ours = not named or os.path.exists(meta)
+    turns = read_json(meta, META)['end_of_turn'] if os.path.exists(meta) else []
+    return [*dict.fromkeys([*named, *turns, *([tok.eot] if ours and tok.eot is not None else [])])]
 
 
 def several(config):
