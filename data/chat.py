@@ -245,7 +245,7 @@ class Template:
         return ids, trained
 
     def divided(self, ids, ends, text, at):
-        """The token that begins before an answer and ends in it ("\\n " before a space), if there is one, made two: when
+        """The token that begins before an answer and ends in it ("\\n " before a space) made two, if there is one: when
         the model is asked, the text ends there, and that token cannot come."""
         i = int(np.searchsorted(ends, at, 'right'))
         begin = int(ends[i - 1]) if i else 0

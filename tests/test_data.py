@@ -497,7 +497,11 @@ def test_text_is_read_however_it_is_coded_and_packed(tmp_path, name, data):
         ('a.pdf', b'%PDF-1.7', r'a PDF, not text: pdftotext'),
         ('a.tar.gz', gzip.compress(bytes(257) + b'ustar' + bytes(250)), r'a tar archive, not text: tar -xf'),
         ('a.zst', b'\x28\xb5\x2f\xfd....', r'packed by zstd, not text: zstd -d'),
-        ('a.jsonl', b'{"prompt": "p", "answer": "a"}\n', r'JSON lines, not text: python data/instruct/prepare.py --input='),
+        (
+            'a.jsonl',
+            b'{"prompt": "p", "answer": "a"}\n',
+            r'JSON lines, not text: python data/instruct/prepare.py --input=',
+        ),
         (
             'a.jsonl.gz',
             gzip.compress(b'{"text": "t", "url": "u"}\n'),
