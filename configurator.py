@@ -267,10 +267,11 @@ class Said(NamedTuple):
     typed: bool  # on the command line; from switch(), too, where a value need not be text
 
 
-def load(script, argv, problems=None, positional=None, moved=None, earlier=None):
+def load(script, argv, problems=None, positional=None, moved=None, earlier=None, several=False):
     """The config as a namespace, or ConfigError with everything that is wrong with it.
 
     problems: config -> sentences about combinations that cannot be; asked when every value by itself is all right.
+    several: the positional key takes any number of words, which become one text with commas.
     positional: the key that a bare word sets (`sample.py out/last`).
     moved: {'old_key' or 'key=old_value': a sentence that says what to use now}.
     earlier: config -> where and what an earlier run says that this one continues, or None: it stands before all files.
@@ -278,7 +279,7 @@ def load(script, argv, problems=None, positional=None, moved=None, earlier=None)
     """
     layout, said, errors, broken = _layout(script), [], [], []
     assert positional is None or positional in layout.trunk, f'{script} has no key {positional}'
-    files, flags = _split(argv, layout.known, positional, errors)
+    files, flags = _split(argv, layout.known, positional, errors, several)
     for path in files:
         names, lines, error = _run_file(path, layout.known)
         for name, value in names.items():
@@ -401,9 +402,9 @@ def _checked(key, s, moved, errors):
     return None
 
 
-def _split(argv, known, positional, errors):
+def _split(argv, known, positional, errors, several=False):
     """Config files, and (key, text) pairs, each in their order."""
-    files, flags, rest = [], [], list(argv)
+    files, flags, rest, words = [], [], list(argv), []
     while rest:
         word = rest.pop(0)
         name, equals, text = word.lstrip('-').partition('=')
@@ -412,6 +413,8 @@ def _split(argv, known, positional, errors):
         if not word.startswith('--') or word.startswith('---'):
             if word.endswith('.py'):
                 files.append(word)
+            elif positional and several and not word.startswith('-') and not (equals and name in known):
+                words.append(word)
             elif positional and not word.startswith('-') and not (equals and name in known):
                 flags.append((positional, word))
                 positional = None  # a second one is a prompt without its quotes, more likely than a change of mind
@@ -430,7 +433,7 @@ def _split(argv, known, positional, errors):
                 rest.pop(0)  # the typo's value, which would be a second error by itself
         else:
             flags.append((name, None if following is None else rest.pop(0)))
-    return files, flags
+    return files, flags + [(positional, ','.join(words))] * bool(words)
 
 
 def _convert(key, value, typed):
@@ -501,13 +504,13 @@ def _listed(words):
 # ---- what the user sees --------------------------------------------------
 
 
-def load_or_exit(script, argv, problems=None, positional=None, moved=None, earlier=None):
+def load_or_exit(script, argv, problems=None, positional=None, moved=None, earlier=None, several=False):
     """load() for a script's first lines: --help and errors are printed, and end it."""
     if '--help' in argv or '-h' in argv:
-        print(help_text(script, positional))
+        print(help_text(script, positional and positional + ' ...' * several))
         sys.exit(0)
     try:
-        return load(script, argv, problems, positional, moved, earlier)
+        return load(script, argv, problems, positional, moved, earlier, several)
     except ConfigError as e:
         _exit(script, e.errors)
 

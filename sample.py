@@ -108,6 +108,12 @@ def ends_of(eot):
     return [] if eot is None else [eot] if isinstance(eot, int) else list(eot)
 
 
+def turn_ends(template):
+    """The id that ends a turn as this chat template writes it."""
+    ids, trained = template.encode([{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])
+    return [i for i, kept in zip(ids, trained) if kept][-1:]
+
+
 def first_ids(model, ids, ends):
     """The ids to continue: some tokenizers encode a newline as no token at all."""
     return list(ids) or [next((i for i in (model.config.bos_token_id, *ends) if i is not None), 0)]
@@ -251,22 +257,29 @@ def written(folder, overwrite):
     print(f'written: {folder}')
 
 
+def load(checkpoint, device, factors=False):
+    """-> the model of a run, of a Hugging Face folder or of an adapter; its tokenizer; the folder its files are in.
+
+    factors: for LoRA's A and B, which a run's folder keeps beside dense weights."""
+    folder = weights_folder(checkpoint)
+    verify(folder, weights_alone=not factors)
+    if adapter := hf.read_adapter(checkpoint):
+        base = {key: adapter[key] for key in ('quantize', 'double_quant')}  # as it was when the adapter was made
+        linear = partial(lora.LoRALinear, rank=adapter['r'], alpha=adapter['lora_alpha'], **base)
+        model = LLaMA.from_pretrained(folder, device=device, linear=linear)
+        hf.load_adapter(model, checkpoint)
+    else:
+        if factors:
+            base_of(folder)  # raises here, before the model is loaded, if there is no adapter
+        model = load_model(folder, device, factors)
+    return model, tokenizer.load(folder), folder
+
+
 def main(config):
     for target in filter(None, (config.save_to, config.save_adapter)):
         check_target(target, config.overwrite)  # before anything that takes time
     device = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
-    folder = weights_folder(config.checkpoint)
-    verify(folder, weights_alone=not config.save_adapter)
-    if adapter := hf.read_adapter(config.checkpoint):
-        base = {key: adapter[key] for key in ('quantize', 'double_quant')}  # as it was when the adapter was made
-        linear = partial(lora.LoRALinear, rank=adapter['r'], alpha=adapter['lora_alpha'], **base)
-        model = LLaMA.from_pretrained(folder, device=device, linear=linear)
-        hf.load_adapter(model, config.checkpoint)
-    else:
-        if config.save_adapter:
-            base_of(folder)  # raises here, before the model is loaded, if there is no adapter
-        model = load_model(folder, device, factors=bool(config.save_adapter))
-    tok = tokenizer.load(folder)
+    model, tok, folder = load(config.checkpoint, device, factors=bool(config.save_adapter))
     if config.save_adapter:
         with written(config.save_adapter, config.overwrite) as new:
             hf.save_adapter(model, new, base_of(folder))

@@ -113,7 +113,7 @@ HEAVY = ('torch', 'numpy', 'tqdm', 'safetensors', 'transformers', 'bitsandbytes'
 
 
 @pytest.mark.parametrize('words', ['--help', '--rnk=8', '--method=adamw --rank=8', '--method=galor', 'no/file.py'])
-@pytest.mark.parametrize('script', ['train.py', 'memest.py', 'sample.py'])
+@pytest.mark.parametrize('script', ['train.py', 'memest.py', 'sample.py', 'eval.py'])
 def test_help_and_mistyped_words_are_answered_before_the_heavy_imports(script, words):
     code = f"""
 import runpy, sys

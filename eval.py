@@ -1,0 +1,402 @@
+"""
+Score checkpoints: loss per source, exact answers by GSM8K's and MATH's rules, multiple choice; several side by side.
+
+    python eval.py out/run --data=data/instruct                           # loss of a prepared folder's val split
+    python eval.py out/run path/to/base --data=gsm8k:test.jsonl           # before and after: answers are generated
+    python eval.py out/run --data=gsm8k:test.jsonl --limit=200 --answers=out/answers.jsonl
+    python eval.py path/to/base --data=math:val.jsonl --shots=4 --shots_from=train.jsonl
+    python eval.py out/run --data=choice:sst2.jsonl,data/text --json
+
+A share comes with its 95 % interval (Wilson): 30 % of 100 questions may be 22 to 40 % of all there are. Nothing that a
+model writes is run.
+"""
+
+import sys
+
+import configurator
+from plumbing import terminal
+
+if __name__ == '__main__':  # before the imports that take seconds
+    terminal.quiet_ctrl_c()
+    config = configurator.load_or_exit(__file__, sys.argv[1:], positional='checkpoints', several=True)
+
+import math
+import os
+from itertools import islice
+from json import dumps
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import sample
+from data import DataError, chat, questions, tokenizer
+from data.batches import Tokens, read_meta
+from data.tasks import TASKS, wilson
+from model import HeadLoss, ModelError, cross_entropy_rows
+from plumbing import Stop
+from plumbing.build import check_tokenizer
+from plumbing.hf import AdapterError
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+checkpoints = ''  # folders of runs (best/, else last/), of weights or of adapters, separated by commas
+data = ''  # what to score, separated by commas: a prepared folder (loss alone), FILE.jsonl with questions and answers,
+#            gsm8k:FILE.jsonl, math:FILE.jsonl or choice:FILE.jsonl; gsm8k and math alone are downloaded
+score = 'all'  # 'all' | 'loss' | 'answers': of questions, the loss of their right answers, what the model answers, both
+limit = 0  # score only so many questions of each file, or windows or examples of each folder; 0: all
+split = 'val'  # 'train' | 'val': of a prepared folder
+block_size = 1024  # tokens in a window of text; less where the model's own is shorter
+template = ''  # chat template: '' the model's own, else a plain prompt; plain, or a name of data/templates.py
+shots = 0  # solved questions before each one
+shots_from = ''  # .jsonl file that they are from
+tokens = 512  # longest answer
+temperature = 0.0  # 0 always takes the likeliest token; above 0 each question has a generator of seed + its number
+batch_size = 16  # answers or windows at a time
+answers = ''  # also write each prompt, answer and verdict to this .jsonl file; '': no
+json = False  # print JSON instead of tables
+seed = 1  # of what `limit` and `shots` draw, and of sampled answers
+device = 'auto'  # 'auto' | 'cpu' | 'cuda': auto uses cuda if it is available
+# ---- end of config ---------------------------------------------------------------------------------------------------
+
+
+def problems(config):
+    """One sentence for each key that cannot work."""
+    found = []
+    if not config.checkpoints:
+        found.append('no checkpoint: type python eval.py FOLDER --data=gsm8k:FILE.jsonl, several folders side by side')
+    if not config.data:
+        found.append('no data: add --data=FOLDER of a prepared data set, or --data=gsm8k:FILE.jsonl')
+    if config.temperature < 0:
+        found.append(f'temperature={config.temperature} is negative: use 0 or more')
+    if bool(config.shots) != bool(config.shots_from):
+        found.append('shots says how many solved questions, shots_from their .jsonl file: give both or neither')
+    found += configurator.at_least(config, 0, 'limit', 'shots')
+    found += configurator.at_least(config, 1, 'tokens', 'batch_size', 'block_size')
+    if config.answers and os.path.lexists(config.answers):
+        found.append(f'{config.answers} is there already: choose another name for --answers')
+    if config.device == 'cuda' and not torch.cuda.is_available():
+        found.append("device='cuda', but torch sees no CUDA device: use --device=cpu, or install a CUDA build of torch")
+    return found
+
+
+noted = set()
+
+
+def note(text):
+    """Say it once."""
+    if text not in noted:
+        noted.add(text)
+        print(f'note: {text}', file=sys.stderr, flush=True)
+
+
+class Tally:
+    """What is counted of one source of one data set under one checkpoint."""
+
+    def __init__(self, checkpoint, data, source):
+        self.checkpoint, self.data, self.source = checkpoint, data, source
+        self.examples = self.tokens = self.bytes = self.questions = self.cut = self.no_answer = 0
+        self.nats, self.right = 0.0, {}  # right: of each rule
+
+    def summary(self):
+        """What it comes to, as a dict; what was not scored is left out."""
+        found = {'checkpoint': self.checkpoint, 'data': self.data, 'source': self.source}
+        if self.tokens:
+            loss = self.nats / self.tokens
+            found |= {'examples': self.examples, 'tokens': self.tokens, 'bytes': self.bytes, 'loss': loss}
+            found |= {'perplexity': math.exp(min(loss, 700)), 'bits_per_byte': None}
+            if self.bytes:
+                found['bits_per_byte'] = self.nats / math.log(2) / self.bytes
+        if n := self.questions:
+            low, high = wilson(self.right['exact'], n)
+            found |= {'questions': n, 'right': self.right['exact'], 'low': low, 'high': high}
+            found |= {rule: k / n for rule, k in self.right.items()}
+            found |= {'cut': self.cut / n, 'no_answer': self.no_answer / n}
+        return found
+
+
+# ---- likelihood ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def log_likelihoods(model, sequences, batch_size):
+    """(key, ids, trained) -> yield (key, ids, trained, nats of its trained tokens together), in another order.
+
+    Rows are padded behind their end, where a causal model does not look; the loss is fp32 whatever the model is in."""
+    sequences, device = iter(sequences), model.head.device
+    while block := list(islice(sequences, 32 * batch_size)):
+        block.sort(key=lambda one: len(one[1]))  # neighbours of one length need no padding
+        for some in (block[a : a + batch_size] for a in range(0, len(block), batch_size)):
+            T = len(some[-1][1]) - 1
+            x = torch.zeros(len(some), T, dtype=torch.int64)  # (B, T)
+            y = torch.full((len(some), T), -100)
+            for b, (_, ids, trained) in enumerate(some):
+                ids, trained = torch.as_tensor(ids), torch.as_tensor(trained)
+                x[b, : len(ids) - 1] = ids[:-1]
+                y[b, : len(ids) - 1] = torch.where(trained[1:], ids[1:], -100)
+            keep = (y != -100).to(device)  # (B, T)
+            h, targets = model.hidden(x.to(device))[keep], y.to(device)[keep]  # (n, D), (n,)
+            W, step = model.head.to(h.dtype), HeadLoss.ROWS
+            rows = [slice(a, a + step) for a in range(0, len(h), step)]
+            losses = [cross_entropy_rows(h[part], W, targets[part])[0] for part in rows]  # (n,)
+            nats = torch.zeros(len(some), dtype=torch.float64, device=device)
+            nats.index_add_(0, keep.nonzero()[:, 0], torch.cat(losses or [h.new_zeros(0)]).double())
+            for one, loss in zip(some, nats.tolist()):
+                yield *one, loss
+
+
+def add_losses(model, tok, sequences, tallies, config, n, what):
+    """Score (source, ids, trained), n of them, into the tallies of their sources."""
+    sequences = tqdm(sequences, what, total=n, delay=3, leave=False, disable=None)
+    for source, ids, trained, nats in log_likelihoods(model, sequences, config.batch_size):
+        if not math.isfinite(nats):
+            raise ModelError('the model computes NaN or infinity: its weights are damaged, or a training that diverged')
+        counted = [int(i) for i, kept in zip(ids[1:], trained[1:]) if kept]
+        tally = tallies[source]
+        tally.nats, tally.tokens, tally.examples = tally.nats + nats, tally.tokens + len(counted), tally.examples + 1
+        tally.bytes += len(tok.decode([i for i in counted if i not in tok.special]).encode('utf-8', 'replace'))
+
+
+def fitted(ids, trained, window, tok):
+    """The same, cut from the left to the window, behind the BOS."""
+    if len(ids) <= window + 1:
+        return ids, trained
+    note(f'what is longer than the window of {window:,} tokens is cut from the left')
+    kept = tok.bos if list(ids[: len(tok.bos)]) == tok.bos else []
+    tail = window + 1 - len(kept)
+    return [*kept, *ids[-tail:]], [*[False] * len(kept), *trained[-tail:]]
+
+
+def score_folder(config, path, checkpoint, model, tok, folder, tallies):
+    """The loss of a prepared folder, per source: of text in windows, of examples whole."""
+    meta = read_meta(path)
+    check_tokenizer(folder, path)
+    sources = [source['name'] for source in meta['sources']]
+    for name in sources:
+        tallies[path, name] = Tally(checkpoint, path, name)
+    of_source, window = {i: tallies[path, name] for i, name in enumerate(sources)}, model.config.block_size
+    if meta.get('examples'):
+        found = list(examples(path, config.split, meta))
+        found = questions.drawn(found, config.limit, config.seed)
+        sequences, n = ((i, *fitted(ids, trained, window, tok)) for i, ids, trained in found), len(found)
+    else:
+        T = min(config.block_size, window)
+        text = Tokens(path, config.split, T)
+        n = min(config.limit or 2**60, (len(text.tokens) - 1) // T)
+        windows = ((x[0], y[0], source.item()) for x, y, source in text.evaluation(n * T, 1))
+        sequences = ((source, torch.cat([x[:1], y]), torch.ones(T + 1, dtype=torch.bool)) for x, y, source in windows)
+    add_losses(model, tok, sequences, of_source, config, n, path)
+
+
+def examples(path, split, meta):
+    """Yield (source's index, ids, trained) of each example in a prepared folder."""
+    files = {'': meta['dtype'], '_trained': 'uint8', '_ends': '<i8'}
+    ids, trained, ends = (np.memmap(f'{path}/{split}{kind}.bin', dtype) for kind, dtype in files.items())
+    of_source = [i for i, source in enumerate(meta['sources']) for _ in range(source[f'{split}_examples'])]
+    for i, begin, end in zip(of_source, [0, *ends[:-1].tolist()], ends.tolist()):
+        yield i, ids[begin:end].astype(np.int64), trained[begin:end].astype(bool)
+
+
+# ---- questions -------------------------------------------------------------------------------------------------------
+
+
+def writer_of(config, folder, tok):
+    """rule -> what writes prompts: the model's chat template, or a plain prompt for a model without one."""
+    if config.template not in ('', 'plain') or (not config.template and chat.own(folder)[0]):
+        template = chat.load(folder, tok, config.template or None)
+        return lambda rule: template
+    if not config.template:
+        note(f'{folder} has no chat template, so it gets a plain prompt, "Question: ... Answer:"')
+    return lambda rule: questions.Plain(tok, rule)
+
+
+def score_questions(config, path, rows, checkpoint, model, tok, folder, tallies, out):
+    """The loss of the right answers, the likeliest choices, the answers that the model writes."""
+    writer, solved = writer_of(config, folder, tok), []
+    for q in questions.drawn(questions.find(config.shots_from), config.shots, config.seed) if config.shots else ():
+        if q.rule == 'choice':
+            raise DataError(f'{config.shots_from} holds choices: shots are questions with written answers')
+        solved += [*q.messages, {'role': 'assistant', 'content': q.answer}]
+    for q in rows:
+        tallies.setdefault((path, q.source), Tally(checkpoint, path, q.source))
+    of_source = {q.source: tallies[path, q.source] for q in rows}
+    written = [q for q in rows if q.rule != 'choice']
+    if written and config.score != 'answers':
+        told = ([*solved, *q.messages, {'role': 'assistant', 'content': q.answer}] for q in written)
+        coded = ((q.source, *writer(q.rule).encode(messages)) for q, messages in zip(written, told))
+        coded = ((source, *fitted(*both, model.config.block_size, tok)) for source, *both in coded)
+        add_losses(model, tok, coded, of_source, config, len(written), f'{path}: loss')
+    if config.score == 'loss':
+        return
+    if choices := [q for q in rows if q.rule == 'choice']:
+        choose(config, path, choices, solved, writer, model, tok, of_source, out)
+    if asked := [q for q in rows if q.rule in TASKS]:
+        answer(config, path, asked, solved, writer, model, tok, folder, of_source, out)
+
+
+def candidates(q, solved, writer, tok):
+    """(ids, trained) of each choice: what the model is asked, and the choice, whose tokens count."""
+    for text in q.choices:
+        if q.literal:
+            asked = q.messages[0]['content']
+            space = '' if text[:1].isspace() or asked[-1:].isspace() else ' '
+            yield questions.continued(tok, asked, space + text, end=False)
+        else:
+            told = [*solved, *q.messages, {'role': 'assistant', 'content': text}]
+            ids, trained = writer(q.rule).encode(told, train_on='last')
+            trained[len(trained) - 1 - trained[::-1].index(True)] = sum(trained) == 1  # not the end of the turn
+            yield ids, trained
+
+
+def choose(config, path, rows, solved, writer, model, tok, tallies, out):
+    """Of each question the choice whose tokens have the highest mean log-probability (MeZO, 2305.17333)."""
+    window, means = model.config.block_size, {}
+    coded = ((i, c, one) for i, q in enumerate(rows) for c, one in enumerate(candidates(q, solved, writer, tok)))
+    sequences = (((i, c), *fitted(*one, window, tok)) for i, c, one in coded)
+    bar = tqdm(sequences, f'{path}: choices', sum(len(q.choices) for q in rows), delay=3, leave=False, disable=None)
+    for (i, c), _, trained, nats in log_likelihoods(model, bar, config.batch_size):
+        means.setdefault(i, {})[c] = -nats / max(sum(trained[1:]), 1)
+        if len(means[i]) == len(rows[i].choices):
+            each = [means[i][c] for c in range(len(means[i]))]  # they come in another order
+            best = each.index(max(each))
+            count(tallies[rows[i].source], {'exact': best == rows[i].answer})
+            record(out, rows[i], tallies, answer=rows[i].choices[best], log_probabilities=each)
+
+
+def answer(config, path, rows, solved, writer, model, tok, folder, tallies, out):
+    """Let the model answer each question, and judge what it wrote."""
+    window, ends, tokens = model.config.block_size, tokenizer.ends(folder, tok), config.tokens
+    if tokens >= window:
+        if configurator.typed(config, 'tokens'):
+            raise Stop(f'tokens={tokens} leaves no room for a question in a window of {window:,}: use fewer')
+        tokens = max(window // 2, 1)
+        note(f'answers are cut at {tokens} tokens, half of the window of {folder}')
+    writers = [writer(q.rule) for q in rows]
+    stops = {one.stop for one in writers if isinstance(one, questions.Plain)}
+    if not stops:
+        ends = [*ends, *sample.turn_ends(writers[0])]
+    prompts = [one.prompt([*solved, *q.messages]) for one, q in zip(writers, rows)]
+    prompts = [fitted(ids, [False] * len(ids), window - tokens - 1, tok)[0] for ids in prompts]
+    stop = (lambda ids: any(word in tok.decode(ids[-16:]) for word in stops)) if stops else None
+    made = sample.generate_batch(
+        model, prompts, tokens, ends, config.batch_size, stop, config.temperature, seed=config.seed
+    )
+    right = 0
+    bar = tqdm(made, f'{path}: answers', len(rows), delay=3, leave=False, disable=None)
+    for n, (i, ids) in enumerate(bar):
+        q, text = rows[i], ''.join(tok.decode_stream(ids, prompts[i]))
+        stopped = [at for word in stops if (at := text.find(word)) >= 0]
+        text = text[: min(stopped, default=None)]
+        verdict = TASKS[q.rule].judge(text, q.answer)
+        cut = ids[-1] not in ends and not stopped
+        count(tallies[q.source], verdict, cut)
+        record(out, q, tallies, answer=text, cut=cut, **verdict)
+        right += bool(verdict['exact'])
+        bar.set_postfix_str(f'{right} of {n + 1} right')
+
+
+def count(tally, verdict, cut=False):
+    tally.questions += 1
+    tally.cut += cut
+    tally.no_answer += verdict['exact'] is None
+    for rule, said in verdict.items():
+        tally.right[rule] = tally.right.get(rule, 0) + bool(said)
+
+
+def record(out, q, tallies, **what):
+    """A line of --answers."""
+    where = {'checkpoint': tallies[q.source].checkpoint, 'data': tallies[q.source].data, 'source': q.source}
+    asked = {'question': q.messages[-1]['content'], 'reference': q.answer}
+    print(dumps(where | asked | what, ensure_ascii=False), file=out, flush=True)
+
+
+# ---- what is printed -------------------------------------------------------------------------------------------------
+
+
+def shortened(text, width):
+    return text if len(text) <= width else '\u2026' + text[1 - width :]
+
+
+LOSSES = {
+    'examples': ('examples', '{:,}'),
+    'tokens': ('tokens', '{:,}'),
+    'loss': ('loss', '{:.4f}'),
+    'perplexity': ('perplexity', '{:.4g}'),
+    'bits_per_byte': ('bits/byte', '{:.4f}'),
+}
+ANSWERS = {
+    'questions': ('questions', '{:,}'),
+    'exact': ('exact', '{:.1%}'),
+    'interval': ('95 % interval', '{}'),
+    'strict': ('strict', '{:.1%}'),
+    'flexible': ('flexible', '{:.1%}'),
+    'cut': ('cut', '{:.1%}'),
+    'no_answer': ('none', '{:.1%}'),
+}
+
+
+def table(found, columns):
+    """Lines of a table of at most 100 columns, a line for each dict that has the first of the columns."""
+    found = [one for one in found if next(iter(columns)) in one]
+    if not found:
+        return []
+    names = ('checkpoint', 'data', 'source')
+    lines = [[*names, *(title for title, _ in columns.values())]]
+    for one in found:
+        if 'low' in one:
+            one = one | {'interval': f'{one["low"]:.1%} to {one["high"]:.1%}'}
+        shown = [form.format(one[key]) if one.get(key) is not None else '-' for key, (_, form) in columns.items()]
+        lines.append([*(one[name] for name in names), *shown])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    room = 100 - sum(widths[3:]) - 2 * (len(widths) - 1)
+    while sum(widths[:3]) > room:
+        widths[widths.index(max(widths[:3]))] -= 1
+    lines = [[*map(shortened, line[:3], widths), *line[3:]] for line in lines]
+    aligned = ([f'{t:<{w}}' if i < 3 else f'{t:>{w}}' for i, (t, w) in enumerate(zip(line, widths))] for line in lines)
+    return ['  '.join(line).rstrip() for line in aligned]
+
+
+def report(config, tallies):
+    found = [summary for tally in tallies if len(summary := tally.summary()) > 3]
+    if config.json:
+        print(dumps(found))
+        return
+    lines = [part for part in (table(found, LOSSES), table(found, ANSWERS)) if part]
+    print('\n\n'.join('\n'.join(part) for part in lines))
+    if any('strict' in one for one in found):
+        print('\nexact: our rule; strict, flexible: those of lm-evaluation-harness; cut: at the longest answer')
+        print('none: answers in which our rule finds none; what is not an answer is never right')
+
+
+def main(config):
+    device = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    paths = [path.strip() for path in config.data.split(',')]
+    sets = {path: None if os.path.isdir(path) else questions.find(path) for path in paths}  # errors come at once
+    sets = {path: rows and questions.drawn(rows, config.limit, config.seed) for path, rows in sets.items()}
+    tallies = {}
+    try:
+        with open(config.answers or os.devnull, 'x' if config.answers else 'w', encoding='utf-8') as out:
+            for checkpoint in map(str.strip, config.checkpoints.split(',')):
+                model, tok, folder = sample.load(checkpoint, device)
+                here = tallies[checkpoint] = {}
+                with sample.decoded(model):
+                    for path, rows in sets.items():
+                        if rows is None:
+                            score_folder(config, path, checkpoint, model, tok, folder, here)
+                        else:
+                            score_questions(config, path, rows, checkpoint, model, tok, folder, here, out)
+                del model
+    finally:  # what was scored until an error or Ctrl-C is not lost
+        report(config, [tally for here in tallies.values() for tally in here.values()])
+
+
+if __name__ == '__main__':
+    configurator.check_or_exit(config, __file__, problems)
+    sys.stdout.reconfigure(errors='backslashreplace')
+    terminal.imported()
+    try:
+        main(config)
+    except (ModelError, DataError, Stop, tokenizer.TokenizerError, AdapterError, OSError) as error:
+        sys.exit(f'error: {error}')
+    except KeyboardInterrupt:
+        print('interrupted: the table holds what was scored until then', file=sys.stderr)
+        sys.exit(130)
