@@ -2,6 +2,7 @@
 What fits a card: every method by the formula, with the largest batch; and the flags that save most.
 """
 
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -109,7 +110,8 @@ def fit(config, gpu_bytes, shape, problems):
     does and divides the windows of a step, fastest first: on one card, what LLMem's algorithm 1 is for. problems:
     train.problems, which knows what does not go together."""
     total, rows = config.batch_size * config.gradient_accumulation_steps, []
-    batches = [batch for batch in range(total, 0, -1) if total % batch == 0]
+    small = [batch for batch in range(1, math.isqrt(total) + 1) if total % batch == 0]
+    batches = sorted({*small, *(total // batch for batch in small)}, reverse=True)
     for name, turned in turned_ways(config):
         for batch in batches:
             micro_batches = dict(batch_size=batch, gradient_accumulation_steps=total // batch)

@@ -82,4 +82,8 @@ def split(argv):
         raise ValueError(f'--{tables[0]} prints a table of its own: leave out --json, --plot and --instant')
     if 'plot' in own and 'instant' in own:
         raise ValueError('--plot draws a trace, and --instant makes none: leave out one of them')
+    if 'tp' in own and ('gpus' not in own or 'fit' in own):
+        raise ValueError('--tp cuts each group of --gpus: type --gpus=4 --tp=2, without --fit')
+    if {'fit', 'llmem'} <= set(own):
+        raise ValueError("--model=llmem prints LLMem's equations alone: leave out --fit")
     return own, rest
