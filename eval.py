@@ -46,7 +46,7 @@ score = 'all'  # 'all' | 'loss' | 'answers': of questions, the loss of their rig
 limit = 0  # score only so many questions of each file, or windows or examples of each folder; 0: all
 split = 'val'  # 'train' | 'val': of a prepared folder
 block_size = 1024  # tokens in a window of text; less where the model's own is shorter
-template = ''  # chat template: '' the model's own, else a plain prompt; plain, or a name of data/templates.py
+template = ''  # chat template, a name of data/templates.py; '': the model's own, else a plain "Question: ... Answer:"
 shots = 0  # solved questions before each one
 shots_from = ''  # .jsonl file that they are from
 tokens = 512  # longest answer
@@ -199,58 +199,71 @@ def examples(path, split, meta):
 # ---- questions -------------------------------------------------------------------------------------------------------
 
 
-def writer_of(config, folder, tok):
-    """rule -> what writes prompts: the model's chat template, or a plain prompt for a model without one."""
-    if config.template not in ('', 'plain') or (not config.template and chat.own(folder)[0]):
-        template = chat.load(folder, tok, config.template or None)
-        return lambda rule: template
-    if not config.template:
-        note(f'{folder} has no chat template, so it gets a plain prompt, "Question: ... Answer:"')
-    return lambda rule: questions.Plain(tok, rule)
+STOP = 'Question:'  # what the plain prompt of a base model goes on with after its answer
+
+
+def template_of(config, folder, tok):
+    """-> the chat template that asks, and what ends an answer besides the ends of text."""
+    if config.template or chat.own(folder)[0]:
+        return chat.load(folder, tok, config.template or None), ''
+    note(
+        f'{folder} has no chat template, so it is asked plainly, "Question: ... Answer:" (--template=NAME changes that)'
+    )
+    return chat.load(folder, tok, 'qa'), STOP
 
 
 def score_questions(config, path, rows, checkpoint, model, tok, folder, tallies, out):
     """The loss of the right answers, the likeliest choices, the answers that the model writes."""
-    writer, solved = writer_of(config, folder, tok), []
+    (template, stop), solved = template_of(config, folder, tok), []
     for q in questions.drawn(questions.find(config.shots_from), config.shots, config.seed) if config.shots else ():
         if q.rule == 'choice':
             raise DataError(f'{config.shots_from} holds choices: shots are questions with written answers')
         solved += [*q.messages, {'role': 'assistant', 'content': q.answer}]
+    solved = [message | {'weight': 0} for message in solved]  # their loss does not count
     for q in rows:
         tallies.setdefault((path, q.source), Tally(checkpoint, path, q.source))
     of_source = {q.source: tallies[path, q.source] for q in rows}
     written = [q for q in rows if q.rule != 'choice']
     if written and config.score != 'answers':
-        told = ([*solved, *q.messages, {'role': 'assistant', 'content': q.answer}] for q in written)
-        coded = ((q.source, *writer(q.rule).encode(messages)) for q, messages in zip(written, told))
-        coded = ((source, *fitted(*both, model.config.block_size, tok)) for source, *both in coded)
+        coded = told(template, written, solved, model.config.block_size, tok)
         add_losses(model, tok, coded, of_source, config, len(written), f'{path}: loss')
     if config.score == 'loss':
         return
     if choices := [q for q in rows if q.rule == 'choice']:
-        choose(config, path, choices, solved, writer, model, tok, of_source, out)
+        choose(config, path, choices, solved, template, model, tok, of_source, out)
     if asked := [q for q in rows if q.rule in TASKS]:
-        answer(config, path, asked, solved, writer, model, tok, folder, of_source, out)
+        answer(config, path, asked, solved, template, stop, model, tok, folder, of_source, out)
 
 
-def candidates(q, solved, writer, tok):
+def told(template, rows, solved, window, tok):
+    """Yield (source, ids, trained) of each question with its right answer."""
+    for some in (rows[a : a + 64] for a in range(0, len(rows), 64)):
+        both = [([*solved, *q.messages, {'role': 'assistant', 'content': q.answer}], q.tools) for q in some]
+        for q, coded in zip(some, template.encode_batch(both)):
+            if isinstance(coded, chat.ChatError):
+                note(f'left out of the loss: {coded}')
+            else:
+                yield q.source, *fitted(*coded[:2], window, tok)
+
+
+def candidates(q, solved, template, tok):
     """(ids, trained) of each choice: what the model is asked, and the choice, whose tokens count."""
     for text in q.choices:
         if q.literal:
             asked = q.messages[0]['content']
             space = '' if text[:1].isspace() or asked[-1:].isspace() else ' '
-            yield questions.continued(tok, asked, space + text, end=False)
+            yield questions.continued(tok, asked, space + text)
         else:
-            told = [*solved, *q.messages, {'role': 'assistant', 'content': text}]
-            ids, trained = writer(q.rule).encode(told, train_on='last')
-            trained[len(trained) - 1 - trained[::-1].index(True)] = sum(trained) == 1  # not the end of the turn
+            ids, trained = template.encode([*solved, *q.messages, {'role': 'assistant', 'content': text}], 'last')
+            last = len(trained) - 1 - trained[::-1].index(True)
+            trained[last] = ids[last] not in tok.special  # not the end of the turn
             yield ids, trained
 
 
-def choose(config, path, rows, solved, writer, model, tok, tallies, out):
+def choose(config, path, rows, solved, template, model, tok, tallies, out):
     """Of each question the choice whose tokens have the highest mean log-probability (MeZO, 2305.17333)."""
     window, means = model.config.block_size, {}
-    coded = ((i, c, one) for i, q in enumerate(rows) for c, one in enumerate(candidates(q, solved, writer, tok)))
+    coded = ((i, c, one) for i, q in enumerate(rows) for c, one in enumerate(candidates(q, solved, template, tok)))
     sequences = (((i, c), *fitted(*one, window, tok)) for i, c, one in coded)
     bar = tqdm(sequences, f'{path}: choices', sum(len(q.choices) for q in rows), delay=3, leave=False, disable=None)
     for (i, c), _, trained, nats in log_likelihoods(model, bar, config.batch_size):
@@ -262,7 +275,7 @@ def choose(config, path, rows, solved, writer, model, tok, tallies, out):
             record(out, rows[i], tallies, answer=rows[i].choices[best], log_probabilities=each)
 
 
-def answer(config, path, rows, solved, writer, model, tok, folder, tallies, out):
+def answer(config, path, rows, solved, template, stop, model, tok, folder, tallies, out):
     """Let the model answer each question, and judge what it wrote."""
     window, ends, tokens = model.config.block_size, tokenizer.ends(folder, tok), config.tokens
     if tokens >= window:
@@ -270,22 +283,18 @@ def answer(config, path, rows, solved, writer, model, tok, folder, tallies, out)
             raise Stop(f'tokens={tokens} leaves no room for a question in a window of {window:,}: use fewer')
         tokens = max(window // 2, 1)
         note(f'answers are cut at {tokens} tokens, half of the window of {folder}')
-    writers = [writer(q.rule) for q in rows]
-    stops = {one.stop for one in writers if isinstance(one, questions.Plain)}
-    if not stops:
-        ends = [*ends, *sample.turn_ends(writers[0])]
-    prompts = [one.prompt([*solved, *q.messages]) for one, q in zip(writers, rows)]
+    ends = [*ends, *sample.turn_ends(template)]
+    prompts = [template.prompt([*solved, *q.messages], q.tools) for q in rows]
     prompts = [fitted(ids, [False] * len(ids), window - tokens - 1, tok)[0] for ids in prompts]
-    stop = (lambda ids: any(word in tok.decode(ids[-16:]) for word in stops)) if stops else None
+    stops = (lambda ids: stop in tok.decode(ids[-16:])) if stop else None
     made = sample.generate_batch(
-        model, prompts, tokens, ends, config.batch_size, stop, config.temperature, seed=config.seed
+        model, prompts, tokens, ends, config.batch_size, stops, config.temperature, seed=config.seed
     )
     right = 0
     bar = tqdm(made, f'{path}: answers', len(rows), delay=3, leave=False, disable=None)
     for n, (i, ids) in enumerate(bar):
         q, text = rows[i], ''.join(tok.decode_stream(ids, prompts[i]))
-        stopped = [at for word in stops if (at := text.find(word)) >= 0]
-        text = text[: min(stopped, default=None)]
+        text, stopped, _ = text.partition(stop) if stop else (text, '', '')
         verdict = TASKS[q.rule].judge(text, q.answer)
         cut = ids[-1] not in ends and not stopped
         count(tallies[q.source], verdict, cut)

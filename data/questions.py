@@ -1,25 +1,21 @@
 """
-Questions with their right answers, to be scored by eval.py: files with one JSON object a line, and prompts of them.
+Questions with their right answers, to be scored by eval.py: rows of every format that data/formats.py knows, and
+multiple choice.
 
-    for q in questions.read('test.jsonl', 'gsm8k'):
+    for q in questions.find('gsm8k:test.jsonl'):
         q.messages, q.answer, q.choices, q.source, q.rule
-    plain = questions.Plain(tok, 'gsm8k')     # for a model without a chat template; else data/chat.py's Template
-    ids = plain.prompt(q.messages)
-    ids, trained = plain.encode([*q.messages, {'role': 'assistant', 'content': q.answer}])
 
-What a row is say its fields: question and answer, problem and solution, instruction (with input) and output, prompt and
-completion; `choices` or `options`, and which of them is right as `answer` or `label`: its index, letter, label or text.
+A row of multiple choice has `choices` or `options`, says which is right as `answer` or `label` (its index, letter,
+label or text), and asks by `question`, or by `prompt`, a text that the choices go on from as it stands.
 """
 
 import os
 import random
 from types import SimpleNamespace
 
-from data import DataError, fields
+from data import DataError, fields, files, formats
 from data.tasks import TASKS
 
-PAIRS = [('question', 'answer'), ('problem', 'solution'), ('instruction', 'output'), ('prompt', 'completion')]
-PAIRS += [('query', 'response'), ('instruction', 'response')]
 RIGHT = ('answer', 'label', 'answerKey', 'gold', 'target')
 PUBLISHED = {
     'gsm8k': ('openai/gsm8k', 'main', 'test'),
@@ -28,13 +24,20 @@ PUBLISHED = {
 
 
 def find(spec):
-    """'gsm8k:test.jsonl', 'test.jsonl', 'choice:rows.jsonl' or 'gsm8k' -> rows of questions. Raises DataError."""
+    """'test.jsonl', 'gsm8k:test.jsonl', 'choice:FILE' or 'gsm8k' -> a list of questions. Raises DataError.
+
+    Before the colon stands a rule by which answers are judged; without one each row is judged by what it looks like."""
     rule, _, path = spec.partition(':') if spec.partition(':')[0] in (*TASKS, 'choice') else ('', '', spec)
-    if path:
-        return read(path, rule)
-    if rule not in PUBLISHED:
+    if path and not os.path.isfile(path):
+        raise DataError(f'{path} is no file here: name a prepared folder, or a file of questions (.jsonl, .parquet)')
+    if not path and rule not in PUBLISHED:
         raise DataError(f'--data={spec} names no file: type --data={spec}:FILE.jsonl')
-    return [question(row, rule, f'{rule}, row {i + 1}', rule) for i, row in enumerate(download(rule))]
+    rows = files.rows(path) if path else ((f'{rule}, row {i + 1}', row) for i, row in enumerate(download(rule)))
+    name = os.path.splitext(os.path.basename(path))[0] or rule
+    found = [question(row, rule, place, name) for place, row in rows]
+    if not found:
+        raise DataError(f'{spec} holds no question')
+    return found
 
 
 def download(name):
@@ -51,48 +54,28 @@ def download(name):
         ) from None
 
 
-def read(path, rule=''):
-    """All questions of a .jsonl file. rule: of TASKS, 'choice', or '': what each row itself looks like."""
-    if not os.path.isfile(path):
-        raise DataError(f'{path} is no file here: name a prepared folder, or a .jsonl file of questions')
-    found, name = [], os.path.splitext(os.path.basename(path))[0]
-    for i, line in enumerate(fields.read_text(path, DataError, 'mend it').split('\n')):
-        if line.strip():
-            where = f'{path}, line {i + 1}'
-            found.append(question(fields.parse(line, where, DataError, 'mend or remove it'), rule, where, name))
-    if not found:
-        raise DataError(f'{path} holds no question: one JSON object a line is what is read')
-    return found
-
-
-def question(row, rule, where, name):
+def question(row, rule, place, name):
     """One row -> its messages, its right answer (a text, or the index of a choice), and by which rule it is judged."""
-    source = row.get('source') or name
     options = row.get('choices', row.get('options'))
     if rule == 'choice' or (options is not None and not rule):
-        return choice(row, options, where, source)
-    pair = next((pair for pair in PAIRS if all(isinstance(row.get(key), str) for key in pair)), None)
-    if pair is None:
-        known = ', '.join(' and '.join(pair) for pair in PAIRS)
-        raise DataError(f'{where} has the fields {", ".join(row)}: two of these are needed, as texts: {known}')
-    asked, answer = row[pair[0]], row[pair[1]]
-    if isinstance(row.get('input'), str) and row['input']:
-        asked += '\n\n' + row['input']
-    system = row['system'] if isinstance(row.get('system'), str) else ''
-    messages = [{'role': 'system', 'content': system}] * bool(system) + [{'role': 'user', 'content': asked}]
+        return choice(row, options, place, name)
+    try:
+        messages, tools, source = formats.conversation(row, {}, place)
+    except formats.Drop as reason:
+        raise DataError(f'{place} has {reason}, so that it cannot be scored: mend or remove it') from None
+    answer = messages[-1]['content']
     rule = rule or ('gsm8k' if '####' in answer else 'math' if TASKS['math'].extract(answer) else '')
     if rule and TASKS[rule].extract(answer) is None:
-        raise DataError(f'{where}: no answer is to be found in its {pair[1]} by the rule of {rule}: mend or remove it')
-    return SimpleNamespace(messages=messages, answer=answer, source=source, rule=rule, choices=None, literal=False)
+        raise DataError(f'{place}: no answer is to be found in it by the rule of {rule}: mend or remove it')
+    shared = dict(messages=messages[:-1], tools=tools, answer=answer, source=source or name)
+    return SimpleNamespace(**shared, rule=rule, choices=None, literal=False)
 
 
-def choice(row, options, where, source):
-    if isinstance(options, dict):  # as ARC has it
-        labels, options = options.get('label'), options.get('text')
-    else:
-        labels = None
-    if not (isinstance(options, list) and len(options) > 1 and all(isinstance(one, str) for one in options)):
-        raise DataError(f'{where} has no list of choices, texts, two or more: mend or remove it')
+def choice(row, options, place, name):
+    labels = options.get('label') if isinstance(options, dict) else None  # as ARC has it
+    options = options.get('text') if isinstance(options, dict) else options
+    if not (isinstance(options, list) and len(options) > 1 and all(isinstance(one, str) and one for one in options)):
+        raise DataError(f'{place} has no list of choices, texts, two or more: mend or remove it')
     right = next((row[key] for key in RIGHT if row.get(key) is not None), None)
     if labels and right in labels:
         right = labels.index(right)
@@ -102,15 +85,12 @@ def choice(row, options, where, source):
         right = ord(right.upper()) - ord('A')
     if type(right) is not int or not 0 <= right < len(options):
         what = fields.shown(right)
-        raise DataError(f'{where}: its answer is {what}, none of the {len(options)} choices: mend or remove it')
-    literal = isinstance(row.get('prompt'), str)  # a text that the choices continue, and no question
+        raise DataError(f'{place}: its answer is {what}, none of the {len(options)} choices: mend or remove it')
     asked = next((row[key] for key in ('prompt', 'question', 'query') if isinstance(row.get(key), str)), None)
     if asked is None:
-        raise DataError(f'{where} has neither prompt nor question: mend or remove it')
-    messages = [{'role': 'user', 'content': asked}]
-    return SimpleNamespace(
-        messages=messages, answer=right, source=source, rule='choice', choices=options, literal=literal
-    )
+        raise DataError(f'{place} has neither prompt nor question: mend or remove it')
+    shared = dict(messages=[{'role': 'user', 'content': asked}], tools=None, source=str(row.get('source') or name))
+    return SimpleNamespace(**shared, answer=right, rule='choice', choices=options, literal='prompt' in row)
 
 
 def drawn(found, limit, seed):
@@ -120,36 +100,8 @@ def drawn(found, limit, seed):
     return [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), limit))]
 
 
-class Plain:
-    """Prompts for a model that knows no conversations: "Question: ...\\nAnswer:". The interface of a chat Template."""
-
-    def __init__(self, tok, rule):
-        self.tok, task = tok, TASKS.get(rule, TASKS['gsm8k'])
-        self.ask, self.reply = task.question, task.answer
-        self.stop = self.ask.strip()
-
-    def written(self, messages):
-        """The text up to the last answer, and that answer, None where it is still to come."""
-        text, answers = '', [m['content'] for m in messages if m['role'] == 'assistant']
-        last = answers.pop() if messages[-1]['role'] == 'assistant' else None
-        for message in messages[: len(messages) - (last is not None)]:
-            if message['role'] == 'user':
-                text += f'{self.ask}{message["content"]}\n{self.reply}'
-            else:
-                text += (' ' if message['role'] == 'assistant' else '') + message['content'] + '\n\n'
-        return text, last
-
-    def prompt(self, messages):
-        return self.tok.bos + self.tok.encode(self.written(messages)[0])
-
-    def encode(self, messages, train_on='last'):
-        text, answer = self.written(messages)
-        return continued(self.tok, text, ' ' + answer)
-
-
-def continued(tok, text, more, end=True):
-    """-> ids of text + more as one, and which of them are trained: as many as `more` adds, and the end of text."""
+def continued(tok, text, more):
+    """-> ids of text + more as one, and which of them are of `more`: as many as it adds."""
     before, ids = tok.bos + tok.encode(text), tok.bos + tok.encode(text + more)
-    ids += [tok.eot] if end and tok.eot is not None else []
     known = min(len(before), len(ids) - 1)
     return ids, [False] * known + [True] * (len(ids) - known)

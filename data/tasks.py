@@ -208,19 +208,11 @@ def verdict(answer, right, same=str.__eq__):
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of question. question, answer: what stands before each in a prompt for a model without a chat template,
-    which stops where it would ask the next question."""
-
-    question: str
-    answer: str
     extract: Callable  # text -> its answer or None
     judge: Callable  # text, reference -> {rule: right, wrong or None}
 
 
-TASKS = {
-    'gsm8k': Task('Question: ', 'Answer:', extract_number, gsm8k),
-    'math': Task('Problem: ', 'Solution:', extract_math, math),
-}
+TASKS = {'gsm8k': Task(extract_number, gsm8k), 'math': Task(extract_math, math)}
 
 
 def wilson(k, n, z=1.959964):

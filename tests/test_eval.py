@@ -264,7 +264,7 @@ def test_it_runs_as_a_program_and_says_what_a_plain_prompt_is(tmp_path):
     folder, path = published(tmp_path / 'base', 'first'), written(tmp_path / 'q.jsonl', QUESTIONS)
     done = run(['eval.py', folder, f'--data={path}', '--tokens=4', '--limit=2', '--device=cpu'])
     assert done.returncode == 0, done.stderr
-    assert 'note: ' in done.stderr and 'has no chat template, so it gets a plain prompt' in done.stderr
+    assert 'note: ' in done.stderr and 'has no chat template, so it is asked plainly' in done.stderr
     titles = ['checkpoint', 'data', 'source', 'examples', 'tokens', 'loss', 'perplexity', 'bits/byte']
     assert done.stdout.splitlines()[0].split() == titles
 
@@ -272,19 +272,16 @@ def test_it_runs_as_a_program_and_says_what_a_plain_prompt_is(tmp_path):
 @pytest.mark.parametrize(
     ('rows', 'spec', 'sentence'),
     [
-        ('{"question": "a", "answer": "#### 1"}\n{"question": ', '', 'line 2 is broken, not valid JSON'),
-        ('[]', '', 'line 1 holds [], not an object'),
-        ('{"text": "a"}', '', 'line 1 has the fields text: two of these are needed'),
-        (
-            '{"question": "a", "answer": "no idea"}',
-            'gsm8k:',
-            'line 1: no answer is to be found in its answer by the rule',
-        ),
-        ('{"prompt": "a", "choices": ["b"], "label": 0}', '', 'line 1 has no list of choices'),
+        ('{"question": "a", "answer": "#### 1"}\n{"question": ', '', 'q.jsonl:2 is not valid JSON'),
+        ('[]', '', 'holds no question'),
+        ('{"text": "a"}', '', 'q.jsonl:1 is text, no example of question and answer'),
+        ('{"question": "a", "answer": "no idea"}', 'gsm8k:', 'q.jsonl:1: no answer is to be found in it by the rule'),
+        ('{"prompt": "a", "choices": ["b"], "label": 0}', '', 'q.jsonl:1 has no list of choices'),
         ('{"prompt": "a", "choices": ["b", "c"], "label": 2}', '', 'its answer is 2, none of the 2 choices'),
         ('{"prompt": "a", "choices": ["b", "c"]}', 'choice:', 'its answer is None, none of the 2 choices'),
         ('{"choices": ["b", "c"], "answer": "b"}', '', 'has neither prompt nor question'),
         ('\n\n', '', 'holds no question'),
+        ('{"question": "a", "answer": " "}', '', 'q.jsonl:1 has an empty answer, so that it cannot be scored'),
     ],
 )
 def test_a_file_that_holds_no_questions_is_one_sentence(tmp_path, rows, spec, sentence):
