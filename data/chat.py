@@ -51,9 +51,9 @@ def load(folder, tok, name=None):
                 f'use one of ordinary text, --template={fit}'
             )
         # Readers of the saved file add no BOS of their own.
+        bos = '{{ bos_token }}'
         if not tok.bos or tok.bos != [special.get(variables.get('bos_token'))]:
-            variables.pop('bos_token', None)  # some name a token here that the model never saw begin a text
-        bos = '{{ bos_token }}' if 'bos_token' in variables else ''
+            bos = "{% set bos_token = '' %}" * ('bos_token' in TEMPLATES[name])  # named, but nothing begins with it
         return Template({'default': bos + TEMPLATES[name]}, tok, variables, f'--template={name}')
     if name not in (None, 'own'):
         if not name.endswith('.jinja') or not os.path.isfile(name):
@@ -334,6 +334,7 @@ class Template:
         upto = (
             len(told) if text.startswith(told) else sum(1 for _ in takewhile(lambda p: p[0] == p[1], zip(told, text)))
         )
+        upto = min([upto, *(m.start() for m in self.specials.finditer(told) if m.start() < upto < m.end())])
         # What a template writes only at the very end, as Phi-3 an end of text, may be missing.
         if not text.startswith(asked) or upto <= len(asked) or self.specials.sub('', told[upto:]).strip():
             other = '--train_on=last' if train_on == 'all' and i < len(messages) - 1 else f'--template={NAMES}'
