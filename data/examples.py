@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -298,12 +299,12 @@ def marked(tok, ids, trained, longest=1500):
         left, right = '\033[32m' + left, right + '\033[0m'
     parts = []
     for i, before, text in zip(cuts, texts, texts[1:]):
-        part = text[len(before) :]
+        part = printable(text[len(before) :])
         if len(part) > longest:
             half = longest // 2
             part = f'{part[:half]} ... {len(part) - longest:,} characters ... {part[-half:]}'
         parts.append(left + part + right if trained[i] else part)
-    return printable(''.join(parts))
+    return ''.join(parts)
 
 
 def can_print(text):
@@ -317,7 +318,8 @@ def can_print(text):
 def printable(text):
     """What the terminal can show; a stranger's escape sequences are no commands to it."""
     coding = sys.stdout.encoding or 'ascii'
-    return text.encode(coding, 'backslashreplace').decode(coding)
+    text = text.encode(coding, 'backslashreplace').decode(coding)
+    return re.sub('[\x00-\x08\x0b-\x1f\x7f-\x9f]', lambda m: repr(m[0])[1:-1], text)
 
 
 # ---- the command line

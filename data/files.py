@@ -145,7 +145,8 @@ def rows(path):
 def whole_rows(path, text):
     """The rows of a file that is one JSON value: a list, or an object with the list in a field; None if it is not."""
     begin = text[:4096].lstrip()
-    if begin.startswith('{') and parsed(begin.partition('\n')[0])[1] is None:
+    first, _, more = begin.partition('\n')
+    if begin.startswith('{') and more.strip() and parsed(first)[1] is None:
         return None  # an object a line
     found, error = parsed(text)
     if error:
@@ -153,7 +154,10 @@ def whole_rows(path, text):
             raise DataError(f'{path} begins as a list and is not valid JSON ({error}): mend it')
         return None
     if isinstance(found, dict):
-        found = next((found[name] for name in LISTS if isinstance(found.get(name), list)), [found])
+        inner = [found[name] for name in LISTS if isinstance(found.get(name), list)]
+        if not inner and not more:
+            return None  # one object on one line
+        found = (inner or [found])[0]
     found = found if isinstance(found, list) else [found]
     return [(f'{path}, row {n}', row) for n, row in enumerate(found, 1)]
 

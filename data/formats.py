@@ -16,6 +16,7 @@ wrong kind is an error that names the place; what teaches nothing, as an empty a
 """
 
 import json
+from itertools import dropwhile
 
 from data import DataError, fields
 
@@ -187,8 +188,8 @@ def with_arguments(call, place):
 
 def checked(messages):
     """Messages that a template can write and that teach something. Raises Drop."""
-    while messages and messages[0]['role'] == 'assistant':
-        messages = messages[1:]  # a greeting that nobody asked for
+    system = messages[:1] if messages and messages[0]['role'] == 'system' else []
+    messages = [*system, *dropwhile(lambda m: m['role'] == 'assistant', messages[len(system) :])]  # a greeting
     if not messages or messages[-1]['role'] != 'assistant':
         raise Drop('no answer at its end')
     if any(not m['content'].strip() and not m.get('tool_calls') for m in messages if m['role'] == 'assistant'):
