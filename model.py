@@ -13,6 +13,7 @@ Linear weights are (out, in). Modules have Hugging Face's names; state dicts dif
 """
 
 import copy
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -248,13 +249,90 @@ def positions_of(pieces, B, T):
 
 
 def attend_masked(q, k, v, pieces, scale=None):
-    """Causal attention within each piece, by a mask: for whatever has no kernel of its own. q (B, T, H, d), k and v
+    """Causal attention within each piece, by a mask: for whatever has no kernel for it. q (B, T, H, d), k and v
     (B, T, K, d) -> (B, T, H, d)."""
     B, T, H, _ = q.shape
     piece = torch.searchsorted(pieces, torch.arange(B * T, device=q.device), right=True).view(B, 1, T)
     mask = (piece[..., None] == piece[..., None, :]).tril()  # (B, 1, T, T)
     q, k, v = (A.transpose(1, 2) for A in (q, k, v))  # (B, H, T, d)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=k.shape[1] != H).transpose(1, 2)
+
+
+def slices_of(pieces):
+    ends = pieces.tolist()
+    return [slice(a, b) for a, b in itertools.pairwise(ends) if a < b]
+
+
+# On a CPU piece after piece, with torch's own kernel; forward and backward are an operation each, so that a trace sees
+# results whose size does not depend on the pieces, and torch.compile does not look inside.
+PACKED = torch.library.Library('nano24', 'FRAGMENT')
+PACKED.define('attend(Tensor q, Tensor k, Tensor v, Tensor pieces, float? scale) -> (Tensor, Tensor)')
+PACKED.define(
+    'attend_backward(Tensor delta, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, Tensor pieces, float? scale)'
+    ' -> (Tensor, Tensor, Tensor)'
+)
+
+
+def room_for_attention(q, k, v, pieces, scale):
+    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def room_for_gradients(delta, q, k, v, y, lse, pieces, scale):
+    return tuple(torch.empty_like(A) for A in (q, k, v))
+
+
+def attend_on_cpu(q, k, v, pieces, scale):
+    """q (N, H, d), k and v (N, K, d), pieces (P + 1,) -> y (N, H, d), and the logarithms of softmax's sums (N, H)."""
+    y, lse = room_for_attention(q, k, v, pieces, scale)
+    for s in slices_of(pieces):
+        piece = (A[s].transpose(0, 1)[None] for A in (q, k, v))  # (1, H, t, d), K heads
+        out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*piece, 0.0, True, scale=scale)
+        y[s], lse[s] = out[0].transpose(0, 1), sums[0].T
+    return y, lse
+
+
+def attend_backward_on_cpu(delta, q, k, v, y, lse, pieces, scale):
+    """The gradients of q, k and v, given y's."""
+    gradients = room_for_gradients(delta, q, k, v, y, lse, pieces, scale)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    for s in slices_of(pieces):
+        piece = (A[s].transpose(0, 1)[None] for A in (delta, q, k, v, y))
+        for G, g in zip(gradients, backward(*piece, lse[s].T[None], 0.0, True, scale=scale)):
+            G[s] = g[0].transpose(0, 1)
+    return gradients
+
+
+for name, on_cpu, room in (
+    ('attend', attend_on_cpu, room_for_attention),
+    ('attend_backward', attend_backward_on_cpu, room_for_gradients),
+):
+    PACKED.impl(name, on_cpu, 'CPU')
+    torch.library.register_fake(f'nano24::{name}', room)
+
+
+class PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, pieces, scale):
+        y, lse = torch.ops.nano24.attend(q, k, v, pieces, scale)
+        ctx.save_for_backward(q, k, v, y, lse, pieces)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx, delta):
+        return *torch.ops.nano24.attend_backward(delta, *ctx.saved_tensors, ctx.scale), None, None
+
+
+def attend_packed(q, k, v, pieces, scale=None):
+    """`attend_masked` by the fastest way that this device and dtype have."""
+    T, flat = q.shape[1], [A.flatten(0, 1) for A in (q, k, v)]  # (B T, H, d), K heads
+    if q.device.type == 'cpu':
+        return PackedAttention.apply(*flat, pieces, scale).view(q.shape)
+    if q.device.type == 'cuda' and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256:
+        from torch.nn.attention.varlen import varlen_attn  # flash attention; imports torch's compiler, so late
+
+        return varlen_attn(*flat, pieces, pieces, T, T, scale=scale, window_size=(-1, 0), enable_gqa=True).view(q.shape)
+    return attend_masked(q, k, v, pieces, scale)
 
 
 class KVCache:
@@ -385,7 +463,7 @@ class Attention(nn.Module):
         if self.rotates:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if pieces is not None:
-            y = attend_masked(q, k, v, pieces, self.scale)  # (B, T, H, d)
+            y = attend_packed(q, k, v, pieces, self.scale)  # (B, T, H, d)
             return self.o_proj(y.reshape(B, T, -1))  # (B, T, D)
         # Transposed last: q stays in memory by token, cuDNN lays out y as q, and o_proj's input is no second copy of y.
         q, k, v = (A.transpose(1, 2) for A in (q, k, v))  # (B, H, T, d), K heads
