@@ -1,19 +1,26 @@
 """
 Batch t as a pure function of (seed, t, rank, world size): nothing to save, and resuming is exact.
 
-    data = Tokens('data/pystdlib', 'train', block_size=256)
+    data = load('data/pystdlib', 'train', block_size=256)       # Tokens, or Examples where the folder holds such
     x, y, sources = data.batch(seed=1, t=0, batch_size=8)       # x, y: (8, 256) int64; y is x one token later
+    x, y, sources, pieces = data.batch(seed=1, t=0, batch_size=8)           # of packed examples, see model.positions_of
 
-An epoch is a random permutation of all windows of block_size tokens. Each epoch shifts their grid by a new random
+Text: an epoch is a random permutation of all windows of block_size tokens. Each epoch shifts their grid by a new random
 offset, so that it cuts the text in other places. prepare.py writes train.bin and val.bin, token ids as uint16 or
 uint32 with documents grouped by source, and meta.json, which holds the counts.
+
+Examples: an epoch is a random permutation of windows that are filled with whole examples, or of examples, padded to the
+longest of their batch. Beside the tokens lie SPLIT_ends.bin, int64, the position one past each example's last token,
+and SPLIT_trained.bin, uint8, 1 where a token is trained as a target. A target that is not is -100.
 """
 
+import bisect
 import hashlib
 import os
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data import DataError, fields
 
@@ -26,6 +33,9 @@ META = {
     'sources': fields.several(fields.table()),
 }
 SOURCE = {'name': fields.text(), 'train_tokens': COUNT, 'val_tokens': COUNT}
+EXAMPLES = {'examples': fields.switch(False)}
+COUNTS = {'train_examples': fields.whole(1, 2**48), 'val_examples': fields.whole(1, 2**48)}
+COUNTS |= {'train_trained': COUNT, 'val_trained': COUNT}
 
 
 def read_meta(folder):
@@ -37,7 +47,14 @@ def read_meta(folder):
         raise DataError(f'{path} does not exist: run python {os.path.join(folder, "prepare.py")} first') from None
     for i, source in enumerate(meta['sources']):
         fields.check(source, SOURCE, f'{path}, source {i}', DataError, advice)
-    for count in ('train_tokens', 'val_tokens'):
+    meta = fields.check(meta, EXAMPLES, path, DataError, advice)
+    counts = ['train_tokens', 'val_tokens']
+    if meta['examples']:
+        fields.check(meta, COUNTS, path, DataError, advice)
+        counts += ['train_examples', 'val_examples']
+        for i, source in enumerate(meta['sources']):
+            fields.check(source, dict.fromkeys(counts[2:], COUNT), f'{path}, source {i}', DataError, advice)
+    for count in counts:
         if (total := sum(source[count] for source in meta['sources'])) != meta[count]:
             raise DataError(f'{path}: {count} is {meta[count]}, its sources have {total}: {advice}')
     return meta
@@ -46,14 +63,15 @@ def read_meta(folder):
 def fingerprint(folder):
     """16 hex digits that tell the data of a prepared folder from any other, in milliseconds however large it is.
 
-    Of what batches are made of: the order of the sources, the tokens at places spread over both files (a file of up to
+    Of what batches are made of: the order of the sources, the tokens at places spread over the files (a file of up to
     4 MB wholly), and the checksum of all of them that prepare.py left in meta.json. Times and places do not count, so
     the same data prepared again is the same. Raises DataError if the folder is not prepared."""
     meta = read_meta(folder)
     sources = [(source['name'], source['train_tokens'], source['val_tokens']) for source in meta['sources']]
     identity = hashlib.blake2b(repr((meta.get('checksum'), meta['dtype'], sources)).encode(), digest_size=8)
-    for split in ('train', 'val'):
-        path = os.path.join(folder, f'{split}.bin')
+    kinds = ('', '_trained', '_ends') if meta['examples'] else ('',)
+    for name in (split + kind for split in ('train', 'val') for kind in kinds):
+        path = os.path.join(folder, f'{name}.bin')
         try:
             with open(path, 'rb') as f:
                 size, block = os.path.getsize(path), 2**16
@@ -75,22 +93,43 @@ def trained_tokens(micro_batches):
     return count
 
 
+def open_array(path, dtype, n):
+    """A file of n numbers. Raises DataError if it is missing or has another length."""
+    try:
+        found = os.path.getsize(path) // np.dtype(dtype).itemsize
+    except OSError as error:
+        raise DataError(f'{path} cannot be read ({error.strerror}): run its prepare.py again') from None
+    if found != n:
+        raise DataError(f'{path} holds {found} tokens, meta.json says {n}: run its prepare.py again')
+    return np.memmap(path, dtype=dtype, mode='r')
+
+
+def check_ids(data, largest, where):
+    if largest >= data.vocab_size:
+        reason = f'token id {largest} near position {where} is beyond the vocabulary of {data.vocab_size}'
+        raise DataError(f'{data.path}: {reason}: the file is broken, run its prepare.py again')
+
+
+def load(folder, split, block_size, packing=True):
+    """The Tokens or the Examples of one split of a prepared folder. Raises DataError if they cannot be used."""
+    if read_meta(folder)['examples']:
+        return Examples(folder, split, block_size, packing)
+    return Tokens(folder, split, block_size)
+
+
 class Tokens:
     """The token file of one split. Raises DataError if it is missing, truncated or too short."""
 
     def __init__(self, folder, split, block_size):
-        self.path, self.block_size = os.path.join(folder, f'{split}.bin'), block_size
-        meta = read_meta(folder)
-        self.vocab_size, n = meta['vocab_size'], meta[f'{split}_tokens']
-        try:
-            found = os.path.getsize(self.path) // np.dtype(meta['dtype']).itemsize
-        except OSError as error:
-            raise DataError(f'{self.path} cannot be read ({error.strerror}): run its prepare.py again') from None
-        if found != n:
-            raise DataError(f'{self.path} holds {found} tokens, meta.json says {n}: run its prepare.py again')
+        self.block_size, meta = block_size, read_meta(folder)
+        self.path, self.vocab_size, n = (
+            os.path.join(folder, f'{split}.bin'),
+            meta['vocab_size'],
+            meta[f'{split}_tokens'],
+        )
+        self.tokens = open_array(self.path, meta['dtype'], n)
         if n <= block_size:
             raise DataError(f'{self.path} holds {n} tokens, too few for a window of {block_size}: lower block_size')
-        self.tokens = np.memmap(self.path, dtype=meta['dtype'], mode='r')
         self.sources = [source['name'] for source in meta['sources']]
         self.source_ends = np.cumsum([source[f'{split}_tokens'] for source in meta['sources']])
         # A window with its targets takes block_size + 1 tokens. One window is given up, so that the offset of the grid
@@ -110,12 +149,20 @@ class Tokens:
         """Batch t -> x, y (batch_size, block_size) int64 and the source index of each window, (batch_size,) int64.
 
         Processes share one stream: at t, rank r of W reads what a single process reads at t W + r."""
-        first = self.skip + (t * world + rank) * batch_size
-        starts = []
+        return self.read(self.pool(seed, t * world + rank, batch_size))
+
+    def pool(self, seed, t, batch_size):
+        """Where the windows of batch t begin, for `read`."""
+        first, starts = self.skip + t * batch_size, []
         for i in range(first, first + batch_size):  # a batch may span two epochs
             order, offset = self.epoch(seed, i // self.windows)
             starts.append(int(order[i % self.windows]) * self.block_size + offset)
-        return self.read(starts)
+        return starts
+
+    def micro_batches(self, starts, weights, batch_size, rank=0, world=1):
+        """A process's share of windows chosen from a pool, with (n,) weights or None: a list of (x, y, weights)."""
+        parts = [slice(a, a + batch_size) for a in range(rank * batch_size, len(starts), world * batch_size)]
+        return [(*self.read(starts[part])[:2], weights if weights is None else weights[part]) for part in parts]
 
     def evaluation(self, n_tokens, batch_size):
         """Yield (x, y, sources) of fixed windows spread evenly over the file, n_tokens in total or the whole file."""
@@ -126,11 +173,160 @@ class Tokens:
 
     def read(self, starts):
         rows = np.stack([self.tokens[s : s + self.block_size + 1] for s in starts]).astype(np.int64)  # (B, T + 1)
-        if rows.max() >= self.vocab_size:
-            where = starts[int(rows.max(axis=1).argmax())]
-            reason = f'token id {rows.max()} near position {where} is beyond the vocabulary of {self.vocab_size}'
-            raise DataError(f'{self.path}: {reason}: the file is broken, run its prepare.py again')
+        check_ids(self, rows.max(), starts[int(rows.max(axis=1).argmax())])
         middles = np.array(starts) + self.block_size // 2  # a window belongs to the source of its middle token
         sources = torch.from_numpy(np.searchsorted(self.source_ends, middles, side='right'))
         rows = torch.from_numpy(rows)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), sources
+
+
+def best_fit(lengths, size):
+    """Windows of `size`, each a list of indices into `lengths`, filled best-fit, the longest first: each goes where it
+    leaves least room. How many there are follows from the lengths alone, whatever their order."""
+    windows, room, rooms = [], {}, []  # room: what is left -> the windows; rooms: its keys, ascending
+    for i in np.argsort(-np.asarray(lengths), kind='stable').tolist():
+        n = int(lengths[i])
+        at = bisect.bisect_left(rooms, n)
+        if at == len(rooms):
+            window, left = len(windows), size - n
+            windows.append([])
+        else:
+            window, left = room[rooms[at]].pop(), rooms[at] - n
+            if not room[rooms[at]]:
+                del room[rooms.pop(at)]
+        windows[window].append(i)
+        if left:
+            if left not in room:
+                bisect.insort(rooms, left)
+            room.setdefault(left, []).append(window)
+    return windows
+
+
+class Examples:
+    """The examples of one split. Raises DataError if a file is missing or broken, if one is longer than block_size, or
+    if none has a trained token.
+
+    packing: rows are windows of block_size with as many examples as fit; an example of n tokens takes n - 1 places.
+    Else a row is an example, and what stands behind the end of a shorter one is never a target. Neighbours of an epoch
+    are then of like lengths: of each GROUP examples in a random order, sorted, RUN after RUN in a random order."""
+
+    GROUP, RUN = 1024, 32
+
+    def __init__(self, folder, split, block_size, packing=True):
+        self.block_size, self.packing, meta = block_size, packing, read_meta(folder)
+        self.path, self.vocab_size = os.path.join(folder, f'{split}.bin'), meta['vocab_size']
+        n, count = meta[f'{split}_tokens'], meta[f'{split}_examples']
+        self.tokens = open_array(self.path, meta['dtype'], n)
+        self.trained = open_array(os.path.join(folder, f'{split}_trained.bin'), 'uint8', n)
+        path = os.path.join(folder, f'{split}_ends.bin')
+        self.ends = np.asarray(open_array(path, 'int64', count))
+        self.starts = np.append(0, self.ends[:-1])
+        self.lengths = self.ends - self.starts - 1  # places that they take: what is only ever a target takes none
+        if self.lengths.min() < 1 or self.ends[-1] != n:
+            raise DataError(f'{path} does not cut {n} tokens into examples of two or more: run its prepare.py again')
+        if (longest := int(self.lengths.max())) > block_size:
+            many = int((self.lengths > block_size).sum())
+            raise DataError(
+                f'{self.path}: {many} of {count} examples do not fit block_size={block_size}: '
+                f'use --block_size={longest}, or prepare the data again without those that are longer'
+            )
+        if not meta[f'{split}_trained']:
+            raise DataError(f'{self.path}: no token of any example is trained: prepare the data with answers')
+        self.sources = [source['name'] for source in meta['sources']]
+        self.source_ends = np.cumsum([source[f'{split}_examples'] for source in meta['sources']])  # in examples
+        self.plan = best_fit(np.sort(self.lengths)[::-1], block_size) if packing else None  # windows of ranks by length
+        self.windows = len(self.plan) if packing else count
+        self.skip = 0  # as of Tokens, in rows
+        self.order = {}  # {(seed, epoch): ...} of the last epoch used; a cache, not saved
+
+    def tokens_a_row(self, choosing=False):
+        """On average, without what only fills a row. choosing: rows are examples whether packed or not."""
+        return self.lengths.sum() / (len(self.lengths) if choosing else self.windows)
+
+    def epoch(self, seed, epoch):
+        """-> the order of this epoch's examples, and of its windows."""
+        if (seed, epoch) not in self.order:
+            rng = np.random.default_rng((seed, epoch))
+            order = rng.permutation(len(self.lengths))
+            self.order = {(seed, epoch): (order, *self.rows(order, rng))}
+        return self.order[seed, epoch]
+
+    def rows(self, order, rng):
+        """-> what the rows of an epoch are made of: packed, the examples by length, equal ones at random, and the order
+        of the windows of their ranks; else the order of the examples."""
+        by_length = lambda some: some[np.argsort(-self.lengths[some], kind='stable')]  # noqa: E731
+        if self.packing:
+            return by_length(order), rng.permutation(self.windows)
+        groups = [by_length(order[a : a + self.GROUP]) for a in range(0, len(order), self.GROUP)]
+        runs = [group[a : a + self.RUN] for group in groups for a in range(0, len(group), self.RUN)]
+        return (np.concatenate([runs[i] for i in rng.permutation(len(runs))]),)
+
+    def batch(self, seed, t, batch_size, rank=0, world=1):
+        """Batch t -> x, y (batch_size, T) int64, the source index of each example, and, packed, the pieces: T is
+        block_size, else the longest example's length. Processes share one stream, as they do of Tokens."""
+        first, rows = self.skip + (t * world + rank) * batch_size, []
+        for i in range(first, first + batch_size):
+            _, examples, *windows = self.epoch(seed, i // self.windows)
+            at = i % self.windows
+            rows.append(examples[self.plan[windows[0][at]]] if self.packing else examples[at : at + 1])
+        return self.pack(rows) if self.packing else self.read([int(row[0]) for row in rows])
+
+    def pool(self, seed, t, n):
+        """n examples to choose from in step t, by length, for `read`: the next ones of a random permutation."""
+        first, count = self.skip + t * n, len(self.lengths)
+        found = [int(self.epoch(seed, i // count)[0][i % count]) for i in range(first, first + n)]
+        return sorted(found, key=lambda i: -self.lengths[i])
+
+    def micro_batches(self, examples, weights, batch_size, rank=0, world=1):
+        """A process's share of examples chosen from a pool, with (n,) weights or None: a list of (x, y, weights), or
+        packed of (x, y, weights (B, T), pieces). All processes have equally many."""
+        if not self.packing:
+            return Tokens.micro_batches(self, examples, weights, batch_size, rank, world)
+        windows, found = best_fit(self.lengths[examples], self.block_size), []  # of places in `examples`
+        mine = (windows + [[] for _ in range(-len(windows) % world)])[rank::world]
+        for some in (mine[a : a + batch_size] for a in range(0, len(mine), batch_size)):
+            x, y, _, pieces = self.pack([[examples[i] for i in window] for window in some])
+            if weights is not None:  # what only fills a window has none
+                lengths = [torch.tensor(self.lengths[[examples[i] for i in window]]) for window in some]
+                rows = [weights[window].repeat_interleave(n) for window, n in zip(some, lengths)]
+                found.append((x, y, torch.stack([F.pad(row, (0, x.shape[1] - len(row))) for row in rows]), pieces))
+            else:
+                found.append((x, y, None, pieces))
+        return found
+
+    def evaluation(self, n_tokens, batch_size):
+        """Yield batches of examples spread evenly over the file, n_tokens in total or all of them."""
+        count = len(self.lengths)
+        n = max(min(n_tokens * count // int(self.lengths.sum()), count), 1)
+        some = np.arange(n) * count // n
+        if self.packing:
+            rows = [some[window] for window in best_fit(self.lengths[some], self.block_size)]
+        else:
+            rows = some[np.argsort(-self.lengths[some], kind='stable')]
+        for a in range(0, len(rows), batch_size):
+            yield (self.pack if self.packing else self.read)(rows[a : a + batch_size])
+
+    def read(self, examples):
+        """A row for each -> x, y (B, T) int64, T being the longest's length, and their sources (B,)."""
+        return self.pack([[i] for i in examples], int(self.lengths[examples].max()))[:3]
+
+    def pack(self, rows, T=0):
+        """Rows of T places, or of block_size, with these examples in turn -> x, y (B, T) int64, the source of each
+        example, and the pieces: what is left of a row is one, too."""
+        T = T or self.block_size
+        x, y, ends = np.zeros((len(rows), T), np.int64), np.full((len(rows), T), -100), [0]
+        for b, row in enumerate(rows):
+            at = 0
+            for i in row:
+                ids = self.tokens[self.starts[i] : self.ends[i]].astype(np.int64)
+                check_ids(self, ids.max(), self.starts[i])
+                end = at + len(ids) - 1
+                x[b, at:end] = ids[:-1]
+                y[b, at:end] = np.where(self.trained[self.starts[i] + 1 : self.ends[i]], ids[1:], -100)
+                ends.append(b * T + end)
+                at = end
+            if at < T:
+                ends.append((b + 1) * T)
+        sources = np.searchsorted(self.source_ends, [i for row in rows for i in row], side='right')
+        pieces = torch.tensor(ends, dtype=torch.int32)
+        return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(sources), pieces
