@@ -248,14 +248,23 @@ def factors(model, h, cos, sin, targets):
     return kept['X'], D
 
 
-def features(model, tokens, targets, feature, batch_size, directions=1, seed=0, rank=0, world=1):
+def widths_of(targets, batch_size):
+    """Of each micro-batch of targets (n, T) the place behind its last one: nothing beyond it counts."""
+    places = torch.arange(1, targets.shape[1] + 1, device=targets.device)
+    last = ((targets != -100) * places).amax(1).cpu()  # (n,)
+    return [max(int(some.max()), 1) for some in last.split(batch_size)]
+
+
+def features(model, tokens, targets, feature, batch_size, directions=1, seed=0, rank=0, world=1, widths=None):
     """{name: tensor} of a pool, tokens and targets (n, T): H (n, D), each example's mean hidden state, and for 'zo' p
     (n, m), for 'grad' X (n, T, in) and D (n, T, out). batch_size examples at a time; process `rank` of `world` fills in
-    its share of these micro-batches and leaves zeros elsewhere."""
+    its share of these micro-batches and leaves zeros elsewhere. widths: `widths_of` the targets, to run no padding."""
     found, n = {}, len(tokens)
+    widths = widths or [tokens.shape[1]] * -(-n // batch_size)
     mine = range(rank * batch_size, n, world * batch_size)
     for a in mine or [0]:  # a process without a share needs the shapes all the same
-        x, y = tokens[a : a + batch_size], targets[a : a + batch_size]
+        rows, T = slice(a, a + batch_size), widths[a // batch_size]
+        x, y = tokens[rows, :T], targets[rows, :T]
         with torch.no_grad():
             h, cos, sin = model.embed(x)  # (b, T, D)
             for layer in model.layers[:-1]:
@@ -268,9 +277,9 @@ def features(model, tokens, targets, feature, batch_size, directions=1, seed=0, 
             part['X'], part['D'] = factors(model, h, cos, sin, y)
         for name, t in part.items():
             if name not in found:
-                found[name] = t.new_zeros(n, *t.shape[1:])
+                found[name] = t.new_zeros(n, *([max(widths)] * (t.ndim == 3)), t.shape[-1])
             if mine:
-                found[name][a : a + batch_size] = t
+                (found[name][rows, :T] if t.ndim == 3 else found[name][rows]).copy_(t)
     return found
 
 
@@ -305,6 +314,7 @@ class Coreset:
         """`features` of a pool, made by all processes together. plan: of two of its micro-batches alone, to learn how
         much memory the pool takes."""
         together, share = dist.is_initialized() and not plan, (0, 1)
+        widths = [tokens.shape[1]] * -(-len(tokens) // batch_size) if plan else widths_of(targets, batch_size)
         if together:
             share = (dist.get_rank(), dist.get_world_size())
         elif plan:
@@ -312,7 +322,9 @@ class Coreset:
         training = [module for module in model.modules() if module.training]
         model.eval()  # no dropout, whose masks would advance the global generator
         try:
-            found = features(model, tokens, targets, self.feature, batch_size, self.directions, self.seed, *share)
+            found = features(
+                model, tokens, targets, self.feature, batch_size, self.directions, self.seed, *share, widths
+            )
         finally:
             for module in training:
                 module.training = True
@@ -497,10 +509,10 @@ def setup(config, data=None):
 def chosen_batches(selection, model, data, config, step, device, rank=0, world=1):
     """The micro-batches of a step for one process, out of a pool that is a function of the seed and the step alone."""
     c, k = config, config.batch_size * config.gradient_accumulation_steps
-    x, y, sources = data.batch(c.seed, step, c.coreset_from * k)
+    pool = data.pool(c.seed, step, c.coreset_from * k)
+    x, y, sources = data.read(pool)
     indices, weights = selection.choose(model, x.to(device), y.to(device), sources, k, step, c.batch_size)
-    parts = [part.split(c.batch_size)[rank::world] for part in (indices, weights) if part is not None]
-    return [(x[i], y[i], *w) for i, *w in zip(*parts)]
+    return data.micro_batches([pool[i] for i in indices], weights, c.batch_size, rank, world)
 
 
 def summary(selection, kept):

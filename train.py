@@ -35,7 +35,7 @@ import sample
 from adam import average_
 from configurator import at_least, between, method_of, typed
 from data import DataError, tokenizer
-from data.batches import Tokens, read_meta, trained_tokens
+from data.batches import load, read_meta, trained_tokens
 from memory import fit, trace
 from memory.measure import Measure
 from memory.record import LiveBytes
@@ -60,6 +60,7 @@ dry_run = False  # resolve the configuration, build on the meta device, print th
 dataset = 'pystdlib'  # folder in data/, or path to a folder, filled by prepare.py; pystdlib is prepared automatically
 block_size = 256  # tokens in a training window; attention time grows with its square
 batch_size = 8  # windows in a micro-batch: as many as fit, since activations take the memory
+packing = True  # rows of examples: True fills windows of block_size with them, False pads each to its batch's longest
 gradient_accumulation_steps = 1  # micro-batches in a step, counted over all processes; exact in every mode
 
 # model
@@ -291,7 +292,9 @@ def main(config):
     # ---- data, model, method ----
     folder = here.first(data_folder, config)  # the first process may have to prepare it
     meta = read_meta(folder)
-    train_data, val_data = (Tokens(folder, split, config.block_size) for split in ('train', 'val'))
+    if typed(config, 'packing') and not meta['examples']:
+        raise Stop(f'packing is of examples, and {folder} holds text: leave it out')
+    train_data, val_data = (load(folder, split, config.block_size, config.packing) for split in ('train', 'val'))
     tok = tokenizer.load(folder)
     check_size(config, here)
     begin = start.begin(config, fixed(config), colm.FIXED, here.rank == 0)
@@ -394,7 +397,8 @@ def batches_of(step, data, selection, model, config, here):
     if selection:
         return colm.chosen_batches(selection, model, data, c, step, here.device, here.rank, here.world)
     n = c.gradient_accumulation_steps // here.world
-    return [data.batch(c.seed, step * n + i, c.batch_size, here.rank, here.world)[:2] for i in range(n)]
+    batches = (data.batch(c.seed, step * n + i, c.batch_size, here.rank, here.world) for i in range(n))
+    return [(x, y, None, *pieces) for x, y, _, *pieces in batches]
 
 
 def cli(config):

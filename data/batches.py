@@ -122,11 +122,8 @@ class Tokens:
 
     def __init__(self, folder, split, block_size):
         self.block_size, meta = block_size, read_meta(folder)
-        self.path, self.vocab_size, n = (
-            os.path.join(folder, f'{split}.bin'),
-            meta['vocab_size'],
-            meta[f'{split}_tokens'],
-        )
+        self.path, self.vocab_size = os.path.join(folder, f'{split}.bin'), meta['vocab_size']
+        n = meta[f'{split}_tokens']
         self.tokens = open_array(self.path, meta['dtype'], n)
         if n <= block_size:
             raise DataError(f'{self.path} holds {n} tokens, too few for a window of {block_size}: lower block_size')
@@ -138,6 +135,9 @@ class Tokens:
         self.shifts = min(block_size, n - self.windows * block_size)
         self.skip = 0  # windows that a run read with another batch size, more or fewer than batch t supposes
         self.order = {}  # {(seed, epoch): (permutation, offset)} of the last epoch used; a cache, not saved
+
+    def tokens_a_row(self, choosing=False):
+        return self.block_size
 
     def epoch(self, seed, epoch):
         if (seed, epoch) not in self.order:
@@ -160,9 +160,10 @@ class Tokens:
         return starts
 
     def micro_batches(self, starts, weights, batch_size, rank=0, world=1):
-        """A process's share of windows chosen from a pool, with (n,) weights or None: a list of (x, y, weights)."""
+        """A process's share of windows chosen from a pool, with (n,) weights or None: a list of (x, y), or with the
+        weights behind."""
         parts = [slice(a, a + batch_size) for a in range(rank * batch_size, len(starts), world * batch_size)]
-        return [(*self.read(starts[part])[:2], weights if weights is None else weights[part]) for part in parts]
+        return [(*self.read(starts[part])[:2], *([] if weights is None else [weights[part]])) for part in parts]
 
     def evaluation(self, n_tokens, batch_size):
         """Yield (x, y, sources) of fixed windows spread evenly over the file, n_tokens in total or the whole file."""
@@ -258,7 +259,8 @@ class Examples:
         if self.packing:
             return by_length(order), rng.permutation(self.windows)
         groups = [by_length(order[a : a + self.GROUP]) for a in range(0, len(order), self.GROUP)]
-        runs = [group[a : a + self.RUN] for group in groups for a in range(0, len(group), self.RUN)]
+        run = max(min(self.RUN, len(order) // self.RUN), 1)  # few examples would else come in the order of length
+        runs = [group[a : a + run] for group in groups for a in range(0, len(group), run)]
         return (np.concatenate([runs[i] for i in rng.permutation(len(runs))]),)
 
     def batch(self, seed, t, batch_size, rank=0, world=1):
@@ -278,8 +280,8 @@ class Examples:
         return sorted(found, key=lambda i: -self.lengths[i])
 
     def micro_batches(self, examples, weights, batch_size, rank=0, world=1):
-        """A process's share of examples chosen from a pool, with (n,) weights or None: a list of (x, y, weights), or
-        packed of (x, y, weights (B, T), pieces). All processes have equally many."""
+        """A process's share of examples chosen from a pool, with (n,) weights or None: as Tokens does it, or packed
+        (x, y, weights (B, T) or None, pieces). All processes have equally many."""
         if not self.packing:
             return Tokens.micro_batches(self, examples, weights, batch_size, rank, world)
         windows, found = best_fit(self.lengths[examples], self.block_size), []  # of places in `examples`

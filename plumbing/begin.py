@@ -21,6 +21,7 @@ MEANS = {
     'block_size': 'the text is cut into other windows, so some of this epoch is read twice and some is not',
     'batch_size': 'it goes on at the next window: none is read twice or left out',
     'gradient_accumulation_steps': 'it goes on at the next window: none is read twice or left out',
+    'packing': 'the examples are put into other rows, so some of this epoch is read twice and some is not',
     'data': 'the data set was prepared anew since the run began: other text, or another order, from here on',
 }
 # Keys of the run's configuration by which its place in the data is known.
@@ -31,7 +32,8 @@ A_STEP = dict.fromkeys(('batch_size', 'block_size', 'gradient_accumulation_steps
 class Begin:
     """Where a run starts from. weights: folder to load them from, None for new ones; adapter: PEFT folder to load
     LoRA's A and B from; saved_at: the checkpoint that a resumed run continues; run: its run.json; replaces: the out_dir
-    of an earlier run, which stays as it is until this one has saved something; data: the data set's fingerprint."""
+    of an earlier run, which stays as it is until this one has saved something; data: the data set's fingerprint; row:
+    tokens in a row of a batch, on average."""
 
     weights: str | None = None
     adapter: str | None = None
@@ -39,6 +41,7 @@ class Begin:
     run: dict = field(default_factory=lambda: {'step': 0, 'best_val_loss': 1e30, 'seconds': 0.0})
     replaces: str | None = None
     data: str | None = None
+    row: float = 0.0
 
     @property
     def step(self):
@@ -48,6 +51,7 @@ class Begin:
         """Load what is not part of the weights: the adapter, the optimizer's and the selection's state, the place in
         the data."""
         self.data = fingerprint(os.path.dirname(data.path))
+        self.row = data.tokens_a_row(config.coreset != 'none')
         if self.adapter:
             load_adapter(model, self.adapter)
         if self.saved_at:
@@ -68,11 +72,15 @@ class Begin:
         was = self.run.get('config')
         return self.run.get('tokens', self.step * tokens_a_step(SimpleNamespace(**was)) if was else 0)
 
+    def tokens_a_step(self, config):
+        """How many tokens a step of this run trains on, on average."""
+        return tokens_a_step(config) * (self.row or config.block_size) / config.block_size
+
     def position(self, step, config):
         """What run.json says of the place in the data after this many steps."""
         new = step - self.step
         windows = self.windows + new * windows_a_step(config)
-        tokens = self.tokens + new * tokens_a_step(config)
+        tokens = self.tokens + round(new * self.tokens_a_step(config))
         return {'step': step, 'windows': windows, 'tokens': tokens, 'data': self.data}
 
     def changes(self, config, learning_rate_at):

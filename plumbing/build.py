@@ -101,10 +101,11 @@ def check_rank(config, shape):
 def try_compile(model, data, config, device):
     """The compiled model, tried on one batch. If that fails, print why and return the model as it is."""
     try:
-        x, y, _ = data.read([0] * config.batch_size)
+        x, y, _, *more = data.batch(config.seed, 0, config.batch_size)
+        more = {name: t.to(device) for name, t in zip(['pieces'], more)}
         compiled = torch.compile(model)
         with patience('compiling'):
-            compiled(x.to(device), y.to(device), divisor=torch.ones((), device=device))
+            compiled(x.to(device), y.to(device), divisor=torch.ones((), device=device), **more)
         return compiled
     except Exception as error:
         print(f'compile off: {type(error).__name__}: {first_line(error)}')

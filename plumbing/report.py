@@ -89,14 +89,26 @@ def print_plan(config, model, plan, folder, meta, device):
     if meta:
         sources = count(len(meta['sources']), 'source')
         print(f'data: {folder}, {meta["train_tokens"]:,} train and {meta["val_tokens"]:,} val tokens, {sources}')
+        if meta['examples']:
+            of = ' and '.join(
+                f'{meta[f"{split}_examples"]:,} {split} examples with {meta[f"{split}_trained"]:,} trained tokens'
+                for split in ('train', 'val')
+            )
+            print(f'data: {of}')
         epochs = f' = {total * c.max_iters / meta["train_tokens"]:.2f} epochs'
     else:
         needed = f' --tokens={total * c.max_iters}' if c.dataset == 'c4' else ''
         print(f'data: {folder} is not prepared yet: python {os.path.join(folder, "prepare.py")}{needed} does that')
     micro_batches = count(c.gradient_accumulation_steps, 'micro-batch').replace('batchs', 'batches')
+    if meta and meta['examples'] and (not c.packing or c.coreset != 'none'):
+        total = c.batch_size * c.gradient_accumulation_steps
+        rows = f'{count(c.batch_size, "example")} of up to {c.block_size} tokens'
+        epochs, tokens = f' = {total * c.max_iters / meta["train_examples"]:.2f} epochs', 'examples'
+    else:
+        rows, tokens = f'{count(c.batch_size, "window")} x {c.block_size} tokens', 'tokens'
     print(
-        f'step: {count(c.batch_size, "window")} x {c.block_size} tokens x {micro_batches} = {total:,} tokens; '
-        f'{count(c.max_iters, "step")} = {total * c.max_iters:,} tokens{epochs}',
+        f'step: {rows} x {micro_batches} = {total:,} {tokens}; '
+        f'{count(c.max_iters, "step")} = {total * c.max_iters:,} {tokens}{epochs}',
         flush=True,
     )
 
@@ -181,7 +193,7 @@ class Log:
             n, c, now = len(rows), self.config, time.perf_counter()
             seconds = max(now - self.ticked, 1e-9)  # a clock may not have moved
             self.busy += seconds
-            speed = tokens_a_step(c) * n / seconds
+            speed = self.begin.tokens_a_step(c) * n / seconds
             eta = (c.max_iters - step) * (now - self.started) / (step - self.first_step)
             loss = sum(row.pop('loss') for row in rows) / n
             last = {name: value for row in rows for name, value in row.items()}  # the latest of each
@@ -241,7 +253,7 @@ class Log:
                 f'saved in {last}; go on with\n{resume.command()}' if step > self.first_step else 'before any new step'
             )
             here.say(f'{stop.name} at step {step}, {where}')
-        new_tokens = tokens_a_step(c) * (step - self.first_step)
+        new_tokens = self.begin.tokens_a_step(c) * (step - self.first_step)
         planned = self.plan and (self.plan.allocated if here.on_cuda else self.plan.total)
         for name, value in {
             'steps': step,

@@ -474,7 +474,7 @@ def test_the_plan_counts_the_choice_as_a_real_step_does(data):
 
 def test_the_pool_is_a_function_of_seed_and_step_and_processes_share_the_choice(mixed):
     config = configurator.load(training.__file__, tiny(f'--dataset={mixed}', *STEPS), training.problems)
-    tokens = training.Tokens(mixed, 'train', 32)
+    tokens = training.load(mixed, 'train', 32)
     model = build.build_model(config, mixed, 257, torch.float32, 'cpu')
     chooser = coreset.setup(config, tokens)
     sizes = [source['train_tokens'] for source in read_meta(mixed)['sources']]
@@ -508,7 +508,7 @@ def test_colm_as_published_chooses_what_its_equations_choose_and_trains_lora_on_
     words = tiny(f'--dataset={mixed}', '--rank=4', '--n_layer=1', '--block_size=24', *AS_PUBLISHED.split())
     words += ['--batch_size=8', '--coreset_sparsity=20']
     config = configurator.load(training.__file__, words, training.problems)
-    tokens = training.Tokens(mixed, 'train', 24)
+    tokens = training.load(mixed, 'train', 24)
     model = build.build_model(config, mixed, 257, torch.float32, 'cpu', linear=lora.linear(config))
     optimizer, chooser = lora.setup(model, config), coreset.setup(config, tokens)
     v_proj = model.layers[-1].self_attn.v_proj

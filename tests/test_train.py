@@ -88,7 +88,7 @@ def test_the_loss_shown_is_the_mean_over_micro_batches_and_steps(tmp_path, data)
     out = train(tmp_path, data, *flags).stdout
     config = configurator.load(ROOT / 'train.py', tiny(f'--dataset={data}', *flags))
     model = build.build_model(config, data, 257, torch.float32, 'cpu')
-    tokens = training.Tokens(data, 'train', 32)
+    tokens = training.load(data, 'train', 32)
     losses = [model(*tokens.batch(config.seed, t, 4)[:2]).item() for t in range(6)]
     assert f'loss {sum(losses) / 6:.4f}' in out
 
@@ -99,7 +99,7 @@ def test_evaluation_is_the_mean_over_the_val_tokens_without_dropout_and_without_
     for layer in model.layers.modules():
         if hasattr(layer, 'B'):
             torch.nn.init.normal_(layer.B, generator=torch.Generator().manual_seed(0))
-    tokens, graphs = training.Tokens(data, 'val', 32), []
+    tokens, graphs = training.load(data, 'val', 32), []
 
     def forward(x, y, **more):
         loss = model(x, y, **more)
@@ -216,7 +216,7 @@ def test_every_key_has_a_comment_and_the_design_names_are_there():
         assert configurator.undocumented(ROOT / script) == []
     keys = set(configurator.keys(ROOT / 'train.py'))
     # Frozen, so that a new key is a decision: add it here, and say in its comment what it costs.
-    expected = """out_dir init_from overwrite seed max_iters eval_only dry_run dataset block_size batch_size
+    expected = """out_dir init_from overwrite seed max_iters eval_only dry_run dataset block_size batch_size packing
         gradient_accumulation_steps model n_layer n_head n_kv_head n_embd n_inner vocab_size
         learning_rate warmup_iters lr_decay_iters min_lr weight_decay beta1 beta2 grad_clip method
         device dtype state_bits offload per_layer checkpointing compile coreset
@@ -683,7 +683,7 @@ def test_compile_off_says_why_and_goes_on(monkeypatch, capsys, data):
     monkeypatch.setattr(torch, 'compile', no_compiler)
     model = object()
     config = configurator.load(ROOT / 'train.py', tiny(f'--dataset={data}'))
-    assert build.try_compile(model, training.Tokens(data, 'train', 32), config, 'cpu') is model
+    assert build.try_compile(model, training.load(data, 'train', 32), config, 'cpu') is model
     assert capsys.readouterr().out == 'compile off: RuntimeError: no compiler here\n'
 
 

@@ -25,6 +25,7 @@ import configurator
 import coreset as colm
 import memest
 import train
+from data.batches import Tokens
 from memory import trace
 from memory.record import LiveBytes
 from model import LLaMA
@@ -101,8 +102,16 @@ class Data:
         self.config, self.vocab_size = config, vocab_size
 
     def batch(self, seed, t, batch_size, rank=0, world=1):
-        rows = torch.randint(self.vocab_size, (batch_size, self.config.block_size + 1))
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.zeros(batch_size, dtype=torch.int64)
+        return self.read(self.pool(seed, t, batch_size))
+
+    def pool(self, seed, t, n):
+        return list(torch.randint(self.vocab_size, (n, self.config.block_size + 1)))
+
+    def read(self, rows):
+        rows = torch.stack(rows)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.zeros(len(rows), dtype=torch.int64)
+
+    micro_batches = Tokens.micro_batches
 
 
 def real_steps(config, shape, dtype, live):
