@@ -394,7 +394,7 @@ def test_a_pool_is_looked_at_without_its_padding_to_the_same_effect(folder):
     for feature in ('grad', 'zo'):
         short, long = (features(model, x, y, feature, 4, 2, widths=some) for some in (widths, None))
         compared = [Coreset(feature).compare(found) for found in (short, long)]
-        torch.testing.assert_close(*compared, rtol=1e-3, atol=1e-6 * compared[1].abs().max().item())
+        torch.testing.assert_close(*compared, rtol=1e-3, atol=1e-4 * compared[1].abs().max().item())
         torch.testing.assert_close(short['H'], long['H'])
 
 
