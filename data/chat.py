@@ -23,7 +23,7 @@ import numpy as np
 from data import fields
 from data.signed import NONCHARACTERS, Coder, pattern, special_names
 from data.templates import NEEDS, TEMPLATES, environment
-from data.tokenizer import ADVICE, HF, TokenizerError, name_of, read_json
+from data.tokenizer import ADVICE, HF, PATIENCE, TokenizerError, finished, name_of, read_json
 
 NAMES = '|'.join(TEMPLATES)
 KNOWN = [f'{kind}_token' for kind in ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')]
@@ -73,6 +73,7 @@ def own(folder):
     more = os.path.join(folder, 'additional_chat_templates', 'tool_use.jinja')
     for kind, path in (('default', where), ('tool_use', more)):
         if os.path.exists(path):
+            fields.check_link(folder, os.path.relpath(path, folder), TokenizerError)  # its text is copied
             sources[kind] = fields.read_text(path, TokenizerError, ADVICE)
     if 'default' in sources:
         return sources, where
@@ -92,11 +93,13 @@ def own(folder):
 def token_names(folder, tok):
     """{'bos_token': '<s>', ...} as the folder says; the end of text also if it does not."""
     found = {}
-    for file in ('special_tokens_map.json', 'tokenizer_config.json'):
+    for file in ('tokenizer_config.json', 'special_tokens_map.json'):  # the second is of older folders
         path = os.path.join(folder, file)
         if os.path.exists(path):
             said = read_json(path, TOKENS)
             found |= {name: name_of(said[name], f'{path}, {name}') for name in KNOWN if said[name] is not None}
+            if 'added_tokens_decoder' in said:
+                break
     if 'eos_token' not in found and tok.eot is not None:
         found['eos_token'] = name_of_id(tok, tok.eot)
     return found
@@ -136,7 +139,12 @@ class Template:
         self.free = [c for c in NONCHARACTERS if not any(c in source for source in sources.values())]
         self.tagged = all(GENERATION.search(source) for source in sources.values())
         self.takes_system = True
-        self.takes_system = self.finds_system()
+        done = finished(self.finds_system, PATIENCE)
+        if not done:
+            raise TokenizerError(f'{where} did not write one question in {PATIENCE} s: use --template={NAMES}')
+        self.takes_system, error = done[0]
+        if error:
+            raise error
 
     # ---- writing
 
@@ -157,7 +165,8 @@ class Template:
                 f'{self.where} tries to leave its sandbox ({error}): do not trust this folder, use --template={NAMES}'
             ) from None
         except Exception as error:  # a template is a program, and can fail in any way
-            raise ChatError(f'{self.where} cannot write this conversation: {error or type(error).__name__}') from None
+            why = ' '.join(str(error).split())[:200] or type(error).__name__
+            raise ChatError(f'{self.where} cannot write this conversation: {why}') from None
 
     def prepared(self, messages):
         """Messages as templates want them: no null, no field of ours, the system message where there is a place."""

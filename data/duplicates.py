@@ -37,7 +37,8 @@ class Duplicates:
             return
         self.copies[key] = split
         first = self.first_pieces(text)
-        keys = [(g, part.tobytes()) for g, part in enumerate(first.reshape(GROUPS, -1))]
+        parts = enumerate(first.reshape(GROUPS, -1))
+        keys = [int.from_bytes(part.tobytes(), 'little') * GROUPS + g for g, part in parts]
         like = {self.groups[key] for key in keys if key in self.groups}
         like = [i for i in like if np.mean(self.firsts[i] == first) >= ALIKE]
         if like:

@@ -55,6 +55,7 @@ class ExampleWriter(common.Writer):
         for name in ('special_tokens_map.json', 'tokenizer_config.json'):
             path = os.path.join(model_folder or os.devnull, name)
             if os.path.exists(path):
+                fields.check_link(model_folder, name, TokenizerError)
                 self.files[name] = json.dumps(fields.read(path, {}, TokenizerError, ADVICE), indent=1) + '\n'
         config = json.loads(self.files.get('tokenizer_config.json', '{}'))
         config.pop('chat_template', None)  # readers differ in which of two they take, so there is only one
@@ -129,8 +130,10 @@ class Drops:
         self.first.setdefault(str(reason), place)
 
     def lines(self):
-        for reason, n in self.counts.most_common():
+        for reason, n in self.counts.most_common(8):
             yield f'{n:,} dropped: {reason} (the first at {self.first[reason]})'
+        if (rest := len(self.counts) - 8) > 0:
+            yield f'and {rest} other reasons'
 
 
 def conversations(rows, names, drops):

@@ -202,19 +202,10 @@ PATIENCE = 30  # seconds
 
 
 def in_time(encode, characters):
-    """encode() of a text of so many characters, run in a thread of its own, since nothing else can leave a regular
+    """encode() of a text of so many characters, in a thread of its own, since nothing else can leave a regular
     expression behind that tries for hours how a text may be divided. Raises TokenizerError then, and for any error."""
-    done, limit = [], PATIENCE + characters / 20_000  # a tenth of the speed of the slowest published tokenizers
-
-    def work():
-        try:
-            done.append((encode(), None))
-        except BaseException as error:  # panics of the library are no Exceptions
-            done.append((None, error))
-
-    thread = threading.Thread(target=work, daemon=True)  # if it does not end, it does not keep the process
-    thread.start()
-    thread.join(limit)
+    limit = PATIENCE + characters / 20_000  # a tenth of the speed of the slowest published tokenizers
+    done = finished(encode, limit)
     if not done:
         raise TokenizerError(
             f'the regular expression in this tokenizer.json did not come to an end in {limit:.0f} s: {ADVICE}'
@@ -223,6 +214,22 @@ def in_time(encode, characters):
     if error:  # it may lack the token for what is unknown, which it needs only now
         raise TokenizerError(f'this tokenizer.json cannot encode the text ({error}): {ADVICE}') from error
     return ids
+
+
+def finished(work, seconds):
+    """[(work(), None)] or [(None, what it raised)]; [] if it did not come to an end."""
+    done = []
+
+    def run():
+        try:
+            done.append((work(), None))
+        except BaseException as error:  # panics of a library are no Exceptions
+            done.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)  # if it does not end, it does not keep the process
+    thread.start()
+    thread.join(seconds)
+    return done
 
 
 def find_eot(folder, hf, vocab_size):

@@ -587,6 +587,25 @@ def test_where_templates_are(folders, tmp_path):
             chat.load(tmp_path, tok)
 
 
+def test_a_template_that_does_not_end_is_left(folders, monkeypatch):
+    monkeypatch.setattr(chat, 'PATIENCE', 0.1)
+    endless = '{% for i in range(1500) %}{% for j in range(1500) %}{{ [j] | length }}{% endfor %}{% endfor %}'
+    with pytest.raises(TokenizerError, match=r'did not write one question in 0\.1 s'):
+        chat.Template({'default': endless}, tokenizer.load(folders['bytes']), {}, 'it')
+
+
+def test_the_names_of_tokens_are_those_that_transformers_reads(folders, tmp_path):
+    import transformers
+
+    (tmp_path / 'tokenizer.json').write_bytes((folders['bytes'] / 'tokenizer.json').read_bytes())
+    (tmp_path / 'special_tokens_map.json').write_text('{"bos_token": {"content": "<s>"}, "eos_token": "<|im_end|>"}')
+    for decoder in ({}, {'added_tokens_decoder': {'1': {'content': '</s>', 'special': True}}}):
+        config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': '</s>', 'pad_token': '<|end|>', **decoder}
+        (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path).special_tokens_map
+        assert chat.token_names(tmp_path, tokenizer.load(tmp_path)) == theirs
+
+
 @pytest.mark.parametrize('name', ['chatml', 'llama3', 'gemma', 'phi3'])
 def test_a_template_whose_tokens_the_tokenizer_lacks_is_refused_with_those_that_fit(name):
     says = rf'--template={name} needs the special token .* use one of ordinary text, --template=.*alpaca'

@@ -13,7 +13,7 @@ is in the other. A question is what the user says, an answer is trained as it is
     Answer: Natalia sold 48/2 = <<48/2=24>>24 clips in May. ...
     #### 72
 
-as lm-evaluation-harness asks, with an end of text behind it. Expect 1.7M tokens, 0.9M of them trained (SmolLM2).
+as lm-evaluation-harness asks, with an end of text behind it: 1.68M tokens of SmolLM2, 1.11M of them trained.
 """
 
 import sys
