@@ -3,6 +3,9 @@ LoRA: frozen weights and a trained low-rank product beside them (2106.09685); wi
 
     y = x @ W.T + (alpha / r) (dropout(x) @ A.T) @ B.T                       # W (out, in), A (r, in), B (out, r)
 
+rsLoRA (2312.03732) takes alpha / sqrt(r) instead, so that a higher rank is no smaller step; LoRA+ (2402.12354) gives B
+a higher learning rate than A.
+
 A starts random, B at zero: the layer begins as W alone. Both are fp32, W is as it came, or in 4 bits. What is learnt
 stays within r dimensions of W: enough to fine-tune, not to learn from scratch (GaLore's table 2: at 1b its perplexity
 is 19.2, full training's 15.6). ReLoRA (2307.05695) leaves those dimensions: every `merge_every` steps
@@ -50,18 +53,20 @@ class LoRALinear(Packed):
 
     Parameters: A (r, in), uniform as in Kaiming's initialisation, and B (out, r), zero; fp32 whatever W's dtype. And
     with bias=True b (out,), which is no part of the adapter and has W's dtype.
-    quantize: 'none', or 'nf4' for a W in 4 bits; double_quant: with its scales in 8. dropout: share of the inputs of A
-    that are zero in training. Raises ValueError for values that cannot be."""
+    rslora: alpha / sqrt(r) in the place of alpha / r. quantize: 'none', or 'nf4' for a W in 4 bits; double_quant: with
+    its scales in 8. dropout: share of the inputs of A that are zero in training. Raises ValueError for values that
+    cannot be."""
 
     def __init__(self, n_in, n_out, rank=16, alpha=32.0, quantize='none', double_quant=False, dropout=0.0, bias=False,
-                 device=None, dtype=None):  # fmt: skip
+                 rslora=False, device=None, dtype=None):  # fmt: skip
         super().__init__()
         if quantize not in ('nf4', 'none') or rank < 1:
             raise ValueError(f"quantize={quantize!r}, rank={rank} cannot be: use 'nf4' or 'none', and at least 1")
         if not 0 <= dropout < 1:
             raise ValueError(f'dropout={dropout} is not a share of the inputs: use at least 0 and less than 1')
         self.in_features, self.out_features, self.dtype = n_in, n_out, dtype or torch.get_default_dtype()
-        self.scale, self.how, self.shapes = alpha / rank, (quantize, double_quant), {'W': (n_out, n_in)}
+        self.scale, self.rslora = alpha / (math.sqrt(rank) if rslora else rank), rslora
+        self.how, self.shapes = (quantize, double_quant), {'W': (n_out, n_in)}
         self.dropout, self.seed = dropout, ''
         self.drawn, self.ahead = 0, 0  # micro-batches of the steps so far, and of this one; LoRAAdamW counts them
         self.A = nn.Parameter(torch.empty(rank, n_in, device=device))
@@ -201,15 +206,18 @@ class Options:
 
     rank = 16  # r: dimensions of the change
     scale = 2.0  # alpha / r: factor on B A
+    rslora = False  # the factor is alpha / sqrt(r) instead: with a high rank, try a scale well below 1
+    lora_plus = 1.0  # factor on B's learning rate (LoRA+, whose authors take 16)
     quantize = 'nf4'  # 'nf4' | 'none': the frozen weights in 4 bits (QLoRA), or as dtype says
     double_quant = False  # the scales of nf4 in 8 bits, too: 0.37 bits a weight less
     dropout = 0.0  # share of the adapters' inputs that is zero in training; 0.05 is usual for small data
     merge_every = 0  # steps between two merges of B A into the weights (ReLoRA); 0: never
-    train_rest = 'auto'  # 'auto' | 'yes' | 'no': train embeddings, head and norms, too; auto: in runs from scratch
+    train_rest = 'auto'  # 'auto' | 'yes' | 'no' | 'tables': all else, too, or embedding and head; auto: in a new model
     lora_targets = 'all'  # layers of a block that get an adapter, such as q_proj,v_proj; the others stay as they are
 
 
-FIXED = ('rank', 'scale', 'quantize', 'double_quant', 'train_rest', 'lora_targets', 'merge_every')
+FIXED = ('rank', 'scale', 'rslora', 'quantize', 'double_quant', 'train_rest', 'lora_targets', 'merge_every')
+FIXED += ('lora_plus',)  # B's in a group of their own
 LINEARS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')  # of a block
 
 
@@ -218,7 +226,7 @@ def problems(config):
     from configurator import at_least, between, typed
 
     c, found = config, between(config, 1, 10**9, 'rank') + at_least(config, 0, 'merge_every')
-    found += between(c, 1e-6, 1e4, 'scale')
+    found += between(c, 1e-6, 1e4, 'scale', 'lora_plus')
     if c.quantize == 'none' and c.double_quant and typed(c, 'double_quant'):
         found.append("double_quant is of weights in 4 bits: leave it out with quantize='none'")
     if not 0 <= c.dropout < 1:
@@ -232,8 +240,16 @@ def problems(config):
 
 def linear(config):
     """What train.py makes the blocks' layers with for method='lora'; alpha is `scale` times r, as LoQT counts it."""
-    options = dict(quantize=config.quantize, double_quant=config.double_quant, dropout=config.dropout)
-    return partial(LoRALinear, rank=config.rank, alpha=config.scale * config.rank, **options)
+    names = ('rank', 'quantize', 'double_quant', 'dropout', 'rslora')
+    options = {name: getattr(config, name) for name in names if hasattr(config, name)}  # of an older run, too
+    return partial(LoRALinear, alpha=config.scale * config.rank, **options)
+
+
+def described(config):
+    """What the first lines of a run say."""
+    r, alpha = config.rank, config.scale * config.rank
+    how = f'sqrt(r) = {alpha / math.sqrt(r):g}' if config.rslora else f'r = {alpha / r:g}'
+    return f'lora_alpha {alpha:g}, r {r}, factor on B A: lora_alpha / {how}'
 
 
 def setup(model, config):
@@ -245,13 +261,19 @@ def setup(model, config):
     scratch = config.init_from == 'scratch'
     if config.train_rest == 'auto':  # decided here, for those who resume this run
         config.train_rest = 'yes' if scratch else 'no'
-    if config.train_rest == 'no':
+    if config.train_rest in ('no', 'tables'):
         model.requires_grad_(False)
+    if config.train_rest == 'tables':
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in ('embed_tokens.weight', 'lm_head.weight'))
     for i, (name, layer) in enumerate(layers.items()):
         if config.lora_targets != 'all' and name.rpartition('.')[2] not in config.lora_targets.split(','):
             layer.A.data, layer.B.data = layer.A.data[:0].clone(), layer.B.data[:, :0].clone()  # rank 0: W alone
         elif not scratch and not layer.A.is_meta:  # a weight that was given made each A from its shape alone
             layer.new_factors(torch.Generator(layer.A.device).manual_seed(zlib.crc32(f'{config.seed} 0 {i}'.encode())))
         layer.A.requires_grad_(len(layer.A) > 0), layer.B.requires_grad_(len(layer.A) > 0)
-    groups = split_decay(p for p in model.parameters() if p.requires_grad)
+    B = {id(layer.B): layer.B for layer in layers.values() if len(layer.A)} if config.lora_plus != 1 else {}
+    groups = split_decay(p for p in model.parameters() if p.requires_grad and id(p) not in B)
+    if B:
+        groups.append({'params': list(B.values()), 'lr_scale': config.lora_plus})
     return LoRAAdamW(groups, list(layers.values()), merge_every=config.merge_every, **adam.common(config))

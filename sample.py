@@ -265,7 +265,7 @@ def load(checkpoint, device, factors=False):
     verify(folder, weights_alone=not factors)
     if adapter := hf.read_adapter(checkpoint):
         base = {key: adapter[key] for key in ('quantize', 'double_quant')}  # as it was when the adapter was made
-        linear = partial(lora.LoRALinear, rank=adapter['r'], alpha=adapter['lora_alpha'], **base)
+        linear = partial(lora.LoRALinear, rank=adapter['r'], alpha=adapter['scale'] * adapter['r'], **base)
         model = LLaMA.from_pretrained(folder, device=device, linear=linear)
         hf.load_adapter(model, checkpoint)
     else:
@@ -282,8 +282,10 @@ def main(config):
     model, tok, folder = load(config.checkpoint, device, factors=bool(config.save_adapter))
     if config.save_adapter:
         with written(config.save_adapter, config.overwrite) as new:
-            hf.save_adapter(model, new, base_of(folder))
+            hf.save_adapter(model, new, *base_of(folder))
     if config.save_to:
+        if any(map(hf.is_lora, model.modules())):
+            say_merged(model, tok, device)
         with written(config.save_to, config.overwrite) as new:
             model.save_pretrained(new)
             for name, content in tokenizer.files_of(folder).items():
@@ -291,6 +293,15 @@ def main(config):
                     f.write(content)
     with decoded(model):
         write_samples(config, model, tok, folder, device)
+
+
+def say_merged(model, tok, device):
+    """Print how far the merged model's logits are from those of W and the adapter side by side."""
+    ids = tok.prompt('A bat and a ball cost $1.10 in total. The bat costs $1.00 more than the ball.\n' * 4)
+    ids = [i for i in ids if i < model.config.vocab_size][: min(64, model.config.block_size)]
+    most, largest, same = hf.merge_error(model, torch.tensor([ids], device=device))
+    print(f'merged: on {len(ids)} tokens logits move by {most:.2g} at most (the largest is {largest:.3g}), ', end='')
+    print(f'the likeliest token is the same at {100 * same:.0f}% of positions')
 
 
 def write_samples(config, model, tok, folder, device):

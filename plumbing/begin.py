@@ -176,7 +176,8 @@ def check_fixed(config, was, saved_at, fixed, fixed_coreset):
     for key in fixed:
         if getattr(config, key, None) == 'auto' and key in was and key != 'dtype':  # 'auto' is a dtype of its own
             setattr(config, key, was[key])
-    if changed := [key for key in fixed if getattr(config, key, None) != was.get(key)]:
+    # A key that the saved run does not have yet is newer than it, and its default is what was done.
+    if changed := [key for key in fixed if key in was and getattr(config, key, None) != was[key]]:
         old = ' '.join(f'--{key}={was.get(key)}' for key in changed)
         new = ' '.join(f'{key}={getattr(config, key, None)}' for key in changed)
         raise Stop(f'{saved_at} cannot go on with {new}: type {old}, or the config file it was started with')

@@ -15,7 +15,7 @@ from data.fields import check, text, whole
 from model import SIZES, Linear, LLaMA, ModelConfig, ModelError
 from plumbing import Stop
 from plumbing.families import ADVICE, read_config
-from plumbing.folder import AdapterError
+from plumbing.folder import AdapterError, read_adapter
 from plumbing.hf import PackedError, first_line, weights_folder
 from plumbing.parallel import device_and_dtype
 from plumbing.resume import CheckpointError, find
@@ -191,14 +191,19 @@ LORA_RUN = {'train_rest': text(), 'init_from': text(), 'merge_every': whole(0, 2
 
 
 def base_of(folder):
-    """Path or name of the base model of a LoRA run.
+    """-> path or name of the base model of a LoRA run, and whether embedding and head are the run's own.
 
-    Raises AdapterError if the run changed more than A and B, so that an adapter alone would not reproduce it."""
+    Raises AdapterError if the run changed more than that, so that an adapter would not reproduce it."""
     run = find(folder)[1] if os.path.exists(os.path.join(folder, 'run.json')) else {'config': {}}
     if run['config'].get('method') != 'lora':
         raise AdapterError(f'{folder} is no run of --method=lora, there is no adapter in it: use --save_to=DIR')
     c = SimpleNamespace(**check(run['config'], LORA_RUN, f'{folder}/run.json', AdapterError, ADVICE))
-    if c.train_rest != 'no' or c.init_from in ('scratch', 'resume') or 0 < c.merge_every <= run['step']:
-        changed = 'merged its adapter into them' if c.train_rest == 'no' else 'trained embeddings, head and norms, too'
+    alone = c.train_rest in ('no', 'tables')
+    if not alone or c.init_from in ('scratch', 'resume') or 0 < c.merge_every <= run['step']:
+        changed = 'merged its adapter into them' if alone else 'trained embeddings, head and norms, too'
         raise AdapterError(f'{folder} {changed}, so an adapter alone is not the model: use --save_to=DIR')
-    return os.path.abspath(weights_folder(c.init_from)) if os.path.isdir(c.init_from) else c.init_from
+    if not os.path.isdir(c.init_from):
+        return c.init_from, c.train_rest == 'tables'
+    adapter = read_adapter(c.init_from)  # the run went on with that
+    tables = c.train_rest == 'tables' or bool(adapter and adapter['modules_to_save'])
+    return os.path.abspath(weights_folder(c.init_from)), tables

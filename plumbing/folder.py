@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from data import fields
-from data.fields import either, maybe, number, one_of, several, table, text, whole
+from data.fields import either, maybe, number, one_of, several, switch, table, text, whole
 from model import ModelError
 from plumbing.families import ADVICE, FLOATS, same
 
@@ -122,12 +122,15 @@ class AdapterError(ValueError):
     """An adapter that cannot be written or read; the message says what to do."""
 
 
+TABLES = {'embed_tokens': 'model.embed_tokens.weight', 'lm_head': 'lm_head.weight'}  # modules_to_save: whole matrices
 ADAPTER = {
     'peft_type': text(),
     'r': whole(1, 2**16),
     'lora_alpha': number(-1e9, 1e9),
+    'use_rslora': maybe(switch(), default=False),
     'base_model_name_or_path': maybe(text()),
     'target_modules': either(one_of('all-linear'), several(text())),
+    'modules_to_save': maybe(several(one_of(*TABLES))),
     'layers_to_transform': maybe(either(whole(0, 4096), several(whole(0, 4096)))),
     'exclude_modules': maybe(several(text())),
 }
@@ -137,9 +140,6 @@ PLAIN = {
     'peft_type': ('LORA',),
     'bias': ('none',),
     'init_lora_weights': (True, 'gaussian', 'eva', 'orthogonal', 'mica'),
-    'rank_pattern': ({},),
-    'alpha_pattern': ({},),
-    'modules_to_save': ([],),
     **dict.fromkeys(('fan_in_fan_out', 'trainable_token_indices', 'target_parameters', 'lora_bias'), ()),
     **dict.fromkeys(('layer_replication', 'layers_pattern', 'alora_invocation_tokens'), ()),
     **dict.fromkeys(('arrow_config', 'kasa_config', 'velora_config', 'monteclora_config', 'megatron_config'), ()),
@@ -148,29 +148,46 @@ PLAIN = {
 
 def read_adapter(folder):
     """-> the folder's adapter_config.json as a dict, or None if there is none. `quantize` and `double_quant` in it say
-    in what form the base was when the adapter was made, 'none' if nobody says. Raises AdapterError if it asks for
-    something that LoRALinear does not compute, or its weights are not what it says."""
+    in what form the base was when the adapter was made, 'none' if nobody says; `scale` is the factor on B A; `parts`
+    are {a fused matrix: those of its parts that have an A and a B of their own, block beside block}. Raises
+    AdapterError if it asks for something that LoRALinear does not compute, or its weights are not what it says."""
     path, advice = os.path.join(folder, 'adapter_config.json'), 'save the adapter again'
     if not os.path.exists(path):
         return None
     stored = fields.read(path, {}, AdapterError, advice)
-    odd = dict.fromkeys(name for name in stored if name.startswith('use_'))  # options of a later peft
-    for name in {**odd, **PLAIN}:
-        value, allowed = stored.get(name), PLAIN.get(name, ())
-        if value is not None and not any(same(value, plain) for plain in (False, *allowed)):
+    held, metadata = read_header(os.path.join(folder, 'adapter_model.safetensors'), AdapterError, advice)
+    own = metadata.get('parts', '').split(',')
+    parts = {matrix.rpartition('.')[2]: [part.rpartition('.')[2] for part in names] for matrix, names in FUSED.items()}
+    parts = {matrix: [one for one in names if one in own] for matrix, names in parts.items() if {*names} & {*own}}
+    odd = {name: () for name in stored if name.startswith('use_') and name != 'use_rslora'}  # options of a later peft
+    for name, allowed in (odd | PLAIN | patterns(stored, parts)).items():
+        value = stored.get(name)
+        known = name == 'modules_to_save' and ADAPTER[name].fits(value)
+        if value is not None and not known and not any(same(value, plain) for plain in (False, *allowed)):
             what = f'{name}={fields.shown(value)}'
             raise AdapterError(f'{path}: {what} is not plain LoRA: merge it with peft, and use the result')
     stored = fields.check(stored, ADAPTER, path, AdapterError, advice)
-    held, metadata = read_header(os.path.join(folder, 'adapter_model.safetensors'), AdapterError, advice)
-    check_adapter_tensors(folder, stored, held)
+    check_adapter_tensors(folder, stored, held, parts)
     quantize = 'nf4' if metadata.get('base', '').startswith('nf4') else 'none'
-    return stored | {'quantize': quantize, 'double_quant': metadata.get('base') == 'nf4, double_quant'}
+    stored |= {'quantize': quantize, 'double_quant': metadata.get('base') == 'nf4, double_quant', 'parts': parts}
+    return stored | {'scale': stored['lora_alpha'] / (math.sqrt(stored['r']) if stored['use_rslora'] else stored['r'])}
 
 
-def check_adapter_tensors(folder, stored, held):
+def patterns(stored, parts):
+    """{field: the values it may have} where n parts of a fused matrix have a rank of n r."""
+    r, alpha, root = stored.get('r'), stored.get('lora_alpha'), math.sqrt if stored.get('use_rslora') else float
+    if not parts or type(r) is not int or type(alpha) not in (int, float):
+        return {'rank_pattern': ({},), 'alpha_pattern': ({},), 'modules_to_save': ([],)}
+    ranks = {matrix: r * len(names) for matrix, names in parts.items()}
+    alphas = {matrix: alpha * root(len(names)) for matrix, names in parts.items()}
+    return {'rank_pattern': (ranks,), 'alpha_pattern': (alphas,), 'modules_to_save': ([],)}
+
+
+def check_adapter_tensors(folder, stored, held, parts):
     """Raise AdapterError for a tensor that adapter_config.json has no place for, or another one for."""
     layers, targets, r = stored['layers_to_transform'], stored['target_modules'], stored['r']
     layers = [layers] if isinstance(layers, int) else layers
+    tables = [f'base_model.model.{TABLES[name]}' for name in stored['modules_to_save'] or ()]
 
     def among(module, names):
         return any(module == name or module.endswith('.' + name) for name in names)
@@ -180,11 +197,14 @@ def check_adapter_tensors(folder, stored, held):
         said = leaf in ('A', 'B') and (targets == 'all-linear' or among(module, targets))
         if layers is not None and said:
             said = any(f'.layers.{layer}.' in module for layer in layers)
-        if not said or among(module, stored['exclude_modules'] or ()):
+        if name not in tables and (not said or among(module, stored['exclude_modules'] or ())):
             raise AdapterError(f'{folder}: its adapter_config.json says nothing of {name}: save the adapter again')
-        if dtype not in FLOATS or len(shape) != 2 or shape[leaf == 'B'] != r:
-            what = f'{name} is {shape} of {dtype}, r is {r}'
+        rank = None if name in tables else r * len(parts.get(module.rpartition('.')[2], 'x'))
+        if dtype not in FLOATS or len(shape) != 2 or rank not in (None, shape[leaf == 'B']):
+            what = f'{name} is {shape} of {dtype}, r is {rank}'
             raise AdapterError(f'{folder}: {what}: its files do not belong together, save the adapter again')
+    if lost := [name for name in tables if name not in held]:
+        raise AdapterError(f'{folder} lacks {lost[0]}, which its adapter_config.json names: save the adapter again')
     if not held:
         raise AdapterError(f'{folder} has an adapter without tensors: save the adapter again')
 

@@ -17,7 +17,18 @@ import torch.nn as nn
 
 from model import Linear, LLaMA, ModelError
 from plumbing.families import ADVICE, FLOATS, config_from_hf, config_to_hf, read_config
-from plumbing.folder import FUSED, AdapterError, Held, finite, headers, read_adapter, read_header, split_fused
+from plumbing.folder import (
+    FUSED,
+    TABLES,
+    AdapterError,
+    Held,
+    finite,
+    fused_rows,
+    headers,
+    read_adapter,
+    read_header,
+    split_fused,
+)
 from plumbing.terminal import patience
 
 WINDOW = 2**17  # positions that a model without a given block_size has rotary tables for
@@ -116,9 +127,9 @@ def read_tensors(model, held, dtype, device):
                 module, leaf = module_of(model, name), name.rpartition('.')[2]
                 tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)  # not the file's mmap
                 if hasattr(module, 'set_weight') and leaf == 'weight':
-                    bias = module.bias  # perhaps read before
+                    bias = None if module.bias is None or module.bias.is_meta else module.bias.detach()  # read before
                     module.to_empty(device=device, recurse=False).set_weight(tensor)
-                    module.bias = module.bias if bias is None or bias.is_meta else bias
+                    module.bias = module.bias if bias is None else nn.Parameter(bias)
                 else:
                     setattr(module, leaf, nn.Parameter(tensor))
                 done += 1
@@ -212,21 +223,36 @@ def adapters(model, prefix='base_model.model.model.'):
             yield f'{prefix}{name}.lora_B.weight', layer.B
 
 
-def save_adapter(model, folder, base):
+def save_adapter(model, folder, base, tables=False):
     """Write A and B as a folder that `peft.PeftModel.from_pretrained` reads. base: path or name of the base model.
+    tables: embedding and head, too, as they are.
 
     An adapter made on a base in NF4 says so, in its README.md and in the file of its tensors."""
     from safetensors.torch import save_file
 
-    tensors = {name: p.detach().cpu().contiguous() for name, p in adapters(model)}
+    tensors, parts = dict(adapters(model)), []
     layer = next(module for module in model.modules() if is_lora(module) and len(module.A))
+    if model.config.family == 'phi3':
+        tensors, parts = fuse_adapters(tensors, model.config)
+    r, root = len(layer.A), math.sqrt if layer.rslora else float
     stored = dict(peft_type='LORA', task_type='CAUSAL_LM', base_model_name_or_path=base, bias='none')
-    stored |= dict(r=len(layer.A), lora_alpha=layer.scale * len(layer.A), lora_dropout=layer.dropout)
+    stored |= dict(r=r, lora_alpha=layer.scale * root(r), lora_dropout=layer.dropout, use_rslora=layer.rslora)
     stored |= dict(target_modules=sorted({name.split('.')[-3] for name in tensors}), inference_mode=True)
     quantize, double_quant = layer.how
     metadata = {'format': 'pt'}
+    if parts:
+        metadata['parts'] = ','.join(parts)
+        names = {matrix.rpartition('.')[2]: [one.rpartition('.')[2] for one in FUSED[matrix]] for matrix in FUSED}
+        n = {matrix: len({*names[matrix]} & {*parts}) for matrix in names if {*names[matrix]} & {*parts}}
+        stored['rank_pattern'] = {matrix: r * k for matrix, k in n.items()}
+        stored['alpha_pattern'] = {matrix: stored['lora_alpha'] * root(k) for matrix, k in n.items()}
     if quantize != 'none':
         metadata['base'] = quantize + ', double_quant' * double_quant
+    if tables:  # a head that is tied to the embedding is trained as that, and peft sets the two apart
+        stored['modules_to_save'] = list(TABLES)
+        for name, W in zip(TABLES.values(), (model.embed_tokens.weight, model.head)):
+            tensors['base_model.model.' + name] = W
+    tensors = {name: p.detach().to('cpu', copy=True).contiguous() for name, p in tensors.items()}
     os.makedirs(folder, exist_ok=True)
     names = ('adapter_config.json', 'adapter_model.safetensors', 'README.md')
     config, weights, card = (os.path.join(folder, name) for name in names)
@@ -239,6 +265,54 @@ def save_adapter(model, folder, base):
     if quantize != 'none':
         with open(card, 'w') as f:
             f.write(CARD.format(base=base, double_quant=double_quant))
+
+
+def fuse_adapters(tensors, config):
+    """-> tensors of `adapters`, those of a fused matrix's n parts as one A (n r, in) and one B (out, n r), in whose
+    rows of a part all is zero but its own r columns; and the names of these parts."""
+    found, own = {}, []
+    for name, A in tensors.items():
+        before, part = name.rpartition('.lora_')[0], name.split('.')[-3]
+        matrix = next((one for one, parts in FUSED.items() if any(f'.{each}.' in name for each in parts)), None)
+        if not matrix:
+            found[name] = A
+        elif name.endswith('.lora_A.weight'):
+            own = own if part in own else [*own, part]
+            parts = [before.replace(part, each.rpartition('.')[2]) for each in FUSED[matrix]]
+            there = [(i, one) for i, one in enumerate(parts) if f'{one}.lora_A.weight' in tensors]
+            place, rows = before.replace(part, matrix.rpartition('.')[2]), fused_rows(config)[matrix]
+            found[f'{place}.lora_A.weight'] = torch.cat([tensors[f'{one}.lora_A.weight'] for _, one in there])
+            B = A.new_zeros(sum(rows), len(A) * len(there))
+            for column, (i, one) in enumerate(there):
+                start = sum(rows[:i])
+                B[start : start + rows[i], len(A) * column : len(A) * (column + 1)] = tensors[f'{one}.lora_B.weight']
+            found[f'{place}.lora_B.weight'] = B
+    return found, own
+
+
+def split_adapters(tensors, config, own, folder):
+    """The reverse. own: {a fused matrix: its parts that have an A of their own}; where it is not there, as peft trains
+    it, all parts share A (r, in). Raises AdapterError if a B is not of such blocks."""
+    found = {}
+    for name, tensor in tensors.items():
+        last = name.split('.')[-3]
+        matrix = next((one for one in fused_rows(config) if one.endswith('.' + last)), None)
+        if not matrix:
+            found[name] = tensor
+            continue
+        parts, rows = [one.rpartition('.')[2] for one in FUSED[matrix]], fused_rows(config)[matrix]
+        mine = own.get(last, parts)
+        blocks = tensor.chunk(len(mine), 0 if '.lora_A.' in name else 1) if last in own else [tensor] * len(parts)
+        for part, block in zip(mine, blocks):
+            start = sum(rows[: parts.index(part)])
+            if '.lora_B.' in name:
+                outside = last in own and (block[:start].any() or block[start + rows[parts.index(part)] :].any())
+                if len(block) != sum(rows) or outside:
+                    what = f'{name} is not of a block for each of {",".join(mine)}'
+                    raise AdapterError(f'{folder}: {what}: merge it with peft, and use the result')
+                block = block[start : start + rows[parts.index(part)]]
+            found[name.replace(last, part)] = block
+    return found
 
 
 CARD = """---
@@ -258,21 +332,50 @@ def load_adapter(model, folder):
 
     Raises AdapterError if shapes, scale, or the form of the base differ."""
     stored, ours = read_adapter(folder), dict(adapters(model))
-    r, scale = stored['r'], stored['lora_alpha'] / stored['r']
     layer = next(module for module in model.modules() if is_lora(module))
     path = os.path.join(folder, 'adapter_model.safetensors')
     held = read_header(path, AdapterError)[0].items()
     tensors = dict(tensors_of(path, [(name, Held(path, name, *one)) for name, one in held]))
-    targets = ','.join(sorted({name.split('.')[-3] for name in tensors}))
+    tables = {name: tensors.pop('base_model.model.' + name, None) for name in TABLES.values()}
+    tensors = split_adapters(tensors, model.config, stored['parts'], folder)
+    targets, root = ','.join(sorted({name.split('.')[-3] for name in tensors})), ' --rslora' * stored['use_rslora']
+    options = f'--rank={stored["r"]} --scale={stored["lora_alpha"] / stored["r"]:g}{root} --lora_targets={targets}'
     for name, tensor in tensors.items():
-        if name not in ours or ours[name].shape != tensor.shape or not math.isclose(scale, layer.scale):
-            options = f'--rank={r} --scale={scale:g} --lora_targets={targets}'
+        if name not in ours or ours[name].shape != tensor.shape or not math.isclose(stored['scale'], layer.scale):
             raise AdapterError(f'{folder} does not fit this model at {name}: use its base, and {options}')
         if not finite(tensor):
             raise AdapterError(f'{folder}: {name} holds NaN or infinite numbers: save the adapter again')
         ours[name].copy_(tensor)
+    embedding, head = tables.values()
+    both = embedding is not None and head is not None and torch.equal(embedding, head)
+    if model.config.tie_embeddings and not both and (embedding is not None or head is not None):
+        what = 'trains embedding and head apart, which are one matrix in its base'
+        raise AdapterError(f'{folder} {what}: merge it with peft, and use the result')
+    for tensor, W in ((embedding, model.embed_tokens.weight), (head, model.head)):
+        if tensor is not None and (tensor.shape != W.shape or not finite(tensor)):
+            raise AdapterError(f'{folder}: its embedding or head is not finite, or of another model: use its base')
+        if tensor is not None:
+            W.copy_(tensor)
     if stored['quantize'] != 'none' and layer.how[0] == 'none':
         raise AdapterError(f'{folder} was made on its base in NF4, and belongs to that: use --quantize=nf4')
+
+
+@torch.no_grad()
+def merge_error(model, tokens):
+    """-> the largest difference between the logits of a model with adapters and those of what `save` writes of it, the
+    largest logit, and the share of positions where both find the same token likeliest. tokens (1, T)."""
+    import torch.nn.functional as F
+
+    apart = model(tokens)  # (1, T, V)
+    layers = [module for module in model.modules() if is_lora(module)]
+    for layer in layers:
+        bias = layer.bias
+        layer.forward = lambda x, layer=layer, bias=bias: F.linear(x, layer.dense_weight().to(x.dtype), bias)
+    merged = model(tokens)
+    for layer in layers:
+        del layer.forward
+    same = (apart.argmax(-1) == merged.argmax(-1)).float().mean()
+    return (apart - merged).abs().max().item(), apart.abs().max().item(), same.item()
 
 
 def weights_folder(path):

@@ -9,6 +9,7 @@ import time
 import torch
 
 from adam import average_
+from configurator import method_of
 from plumbing import Stop, resume
 from plumbing.begin import tokens_a_step
 from plumbing.metrics import METRICS, Metrics, make_tracker
@@ -81,6 +82,8 @@ def print_plan(config, model, plan, folder, meta, device):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dtype = str(model.head.dtype).removeprefix('torch.')
     print(f'model: {model.n_params():,} parameters in {dtype} on {device}, {trained:,} trained by {c.method}')
+    if hasattr(method_of(c), 'described'):
+        print(f'{c.method}: {method_of(c).described(c)}')
     print(f'memory: planned peak of all tensors {plan}')
     if plan.moment:
         shown = f', {plan.card / 1e9:.2f} GB as nvidia-smi shows it' if plan.context else ''

@@ -1,11 +1,24 @@
 """The families of model.py against transformers: numbers, folders in the layouts of transformers 4 and 5, adapters."""
 
+import json
+import shutil
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_contract import NAMES, assert_same, config_of, everything, linear_of
+from test_folders import one_sentence, spoiled
+from test_galore import train
+from test_lora import CONFIG as LORA
 
-from model import LLaMA
+import configurator
+import coreset
+import lora
+from model import LLaMA, ModelConfig, ModelError
+from plumbing import checkpoint, hf
+from plumbing.families import config_from_hf, config_to_hf
 
 T, WINDOW = 40, 64
 TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4)
@@ -150,3 +163,366 @@ def test_what_is_read_and_saved_again_is_equal_to_the_byte_and_loads_in_transfor
             read.pop('type', None)  # a second name for rope_type, from what transformers 4 wants
         if said is not None:
             assert read == said, key
+
+
+# ---- config.json: two layouts, and what a field means ------------------------------------------------------------
+
+
+def layout_4(stored):
+    """A config.json of today as transformers 4 wrote it."""
+    rope = dict(stored.pop('rope_parameters'))
+    stored |= {'rope_theta': rope.pop('rope_theta'), 'torch_dtype': stored.pop('dtype'), 'rope_scaling': None}
+    if 'partial_rotary_factor' in rope:
+        stored['partial_rotary_factor'] = rope.pop('partial_rotary_factor')
+    if stored['model_type'] == 'phi3':
+        rope.pop('original_max_position_embeddings', None)
+        rope['type'] = rope.pop('rope_type')
+    if rope.get('rope_type', rope.get('type')) != 'default':
+        stored['rope_scaling'] = rope
+    stored.pop('layer_types', None)
+    return stored
+
+
+@pytest.mark.parametrize('name', [name for name in FAMILIES if name != 'smollm3, other layers'])
+def test_folders_in_the_layout_of_transformers_4_load_and_what_we_save_holds_both(name, made, tmp_path):
+    theirs, folder = made(name)
+    shutil.copytree(folder, tmp_path / 'old')
+    stored = json.loads((folder / 'config.json').read_text())
+    (tmp_path / 'old/config.json').write_text(json.dumps(layout_4(dict(stored))))
+    ours = LLaMA.from_pretrained(tmp_path / 'old')
+    assert torch.equal(ours(X), LLaMA.from_pretrained(folder)(X))
+    ours.save_pretrained(tmp_path / 'new')
+    written = json.loads((tmp_path / 'new/config.json').read_text())
+    for layout in (
+        layout_4(dict(written)),
+        {k: v for k, v in written.items() if k not in ('rope_theta', 'rope_scaling', 'torch_dtype')},
+    ):
+        (tmp_path / 'new/config.json').write_text(json.dumps(layout))
+        assert torch.equal(LLaMA.from_pretrained(tmp_path / 'new')(X), ours(X))
+        with torch.no_grad():
+            assert torch.equal(type(theirs).from_pretrained(tmp_path / 'new')(X).logits, theirs(X).logits)
+    assert written['torch_dtype'] == written['dtype'] == 'float32'
+
+
+SHAPE = {key: TINY[key] for key in TINY if key not in ('num_key_value_heads', 'max_position_embeddings')} | dict(
+    num_attention_heads=32, hidden_size=64
+)
+PHI = dict(model_type='phi3', **SHAPE)
+
+
+@pytest.mark.parametrize('family', ['llama', 'mistral', 'qwen2', 'qwen3', 'phi3', 'smollm3', 'granite', 'stablelm'])
+def test_a_missing_field_means_what_it_means_to_the_family(family, transformers):
+    shape = SHAPE | dict(hidden_size=256)
+    ours = config_from_hf(dict(model_type=family, **shape))
+    theirs = transformers.AutoConfig.for_model(family, **shape)
+    said = theirs.rope_parameters
+    head_dim = getattr(theirs, 'head_dim', None) or 8
+    assert ours.n_kv_head == theirs.num_key_value_heads and ours.head_dim == head_dim
+    assert ours.max_positions == theirs.max_position_embeddings and ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.norm_eps == getattr(theirs, 'rms_norm_eps', getattr(theirs, 'layer_norm_eps', None))
+    assert ours.rope_theta == said['rope_theta']
+    assert ours.rotary_dim == int(head_dim * said.get('partial_rotary_factor', 1.0))
+    sliding = theirs.sliding_window if family == 'mistral' else None
+    assert ours.block_size == (sliding or theirs.max_position_embeddings)
+    silent = getattr(theirs, 'no_rope_layers', None) or [1] * ours.n_layer
+    assert list(ours.no_rope) == [i for i, rotates in enumerate(silent) if not rotates]
+
+
+SLIDING = [
+    (dict(sliding_window=16, use_sliding_window=False), WINDOW),
+    (dict(sliding_window=16), WINDOW),
+    (dict(sliding_window=16, use_sliding_window=True, max_window_layers=2), WINDOW),
+    (dict(sliding_window=16, use_sliding_window=True, max_window_layers=1), 16),
+    (dict(sliding_window=16, use_sliding_window=True, layer_types=['full_attention'] * 2), WINDOW),
+    (dict(sliding_window=16, use_sliding_window=True, layer_types=['full_attention', 'sliding_attention']), 16),
+    (dict(sliding_window=None, use_sliding_window=True, max_window_layers=0), WINDOW),
+]
+
+
+@pytest.mark.parametrize('family', ['qwen2', 'qwen3'])
+@pytest.mark.parametrize('fields,context', SLIDING, ids=str)
+def test_a_qwens_context_is_cut_only_where_layers_slide(fields, context, family, transformers):
+    given = dict(TINY, model_type=family, **fields)
+    ours = config_from_hf(given)
+    assert ours.block_size == context and ours.max_positions == WINDOW
+    theirs = transformers.AutoConfig.for_model(family, **{**TINY, **fields})
+    assert ('sliding_attention' in theirs.layer_types and theirs.sliding_window == 16) == (context == 16)
+    assert config_to_hf(ours)['sliding_window'] == fields['sliding_window']  # goes on as it came
+
+
+def test_within_its_window_a_sliding_model_is_an_ordinary_one_and_beyond_it_is_refused(made):
+    theirs, folder = made('phi3')
+    ours = LLaMA.from_pretrained(folder)
+    assert ours.config.block_size == 50
+    longest = torch.randint(0, 97, (1, 50), generator=torch.Generator().manual_seed(1))
+    close(ours(longest), theirs(longest).logits)
+    with pytest.raises(ModelError, match='51 tokens do not fit the window of 50'):
+        ours(torch.zeros(1, 51, dtype=torch.int64))
+    with pytest.raises(ModelError, match='made for windows of 50 tokens: set block_size'):
+        LLaMA.from_pretrained(folder, block_size=64)
+
+
+LONGROPE = dict(type='longrope', short_factor=[1.0], long_factor=[2.0])
+REFUSED = {
+    "qk_layernorm=True is not what this LLaMA computes": dict(model_type='stablelm', qk_layernorm=True),
+    'use_parallel_residual=True': dict(model_type='stablelm', use_parallel_residual=True),
+    "model_type='gemma3_text'": dict(model_type='gemma3_text'),
+    "model_type='gemma2'": dict(model_type='gemma2'),
+    "model_type='olmo2'": dict(model_type='olmo2'),
+    "model_type='phi'": dict(model_type='phi'),
+    'no_rope_layers has 1 numbers, fewer than layers': dict(model_type='smollm3', no_rope_layers=[1]),
+    'short_factor has 2 numbers, not 1': PHI | dict(rope_scaling=LONGROPE | dict(short_factor=[1.0, 1.0])),
+    'head_dim=64 is not hidden_size': dict(model_type='stablelm', head_dim=64),
+    'logits_scaling=4.0': dict(model_type='llama', logits_scaling=4.0),
+    'attention_dropout=0.1': dict(model_type='qwen2', attention_dropout=0.1),
+    'contradict each other': dict(
+        model_type='phi3', partial_rotary_factor=0.5, rope_parameters={'partial_rotary_factor': 1.0}
+    ),
+    'partial_rotary_factor lets 0 dimensions': dict(model_type='stablelm'),
+    "rope_type='proportional'": dict(rope_parameters={'rope_type': 'proportional', 'rope_theta': 1e4}),
+    'only one rotation': dict(
+        model_type='qwen3',
+        rope_parameters={'full_attention': {'rope_theta': 1e6}, 'sliding_attention': {'rope_theta': 1e4}},
+    ),
+}
+
+
+@pytest.mark.parametrize('words', REFUSED)
+def test_what_a_family_cannot_say_is_refused_by_name(words):
+    with pytest.raises(ModelError, match=words) as error:
+        config_from_hf(dict(model_type='llama') | SHAPE | REFUSED[words])
+    one_sentence(error)
+
+
+INNER = dict(original_max_position_embeddings=64)
+
+
+def test_phi3_takes_the_outer_original_length_and_the_old_names_of_longrope(transformers):
+    for name in ('su', 'yarn', 'longrope'):
+        stored = PHI | dict(
+            max_position_embeddings=128,
+            original_max_position_embeddings=32,
+            rope_scaling=LONGROPE | dict(type=name) | ({} if name == 'su' else INNER),
+        )
+        ours = config_from_hf(stored)
+        assert ours.rope_scaling['rope_type'] == 'longrope' and ours.rope_scaling['factor'] == 4.0
+        assert ours.rope_scaling['original_max_position_embeddings'] == 32
+        theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(stored))).rope_parameters
+        assert theirs['original_max_position_embeddings'] == 32 and theirs['rope_type'] == 'longrope'
+
+
+def test_a_config_that_its_family_cannot_say_is_not_saved_as_another():
+    for changes, words in {
+        (('qk_norm', True),): "qk_norm=True is not what family='llama' can say",
+        (('qkv_bias', True),): "qkv_bias=True is not what family='llama' can say",
+        (('family', 'gpt2'),): "family='gpt2' is not known: use one of llama",
+    }.items():
+        with pytest.raises(ModelError, match=words):
+            config_to_hf(ModelConfig(**dict(changes)))
+
+
+@pytest.mark.parametrize(
+    'name', ['qwen3', 'phi4-mini', 'smollm3', 'granite', 'stablelm 2', 'llama, yarn with all its keys']
+)
+def test_any_value_in_a_familys_config_is_read_or_one_sentence(name, made):
+    _, folder = made(name)
+    good, read = (folder / 'config.json').read_text(), 0
+    for words, text in spoiled(good, ['rope_theta', 'partial_rotary_factor', 'no_rope_layers', 'sliding_window']):
+        try:
+            given = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(given, dict):
+            continue
+        try:
+            config = config_from_hf(given)
+            if config.n_layer < 9 and config.n_embd * config.vocab_size * config.n_inner < 1e9:
+                with torch.device('meta'):
+                    LLaMA(config)
+            config_to_hf(config)
+            read += 1
+        except ModelError as error:
+            one_sentence(error)
+        except BaseException as error:
+            raise AssertionError(f'{words}: {type(error).__name__}: {error}') from error
+    assert read > 5
+
+
+# ---- folders -----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_pickles_says_what_to_do(made, tmp_path):
+    shutil.copytree(made('qwen2')[1], tmp_path / 'old')
+    (tmp_path / 'old/model.safetensors').rename(tmp_path / 'old/pytorch_model.bin')
+    with pytest.raises(ModelError, match=r'pytorch_model.bin is a pickle, .*from_pretrained') as error:
+        LLaMA.from_pretrained(tmp_path / 'old')
+    one_sentence(error)
+
+
+def test_a_fused_matrix_of_other_rows_is_refused(made, tmp_path):
+    shutil.copytree(made('phi3')[1], tmp_path / 'x')
+    stored = json.loads((tmp_path / 'x/config.json').read_text())
+    (tmp_path / 'x/config.json').write_text(json.dumps(stored | {'num_key_value_heads': 4}))
+    with pytest.raises(ModelError, match=r'no place for: layers.*qkv_proj.weight'):
+        LLaMA.from_pretrained(tmp_path / 'x')
+    tensors = load_file(tmp_path / 'x/model.safetensors')
+    tensors['model.layers.1.mlp.gate_up_proj.weight'][60, 3] = torch.nan
+    save_file(tensors, tmp_path / 'x/model.safetensors')
+    (tmp_path / 'x/config.json').write_text(json.dumps(stored))
+    with pytest.raises(ModelError, match=r'layers.1.mlp.up_proj.weight holds NaN'):
+        LLaMA.from_pretrained(tmp_path / 'x')
+
+
+# ---- methods on biases, LayerNorm, fused matrices ----------------------------------------------------------------
+
+BIASED = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=56, vocab_size=61, block_size=16)
+SWITCHES = {
+    'biases': dict(qkv_bias=True, o_bias=True, mlp_bias=True),
+    'qwen2': dict(family='qwen2', qkv_bias=True),
+    'qwen3': dict(family='qwen3', qk_norm=True, head_dim=16),
+    'phi3': dict(family='phi3', rotary_dim=6, norm_eps=1e-5),
+    'stablelm': dict(family='stablelm', qkv_bias=True, layer_norm=True, rotary_dim=4),
+}
+
+
+def of_family(name, method, **changes):
+    config = config_of(method, **changes)
+    model = LLaMA(ModelConfig(**BIASED, **SWITCHES[name]), linear=linear_of(config)).materialise(seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        for key, p in module.named_parameters(recurse=False):
+            if key == 'bias' or p.dim() == 1:
+                torch.nn.init.normal_(p, mean=1.0 * (key == 'weight'), std=0.2, generator=generator)
+    return config, model, configurator.method_of(config).setup(model, config)
+
+
+@pytest.mark.parametrize('method', NAMES)
+@pytest.mark.parametrize('name', ['biases', 'phi3'])
+def test_every_method_trains_biases_as_vectors_and_per_layer_and_a_resume_change_nothing(name, method, tmp_path):
+    found = []
+    for per_layer in (False, True):
+        _, model, optimizer = of_family(name, method, per_layer=per_layer)
+        before = {key: p.detach().clone() for key, p in model.named_parameters()}
+        biases = {key for key in before if key.endswith('.bias')}
+        assert len(biases) == (14 if name == 'biases' else 0)
+        decays = {key for key, p in model.named_parameters() if optimizer.decay(p) == 0}
+        found.append(everything(train(model, optimizer, 5), optimizer))
+        assert biases <= {key for key, p in model.named_parameters() if not torch.equal(p, before[key])} & decays
+    assert_same(*found)
+    checkpoint.save(str(tmp_path / 'c'), model, optimizer, {}, {})
+    whole = everything(train(model, optimizer, 7, first=5), optimizer)
+    config = config_of(method, per_layer=True)
+    resumed = LLaMA.from_pretrained(tmp_path / 'c', linear=linear_of(config))
+    again = configurator.method_of(config).setup(resumed, config)
+    checkpoint.load_optimizer(str(tmp_path / 'c'), again)
+    assert_same(whole, everything(train(resumed, again, 7, first=5), again))
+    resumed.save_pretrained(tmp_path / 'plain')
+    plain = LLaMA.from_pretrained(tmp_path / 'plain')
+    x = torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(0))
+    close(plain(x), resumed(x))
+    assert plain.n_params() == resumed.n_params() == sum(p.numel() for p in plain.parameters())
+
+
+@pytest.mark.parametrize('method', ['lora', 'loqt'])
+@pytest.mark.parametrize('name', ['qwen2', 'phi3'])
+def test_packed_checkpoints_leave_out_the_fused_matrices_and_keep_biases(name, method, tmp_path):
+    config, model, optimizer = of_family(name, method, quantize='nf4')
+    train(model, optimizer, 3)
+    run = {'config': {key: value for key, value in vars(config).items() if not key.startswith('_')}}
+    run['config'] |= {'save_merged': False, 'method': method}
+    checkpoint.save(str(tmp_path / 'c'), model, optimizer, run, {})
+    held = load_file(tmp_path / 'c/model.safetensors')
+    assert not any('_proj.weight' in key for key in held)
+    assert sum('_proj.bias' in key for key in held) == (6 if name == 'qwen2' else 0)
+    from plumbing.build import load_model
+
+    x = torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(load_model(str(tmp_path / 'c'), 'cpu')(x), model(x))
+
+
+@pytest.mark.parametrize('name', ['llama, all biases', 'granite', 'stablelm 2', 'smollm3, other layers', 'qwen3'])
+def test_coresets_features_are_gradients_of_the_last_v_projection(name, made):
+    model = LLaMA.from_pretrained(made(name)[1])
+    x, y = X.repeat(2, 1)[:3, :20], X.roll(-1, 1).repeat(2, 1)[:3, :20].clone()
+    y[0, 5:] = -100
+    with torch.no_grad():
+        h, cos, sin = model.embed(x)
+        h = model.layers[0](h, cos, sin)
+    inputs, D = coreset.factors(model, h, cos, sin, y)
+    W = model.layers[-1].self_attn.v_proj.weight
+    p = coreset.zeroth_order(model, h, cos, sin, y, directions=1, seed=1)
+    z = torch.randn(W.shape, generator=torch.Generator().manual_seed(100_003))
+    for i in range(3):
+        (G,) = torch.autograd.grad(model(x[i : i + 1], y[i : i + 1]), W)
+        torch.testing.assert_close(D[i].T @ inputs[i], G, atol=1e-5, rtol=1e-3)
+        assert abs(p[i, 0] - (G * z).sum()) < 0.02 * G.norm() * z.norm() ** 0.5
+
+
+# ---- adapters ----------------------------------------------------------------------------------------------------
+
+
+def with_adapter(folder, adapter=None, **changes):
+    config = SimpleNamespace(**LORA | dict(init_from=str(folder)) | changes)
+    model = LLaMA.from_pretrained(folder, linear=lora.linear(config))
+    lora.setup(model, config)
+    if adapter:
+        hf.load_adapter(model, str(adapter))
+    return model
+
+
+@pytest.mark.parametrize('targets', ['all', 'q_proj,v_proj,up_proj'])
+@pytest.mark.parametrize('rslora', [False, True])
+@pytest.mark.parametrize('name', ['qwen2', 'phi3.5', 'stablelm 2'])
+def test_our_adapters_are_read_by_peft(name, rslora, targets, made, tmp_path):
+    peft = pytest.importorskip('peft')
+    theirs, folder = made(name)
+    ours = with_adapter(folder, lora_targets=targets, rslora=rslora)
+    generator = torch.Generator().manual_seed(3)
+    for _, p in hf.adapters(ours):
+        torch.nn.init.normal_(p, std=0.2, generator=generator)
+    hf.save_adapter(ours, str(tmp_path), str(folder))
+    reference = peft.PeftModel.from_pretrained(type(theirs).from_pretrained(folder), tmp_path)
+    with torch.no_grad():
+        logits = ours(X)
+        close(reference(X).logits, logits)
+        assert (logits - theirs(X).logits).abs().max() > 0.1
+    assert torch.equal(with_adapter(folder, tmp_path, lora_targets=targets, rslora=rslora)(X), logits)
+    merged = tmp_path / 'merged'
+    ours.save_pretrained(merged)
+    with torch.no_grad():
+        close(type(theirs).from_pretrained(merged)(X).logits, logits)
+
+
+@pytest.mark.parametrize(
+    'name,targets', [('phi3.5', ['qkv_proj', 'o_proj', 'gate_up_proj']), ('qwen3', ['q_proj', 'v_proj'])]
+)
+def test_adapters_that_peft_trained_are_read(name, targets, made, tmp_path):
+    peft = pytest.importorskip('peft')
+    theirs, folder = made(name)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type='CAUSAL_LM')
+    model = peft.get_peft_model(type(theirs).from_pretrained(folder), config)
+    for key, p in model.named_parameters():
+        if 'lora_' in key:
+            torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+    model.save_pretrained(tmp_path)
+    ours = {'qkv_proj': ['q_proj', 'k_proj', 'v_proj'], 'gate_up_proj': ['gate_proj', 'up_proj']}
+    wanted = [part for target in targets for part in ours.get(target, [target])]
+    with torch.no_grad():
+        close(with_adapter(folder, tmp_path, lora_targets=','.join(wanted))(X), model(X).logits)
+
+
+def test_an_adapter_of_a_fused_matrix_that_is_not_of_blocks_is_refused(made, tmp_path):
+    folder = made('phi3.5')[1]
+    hf.save_adapter(with_adapter(folder), str(tmp_path), str(folder))
+    path = tmp_path / 'adapter_model.safetensors'
+    from safetensors import safe_open
+
+    with safe_open(path, 'pt') as f:
+        metadata, tensors = f.metadata(), {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+    name = next(key for key in tensors if 'qkv_proj.lora_B' in key)
+    tensors[name][0, -1] = 1.0
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(hf.AdapterError, match='is not of a block for each of q_proj,k_proj,v_proj: merge it') as error:
+        with_adapter(folder, tmp_path)
+    one_sentence(error)

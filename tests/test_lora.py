@@ -23,6 +23,7 @@ from quant import decode, encode
 CONFIG = dict(learning_rate=1e-2, beta1=0.9, beta2=0.999, weight_decay=0.0, rank=4, scale=2.0, state_bits=32, seed=0)
 CONFIG |= dict(grad_clip=0.0, per_layer=False, offload=False, quantize='none', double_quant=False)
 CONFIG |= dict(dropout=0.0, merge_every=0, train_rest='auto', lora_targets='all', init_from='scratch')
+CONFIG |= dict(rslora=False, lora_plus=1.0)
 RELORA = dict(dropout=0.3, merge_every=2, train_rest='no')
 
 
@@ -142,6 +143,69 @@ def test_logits_loss_and_gradients_equal_pefts_after_reading_its_folder(targets,
     assert found.keys() == gradients.keys() and len(found) == 2 * 2 * len(targets)
     for name in found:
         torch.testing.assert_close(found[name], gradients[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize('options', [dict(rslora=True), dict(train_rest='tables'), dict(train_rest='tables', tie=True)])
+def test_rslora_and_trained_tables_go_to_peft_and_back(options, base, tmp_path):
+    peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
+    if options.pop('tie', False):
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig.from_pretrained(base, tie_word_embeddings=True)
+        base = tmp_path / 'base'
+        transformers.LlamaForCausalLM(config).save_pretrained(base)
+    model, optimizer = ours(base, **options)
+    assert model.layers[0].self_attn.q_proj.scale == (8 / 4**0.5 if options.get('rslora') else 2.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, optimizer, 5)
+    tables = options.get('train_rest') == 'tables'
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    expected = {'embed_tokens.weight', *[['lm_head.weight'], []][model.config.tie_embeddings]} if tables else set()
+    assert {name for name in moved if not name.endswith(('.A', '.B'))} == expected
+    hf.save_adapter(model, str(tmp_path / 'adapter'), str(base), tables)
+    x = torch.randint(0, 61, (3, 16), generator=torch.Generator().manual_seed(0))
+    reference = peft.PeftModel.from_pretrained(theirs(base), tmp_path / 'adapter')
+    torch.testing.assert_close(reference(x).logits, model(x), atol=1e-5, rtol=1e-5)
+    again, _ = ours(base, tmp_path / 'adapter', **options)
+    assert torch.equal(again(x), model(x))
+    reference.save_pretrained(tmp_path / 'theirs')  # as peft writes it
+    again, _ = ours(base, tmp_path / 'theirs', **options)
+    assert torch.equal(again(x), model(x))
+
+
+def test_an_adapter_that_trains_a_tied_head_apart_is_refused(base, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    config = transformers.LlamaConfig.from_pretrained(base, tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / 'base')
+    peft_model(tmp_path / 'base', ['q_proj'], modules_to_save=['lm_head']).save_pretrained(tmp_path / 'adapter')
+    with pytest.raises(hf.AdapterError, match='trains embedding and head apart, which are one matrix in its base'):
+        ours(tmp_path / 'base', tmp_path / 'adapter', lora_targets='q_proj')
+
+
+def test_lora_plus_is_a_learning_rate_of_B_alone(base):
+    found = []
+    for factor in (1.0, 16.0):
+        model, optimizer = ours(base, lora_plus=factor)
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        train(model, optimizer, 1)
+        found.append({name: p.detach() - start[name] for name, p in model.named_parameters()})
+    for name in found[0]:
+        scale = 16.0 if name.endswith('.B') else 1.0
+        torch.testing.assert_close(found[1][name], scale * found[0][name], atol=1e-6, rtol=1e-5, msg=name)
+    assert any(d.abs().max() > 0 for name, d in found[0].items() if name.endswith('.B'))
+
+
+def test_merged_logits_are_told_apart_from_the_adapters(base):
+    model, optimizer = ours(base)
+    train(model, optimizer, 5)
+    x = torch.randint(0, 61, (1, 16), generator=torch.Generator().manual_seed(0))
+    before = model(x)
+    most, largest, same = hf.merge_error(model, x)
+    assert most < 1e-4 < largest and same == 1 and torch.equal(model(x), before)
+    rough, optimizer = ours(base, quantize='nf4')
+    train(rough, optimizer, 5)
+    for layer in (module for module in rough.modules() if hf.is_lora(module)):
+        layer.dtype = torch.bfloat16  # of what is written
+    assert hf.merge_error(rough, x)[0] > 1e-3
 
 
 @pytest.mark.parametrize('targets', ['all', 'q_proj,v_proj'])
@@ -357,7 +421,9 @@ def test_a_runs_adapter_goes_to_peft_and_back(tuned, data, capsys):
     here(sample, str(tuned / 'run'), f'--save_adapter={tuned / "adapter"}', *words)
     text = capsys.readouterr().out.partition('\n')[2]  # without what was written where
     here(sample, str(tuned / 'adapter'), f'--save_to={tuned / "merged"}', *words)
-    assert capsys.readouterr().out.partition('\n')[2] == text != ''
+    said = capsys.readouterr().out
+    assert 'the likeliest token is the same at 100% of positions' in said
+    assert said.partition('written: ')[2].partition('\n')[2] == text != ''
 
     stored = json.loads((tuned / 'adapter/adapter_config.json').read_text())
     assert stored['base_model_name_or_path'] == str(tuned / 'base/best') and stored['target_modules'] == sorted(ALL)
@@ -396,9 +462,7 @@ def test_an_adapter_that_is_not_all_that_was_trained_is_refused(tuned, tmp_path)
             build.base_of(str(tmp_path / 'run'))
 
 
-@pytest.mark.parametrize(
-    'change', [dict(use_dora=True), dict(use_rslora=True), dict(rank_pattern={'q_proj': 2}), dict(bias='all')], ids=str
-)
+@pytest.mark.parametrize('change', [dict(use_dora=True), dict(rank_pattern={'q_proj': 2}), dict(bias='all')], ids=str)
 def test_an_adapter_that_is_not_plain_lora_is_refused(change, base, tmp_path):
     peft_model(base, ['q_proj'], **change).save_pretrained(tmp_path)
     with pytest.raises(hf.AdapterError, match='is not plain LoRA: merge it with peft'):
