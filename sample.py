@@ -298,7 +298,7 @@ def main(config):
 def say_merged(model, tok, device):
     """Print how far the merged model's logits are from those of W and the adapter side by side."""
     ids = tok.prompt('A bat and a ball cost $1.10 in total. The bat costs $1.00 more than the ball.\n' * 4)
-    ids = [i for i in ids if i < model.config.vocab_size][: min(64, model.config.block_size)]
+    ids = [i for i in ids if i < model.config.vocab_size][: min(64, model.config.block_size)] or [0]
     most, largest, same = hf.merge_error(model, torch.tensor([ids], device=device))
     print(f'merged: on {len(ids)} tokens logits move by {most:.2g} at most (the largest is {largest:.3g}), ', end='')
     print(f'the likeliest token is the same at {100 * same:.0f}% of positions')

@@ -294,19 +294,18 @@ def test_what_a_family_cannot_say_is_refused_by_name(words):
     one_sentence(error)
 
 
-INNER = dict(original_max_position_embeddings=64)
-
-
 def test_phi3_takes_the_outer_original_length_and_the_old_names_of_longrope(transformers):
     for name in ('su', 'yarn', 'longrope'):
         stored = PHI | dict(
             max_position_embeddings=128,
             original_max_position_embeddings=32,
-            rope_scaling=LONGROPE | dict(type=name) | ({} if name == 'su' else INNER),
+            rope_scaling=LONGROPE | dict(type=name, original_max_position_embeddings=64),
         )
         ours = config_from_hf(stored)
         assert ours.rope_scaling['rope_type'] == 'longrope' and ours.rope_scaling['factor'] == 4.0
         assert ours.rope_scaling['original_max_position_embeddings'] == 32
+        if name == 'su':  # transformers 5 no longer reads it
+            continue
         theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(stored))).rope_parameters
         assert theirs['original_max_position_embeddings'] == 32 and theirs['rope_type'] == 'longrope'
 
