@@ -15,7 +15,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from data.tokenizer import EOT, HF, TokenizerError, in_time
+from data.tokenizer import ADVICE, EOT, HF, TokenizerError, in_time
 
 # Unicode's noncharacters: no text should hold one, and a text that does leaves 31 others.
 NONCHARACTERS = [chr(0xFDD0 + i) for i in range(32)]
@@ -45,65 +45,60 @@ class Coder:
     def encode_batch(self, texts, sign):
         """[(ids, ends)] of texts in which `sign` stands before every name that is to be a token.
 
-        ends[i] is how many characters of the text lie before the end of token i, the signs not counted; tokens that
-        share a character all end behind it. Raises TokenizerError if a name without a sign becomes its token, too."""
+        ends, (tokens,) int64: how many characters of the text are before the end of each token, the signs not counted;
+        tokens that share a character all end behind it."""
         read = self.read_hf if isinstance(self.tok, HF) else self.read_bytes
-        signed = pattern(self.names, sign)
-        found = []
-        for text, (ids, ends, parsed) in zip(texts, read(texts, sign)):
+        signed, found = pattern(self.names, sign), []
+        for text, (ids, ends) in zip(texts, read(texts, sign)):
             places = [match.start() for match in signed.finditer(text)]
-            plain = [self.names[name] for name in self.plain_names(text, sign)]
-            if plain and (np.isin(ids, plain) & ~np.array(parsed)).any():
-                raise TokenizerError('this tokenizer.json makes a special token of plain text that only names it')
             ends = np.array(ends, np.int64)
             found.append((ids, ends - np.searchsorted(places, ends)))  # without the signs before each end
         return found
 
-    def plain_names(self, text, sign):
-        return {match[1] for match in pattern(self.names, f'{sign}?').finditer(text) if match[0][0] != sign}
-
     def read_hf(self, texts, sign):
-        hf, ids_of = self.copy(sign)
+        hf = self.copy(sign)
         made = in_time(lambda: hf.encode_batch(texts, add_special_tokens=False), sum(map(len, texts)))
-        for e in made:
-            ids = [ids_of.get(i, i) for i in e.ids]
-            yield ids, [end for _, end in e.offsets], [i in ids_of for i in e.ids]
+        yield from ((e.ids, [end for _, end in e.offsets]) for e in made)
 
     def copy(self, sign):
-        """A tokenizer that knows each of our names with the sign before it, as one more added token with an id of its
-        own, and reads the bare name as text; {the new id: the token's}."""
+        """The tokenizer with each of our tokens renamed, the sign before its name: of the bare name it knows nothing,
+        wherever a tokenizer.json may have it."""
         if sign not in self.copies:
             import tokenizers
 
             saved = json.loads(self.tok.hf.to_str())
-            flags = {token['content']: token for token in saved['added_tokens']}
-            for name in self.names:
-                flags[name]['special'] = True  # a special token can be told not to count
+            new = {name: sign + name for name in self.names}
             saved['post_processor'] = None  # it would add tokens, and byte-level ones trim the offsets
+            for token in saved['added_tokens']:
+                if token['content'] in new:
+                    token |= {'content': new[token['content']], 'normalized': False}
+            model = saved['model']
+            if isinstance(model['vocab'], list):  # of (token, score)
+                model['vocab'] = [[new.get(name, name), score] for name, score in model['vocab']]
+            else:
+                model['vocab'] = {new.get(name, name): i for name, i in model['vocab'].items()}
+            if model.get('unk_token') in new:
+                model['unk_token'] = new[model['unk_token']]
             hf = tokenizers.Tokenizer.from_str(json.dumps(saved))
-            hf.encode_special_tokens = True
-            for name in self.names:
-                how = {key: flags[name][key] for key in ('lstrip', 'rstrip', 'single_word')}
-                hf.add_tokens([tokenizers.AddedToken(sign + name, normalized=False, special=False, **how)])
-            self.copies[sign] = hf, {hf.token_to_id(sign + name): i for name, i in self.names.items()}
+            if lost := [name for name, i in self.names.items() if hf.token_to_id(new[name]) != i]:
+                raise TokenizerError(f'this tokenizer.json has {lost[0]} twice: {ADVICE}')
+            self.copies[sign] = hf
         return self.copies[sign]
 
     def read_bytes(self, texts, sign):
         signed = pattern(self.names, sign)
         for text in texts:
-            ids, ends, parsed, at = [], [], [], 0
+            ids, ends, at = [], [], 0
             for i, part in enumerate(signed.split(text)):
+                new = [self.names[part]] if i % 2 else self.tok.encode(part)
                 if i % 2:
-                    ids.append(self.names[part])
-                    at += len(sign + part)
-                    ends.append(at)
+                    part = sign + part
+                    ends.append(at + len(part))
                 else:
-                    new = self.tok.encode(part)
-                    ids += new
                     ends += [at + end for end in character_ends(part, [len(self.tok.decode_bytes([t])) for t in new])]
-                    at += len(part)
-                parsed += [i % 2 == 1] * (len(ids) - len(parsed))
-            yield ids, ends, parsed
+                ids += new
+                at += len(part)
+            yield ids, ends
 
 
 def character_ends(text, sizes):

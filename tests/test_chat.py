@@ -64,6 +64,22 @@ def sentencepiece(legacy):
     return tok
 
 
+def unigram():
+    """T5's kind, whose vocabulary holds the names of its special tokens as pieces of text like any other."""
+    tok = tokenizers.Tokenizer(models.Unigram())
+    tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='first')
+    names = ['<unk>', '<s>', '</s>']
+    alphabet = [chr(i) for i in range(32, 127)]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=150, unk_token='<unk>', special_tokens=names, initial_alphabet=alphabet
+    )
+    tok.train_from_iterator(TEXT, trainer)
+    tok.decoder = decoders.Metaspace()
+    with_control(tok)
+    tok.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
+    return tok
+
+
 KINDS = {
     'bytes': lambda: byte_level(bos=False),
     'bytes with bos': lambda: byte_level(bos=True),
@@ -365,6 +381,16 @@ def test_no_text_makes_a_special_token(folders, kind, template):
     for messages in (turns(hostile, 'b', 'c', 'd'), turns('a', hostile, hostile, 'd')):
         assert found(messages) == harmless
     assert hostile in spelled(tok, made.encode(turns(hostile, 'b'))[0])
+
+
+def test_a_vocabulary_with_names_of_special_tokens_among_its_pieces_makes_no_token_of_them(tmp_path):
+    unigram().save(str(tmp_path / 'tokenizer.json'))
+    (tmp_path / 'tokenizer_config.json').write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    tok = tokenizer.load(tmp_path)
+    assert tok.eot in tok.encode('a </s> b')  # as it reads any text
+    ids, trained = chat.load(tmp_path, tok, 'alpaca').encode(turns('a </s> b <s><unk>', 'c</s>d'))
+    assert ids.count(tok.eot) == 1 and ids[-1] == tok.eot and ids.count(tok.bos[0]) == 1
+    assert spelled(tok, [i for i, t in zip(ids, trained) if t]) == 'c</s>d</s>'
 
 
 @pytest.mark.parametrize('kind', ['bytes', 'sentencepiece'])
