@@ -42,7 +42,7 @@ from memory.record import LiveBytes
 from model import SIZES, ModelError
 from plumbing import begin as start
 from plumbing import checkpoint, parallel, report
-from plumbing.build import SHAPE, build_model, build_on_meta, data_folder, layers_of, shape_of, try_compile
+from plumbing.build import SHAPE, build_model, build_on_meta, data_folder, layers_of, rows_of, shape_of, try_compile
 from plumbing.hf import AdapterError
 from plumbing.terminal import patience
 
@@ -258,9 +258,9 @@ def training_step(forward, optimizer, micro_batches, learning_rate, device):
 
 def plan_memory(config, shape, device, dtype, compute_dtype=None):
     """The memory.formula.Plan of a run, from a trace of `training_step`. shape: the ModelConfig."""
-    method, selection = method_of(config), colm.setup(config)
+    method, selection, rows = method_of(config), colm.setup(config), rows_of(config)
     with patience('planning the memory'):
-        return trace.plan_memory(config, shape, dtype, device, method, training_step, selection, compute_dtype)
+        return trace.plan_memory(config, shape, dtype, device, method, training_step, selection, compute_dtype, *rows)
 
 
 def plan_only(config):

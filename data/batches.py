@@ -83,6 +83,11 @@ def fingerprint(folder):
     return identity.hexdigest()
 
 
+def longest_of(folder, split='train'):
+    """Places that the longest example takes."""
+    return int(np.diff(np.fromfile(os.path.join(folder, f'{split}_ends.bin'), 'int64'), prepend=0).max()) - 1
+
+
 def trained_tokens(micro_batches):
     """How many targets of a step are trained, those that are not -100, each counted as its weight says: a 0-dim fp32
     tensor. micro_batches: (x, y), (x, y, weights), or with more behind; weights (B,), (B, T) or None."""

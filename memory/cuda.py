@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from memory.record import MB, Allocator, LiveBytes
+from model import attend_masked
 
 aten = torch.ops.aten
 
@@ -55,7 +56,7 @@ class FusedAttention(torch.autograd.Function):
     Memory-efficient (attention.cu): the same without copies for heads, and no second dq where q is fp32 itself."""
 
     @staticmethod
-    def forward(ctx, q, k, v, flash):
+    def forward(ctx, q, k, v, flash):  # flash: True, False, or of packed rows how many more it makes room for
         B, H, T, D = q.shape
         out = q.new_empty(B, T, H, D).transpose(1, 2)  # (B, H, T, D), in memory by token
         lse = q.new_empty(B, H, T if flash else -(-T // 32) * 32, dtype=torch.float32)
@@ -68,7 +69,7 @@ class FusedAttention(torch.autograd.Function):
         q, k, v, _, _ = ctx.saved_tensors
         B, H, T, D = q.shape
         dq, dk, dv = (x.new_empty(B, T, x.shape[1], D).transpose(1, 2) for x in (q, k, v))
-        rounded = -(-T // 128) * 128 if ctx.flash else T
+        rounded = -(-T // 128) * 128 if ctx.flash is True else T + ctx.flash
         row = q.new_empty(B, H, rounded, dtype=torch.float32)  # sum of out * delta in each row
         inner = [row]
         if ctx.flash or q.dtype != torch.float32:
@@ -131,6 +132,15 @@ def cuda_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scal
     if not (enable_gqa and q.shape[1] != k.shape[1]):
         return FusedAttention.apply(q, k, v, False)
     return math_attention(q, k, v, attn_mask, dropout_p, is_causal, scale)
+
+
+def cuda_packed_attention(q, k, v, pieces, scale=None):
+    """model.attend_packed on a card: flash attention's variable lengths for 16 bits, else by a mask. q (B, T, H, d)."""
+    if q.dtype == torch.float32 or q.shape[-1] > 256:
+        return attend_masked(q, k, v, pieces, scale)
+    flat = (A.flatten(0, 1)[None].transpose(1, 2) for A in (q, k, v))  # (1, H, B T, d), K heads
+    y = FusedAttention.apply(*flat, 128 * len(pieces))  # (1, H, B T, d); backward has room for 128 rows more a piece
+    return y.transpose(1, 2).view(q.shape)
 
 
 def cuda_dropout(x, p=0.5, training=True, inplace=False):

@@ -23,7 +23,7 @@ from torch._subclasses import FakeTensorMode
 import adam
 import model as models
 import quant
-from memory.cuda import FusedRMSNorm, cuda_attention, workspace
+from memory.cuda import FusedRMSNorm, cuda_attention, cuda_packed_attention, workspace
 from memory.formula import Plan
 from memory.matrices import turns
 from memory.record import NotUniform, Record, deeper, replay
@@ -69,6 +69,7 @@ def as_on_a_card(really=True):
         for module, name, on_a_card in (
             (models.F, 'rms_norm', lambda x, shape, weight, eps: FusedRMSNorm.apply(x, weight)),
             (models.F, 'scaled_dot_product_attention', cuda_attention),
+            (models, 'attend_packed', cuda_packed_attention),
             (quant, 'nf4_on_cpu', by_kernel),
             *((module, 'product_dtype', lambda A: A.dtype) for module in importers(adam.product_dtype)),
             *((module, 'fast_bf16', lambda device: True) for module in importers(adam.fast_bf16)),
@@ -283,7 +284,8 @@ def take_step(run, record, model, optimizer):
         return torch.zeros(*size, dtype=torch.int64, device=main_memory)
 
     waiting = [tokens(2, *shape) for _ in range(micro_batches - 2)]
-    batches = [(tokens(*shape), tokens(*shape)) for _ in range(min(micro_batches, 2))]
+    pieces = [None, tokens(config.batch_size * run.pieces + 1).int()] if run.pieces else []
+    batches = [(tokens(*shape), tokens(*shape), *pieces) for _ in range(min(micro_batches, 2))]
     run.step(model, optimizer, batches, config.learning_rate, 'cpu')
     del waiting
 
@@ -328,18 +330,18 @@ def relabel_resident(record, model, optimizer, extra_layers):
 
 
 def trace_step(model_config, dtype, config, setup, step, compute_dtype=None, on_cpu=False, linear=Linear,
-               pretrained=False):  # fmt: skip
+               pretrained=False, pieces=0):  # fmt: skip
     """The Plan of a run: `setup` is the method's, `step` is train.training_step, `dtype` that of the weights.
 
     on_cpu: what is offloaded counts too, and no allocator rounds. linear: what the blocks are made of. pretrained: the
-    weights come from a folder; a method may keep those in more bits at first."""
+    weights come from a folder; a method may keep those in more bits at first. pieces: of packed examples, in a row."""
     if 8 in (config.state_bits, getattr(config, 'basis_bits', 16)) or getattr(config, 'double_quant', False):
         for name in ('M', 'V', 'P'):  # bitsandbytes reads values to make a code, and fake tensors have none
             adam.code_of(name, torch.device('cpu'))
     n_layer = model_config.n_layer
 
     run = SimpleNamespace(dtype=dtype, config=config, setup=setup, step=step, compute_dtype=compute_dtype)
-    run.on_cpu, run.linear, run.pretrained = on_cpu, linear, pretrained
+    run.on_cpu, run.linear, run.pretrained, run.pieces = on_cpu, linear, pretrained, pieces
 
     def traced(depth):
         return record_steps(run, replace(model_config, n_layer=depth), n_layer)
@@ -373,12 +375,13 @@ def as_plan(peak, weights, states, on_cpu):
     return plan
 
 
-def plan_memory(config, shape, dtype, device, method, training_step, selection=None, compute_dtype=None):
+def plan_memory(config, shape, dtype, device, method, training_step, selection=None, compute_dtype=None, pieces=0,
+                longest=0):  # fmt: skip
     """The Plan of one process, from a trace of its step; shape: the ModelConfig, method: the module of config.method,
     training_step: train.py's, selection: its Coreset. On a card where there is one, or where a dry run of bf16 weights
-    says that there will be."""
+    says that there will be. Of examples: pieces in a packed row, or the longest of padded rows."""
     on_card = device.startswith('cuda') or (config.dry_run and dtype == torch.bfloat16)
-    run = SimpleNamespace(**vars(config))
+    run = SimpleNamespace(**vars(config) | {'block_size': longest or config.block_size})
     if hasattr(run, 'compensation'):  # a fourth round holds nothing that the third does not
         run.compensation = min(run.compensation, 3)
     world = int(os.environ.get('WORLD_SIZE', 1))
@@ -389,7 +392,7 @@ def plan_memory(config, shape, dtype, device, method, training_step, selection=N
     def step(model, optimizer, batches, learning_rate, device):
         if selection and selection.feature != 'random':  # two micro-batches of its pool, and the tensors for all of it
             pool_size = config.batch_size * config.gradient_accumulation_steps * config.coreset_from
-            pool = torch.zeros(pool_size, config.block_size, dtype=torch.int64)
+            pool = torch.zeros(pool_size, run.block_size, dtype=torch.int64)
             found = selection.look(model, pool, pool, config.batch_size, plan=True)
             gram = selection.compare(found)
             if selection.norm == 'adam':
@@ -400,4 +403,4 @@ def plan_memory(config, shape, dtype, device, method, training_step, selection=N
         return training_step(model, optimizer, batches, learning_rate, device)
 
     compute_dtype = dtype if on_card else compute_dtype
-    return trace_step(shape, dtype, run, method.setup, step, compute_dtype, not on_card, linear, pretrained)
+    return trace_step(shape, dtype, run, method.setup, step, compute_dtype, not on_card, linear, pretrained, pieces)

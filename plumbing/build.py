@@ -10,7 +10,7 @@ import torch
 
 from configurator import method_of
 from data import DataError, tokenizer
-from data.batches import read_meta
+from data.batches import longest_of, read_meta
 from data.fields import check, text, whole
 from model import SIZES, Linear, LLaMA, ModelConfig, ModelError
 from plumbing import Stop
@@ -133,6 +133,22 @@ def shape_of(config):
     shape = build_on_meta(config)[0].config if source else check_vocabulary(new_shape(config, vocab_size), vocab_size)
     check_rank(config, shape)
     return shape
+
+
+def rows_of(config):
+    """What a plan has to know of the rows of examples: -> pieces in a packed one, the length of the longest padded one;
+    0 where there is none, or where the data is not prepared yet."""
+    try:
+        folder = data_folder(config, prepare=False)
+        meta = read_meta(folder)
+    except DataError:
+        return 0, 0
+    if not meta['examples']:
+        return 0, 0
+    if config.packing:
+        places = meta['train_tokens'] - meta['train_examples']
+        return config.block_size * meta['train_examples'] // places + 2, 0
+    return 0, min(longest_of(folder), config.block_size)
 
 
 def where_from(config):

@@ -1,18 +1,22 @@
 """memory/trace.py: the bytes of a step on fake tensors against the same step on real ones."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
+from test_examples import written
 
 import adam
 import configurator
 import galore
 from configurator import method_of
+from data.batches import load
 from memory import trace
 from memory.matrices import turns
 from memory.record import LiveBytes
 from model import LLaMA, ModelConfig
+from plumbing.build import rows_of
 from train import training_step
 
 TINY = dict(n_layer=3, n_head=4, n_kv_head=2, n_embd=64, n_inner=176, vocab_size=301, block_size=32)
@@ -60,11 +64,16 @@ def layers(config):
     return dict(linear=method.linear(config)) if hasattr(method, 'linear') else {}
 
 
-def plan_of(config, shape, dtype, *more):
-    return trace.trace_step(shape, dtype, config, method_of(config).setup, training_step, *more, **layers(config))
+def plan_of(config, shape, dtype, *more, **options):
+    options |= layers(config)
+    return trace.trace_step(shape, dtype, config, method_of(config).setup, training_step, *more, **options)
 
 
-def real_steps(config, dtype, live):
+def windows():
+    return torch.randint(0, 301, (4, 32)), torch.randint(0, 301, (4, 32))
+
+
+def real_steps(config, dtype, live, batch=windows):
     """The steps that a trace takes, on real tensors: -> model, optimizer."""
     with torch.device('meta'):
         model = LLaMA(ModelConfig(**TINY), dtype=dtype, **layers(config))
@@ -74,7 +83,7 @@ def real_steps(config, dtype, live):
     live.weights = live.now
     n = config.gradient_accumulation_steps
     for due in [None, None, *trace.renewals(model, config, TINY['n_layer'])]:
-        batches = [(torch.randint(0, 301, (4, 32)), torch.randint(0, 301, (4, 32))) for _ in range(n)]
+        batches = [batch() for _ in range(n)]
         if due:
             optimizer.make_due(due)
         training_step(model, optimizer, batches, 1e-3, 'cpu')
@@ -94,6 +103,25 @@ def test_bytes_planned_equal_bytes_of_real_steps_with_a_refresh_or_merge(mode, c
     states = sum(t.nbytes for name, t in kept if name not in ('W', 'W_scale'))
     assert plan.states == states
     assert live.weights == plan.weights >= sum(p.untyped_storage().nbytes() for p in model.parameters())
+    assert abs(plan.total / live.peak - 1) < 0.001, (plan.total, live.peak, plan.moment)
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+@pytest.mark.parametrize('mode', ['adamw clipped, accumulated', 'galore', 'loqt everything', 'lora fine-tuning'])
+def test_bytes_planned_equal_bytes_of_real_steps_on_packed_examples(mode, checkpointing, tmp_path):
+    folder = written(tmp_path, [9, 21, 5, 33, 17, 12, 30, 8, 4, 26, 14, 11] * 2)
+    config = config_of(**MODES[mode] | dict(checkpointing=checkpointing))
+    config.dataset, config.packing = folder, True
+    data, numbers = load(folder, 'train', 32), itertools.count()
+
+    def examples():
+        x, y, _, pieces = data.batch(0, next(numbers), 4)
+        return x, y, None, pieces
+
+    plan = plan_of(config, ModelConfig(**TINY), torch.float32, torch.float32, True, pieces=rows_of(config)[0])
+    with LiveBytes() as live:
+        model, optimizer = real_steps(config, torch.float32, live, examples)
+    del model, optimizer
     assert abs(plan.total / live.peak - 1) < 0.001, (plan.total, live.peak, plan.moment)
 
 
