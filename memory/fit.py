@@ -2,6 +2,7 @@
 What fits a card: every method by the formula, with the largest batch; and the flags that save most.
 """
 
+import bisect
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -85,7 +86,8 @@ def seconds_per_token(config, shape):
 @dataclass
 class Row:
     """A way to run a model. batch: windows in a micro-batch, the largest that fits; bytes: of a card; seconds: a token,
-    on all cards; flags: what to type after the command line that gave the config; way: to use several cards."""
+    on all cards; flags: what to type after the command line that gave the config; way: to use several cards; context:
+    the longest block_size that fits with one window in a micro-batch, 0 where that was not asked."""
 
     name: str
     checkpointing: bool
@@ -95,6 +97,7 @@ class Row:
     seconds: float
     flags: str
     way: str = ''
+    context: int = 0
 
 
 def turned_ways(config):
@@ -110,6 +113,7 @@ def fit(config, gpu_bytes, shape, problems):
     does and divides the windows of a step, fastest first: on one card, what LLMem's algorithm 1 is for. problems:
     train.problems, which knows what does not go together."""
     total, rows = config.batch_size * config.gradient_accumulation_steps, []
+    alone = dict(batch_size=1, gradient_accumulation_steps=total)
     small = [batch for batch in range(1, math.isqrt(total) + 1) if total % batch == 0]
     batches = sorted({*small, *(total // batch for batch in small)}, reverse=True)
     for name, turned in turned_ways(config):
@@ -123,8 +127,22 @@ def fit(config, gpu_bytes, shape, problems):
             if plan.card * (1 + MARGIN) <= gpu_bytes and not problems(c):
                 seconds = seconds_per_token(c, shape)
                 rows.append(Row(name, c.checkpointing, batch, plan, plan.card, seconds, flags(config, c)))
+                rows[-1].context = longest_context(SimpleNamespace(**vars(c) | alone), gpu_bytes, shape)
                 break
     return sorted(rows, key=lambda row: row.seconds)
+
+
+LONGEST, STEP = 2**20, 64  # tokens in a window, the most that train.py takes; contexts are multiples of STEP
+
+
+def longest_context(config, gpu_bytes, shape):
+    """The largest block_size with which this config fits a card by the formula."""
+
+    def too_long(steps):
+        c = SimpleNamespace(**vars(config) | {'block_size': steps * STEP})
+        return estimate(c, shape).card * (1 + MARGIN) > gpu_bytes
+
+    return STEP * bisect.bisect_left(range(1, LONGEST // STEP + 1), True, key=too_long)
 
 
 def fit_several(config, gpu_bytes, n, shape, problems):

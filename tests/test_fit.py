@@ -32,6 +32,10 @@ def test_what_fits_a_card_fits_it_runs_and_twice_the_windows_do_not_fit():
         assert not train.problems(typed) and typed.batch_size * typed.gradient_accumulation_steps == 512
         typed.batch_size, typed.gradient_accumulation_steps = 2 * batch, 256 // batch
         assert memest.estimate(typed).card * (1 + MARGIN) > 24 * 2**30 or batch == 512
+        typed.batch_size, typed.gradient_accumulation_steps, typed.block_size = 1, 512, row.context
+        assert memest.estimate(typed).card * (1 + MARGIN) <= 24 * 2**30
+        typed.block_size += fit.STEP
+        assert memest.estimate(typed).card * (1 + MARGIN) > 24 * 2**30
 
 
 @pytest.mark.parametrize(
