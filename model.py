@@ -346,6 +346,7 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # masked slots count 0 times, which NaN would survive
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = [0] * batch_size
+        self.ids = []  # what a cache of one row holds, where that is kept from one text to the next
 
     @property
     def length(self):

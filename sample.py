@@ -4,6 +4,7 @@ Generate text from a checkpoint of ours or any Hugging Face LLaMA folder, and pr
     python sample.py out/galore_laptop                              # the best checkpoint continues a newline
     python sample.py out/galore_laptop --prompt='def main(' --tokens=300 --temperature=0.5
     python sample.py path/to/SmolLM2-135M --prompt='The capital of France is' --top_p=0.9
+    python sample.py path/to/SmolLM2-135M-Instruct --chat           # a conversation; /system TEXT, /reset, /quit
     echo 'import os' | python sample.py out/galore_laptop --prompt=-
     python sample.py out/loqt_13b_4090 --save_to=out/merged         # also write it as a Hugging Face folder
     python sample.py out/lora_run --save_adapter=out/adapter        # also write LoRA's A and B as a PEFT folder
@@ -32,9 +33,10 @@ from types import SimpleNamespace
 import torch
 
 import lora
+from data import chat as templates
 from data import fields, tokenizer
 from model import KVCache, LLaMA, ModelError
-from plumbing import Stop, hf
+from plumbing import Stop, hf, talking
 from plumbing.build import base_of, load_model
 from plumbing.checkpoint import swap, verify
 from plumbing.hf import AdapterError, weights_folder
@@ -43,11 +45,14 @@ from quant import Packed
 # ---- config ----------------------------------------------------------------------------------------------------------
 checkpoint = ''  # folder of a run (its best/, else last/, is used) or of weights; --checkpoint= may be left out
 prompt = '\n'  # text to continue; - reads it from standard input
-tokens = 200  # maximum number of new tokens; an end-of-text token stops earlier
+tokens = 200  # maximum number of new tokens; an end-of-text token stops earlier. In a chat: of each answer, if given
 samples = 1  # number of texts to generate, one after the other
 temperature = 0.8  # below 1 safer, above 1 wilder; 0 always takes the likeliest token
 top_k = 0  # choose among the k likeliest tokens only; 0: all
 top_p = 1.0  # choose among the likeliest tokens whose probabilities sum to this
+chat = False  # talk with the model in the terminal, with its chat template
+template = ''  # the chat's template, a name of data/templates.py; '': the model's own
+context = 8192  # longest conversation, in tokens; less where the model's own window is shorter
 save_to = ''  # also write the model to this Hugging Face folder, packed weights as dense ones; '': no
 save_adapter = ''  # also write LoRA's A and B to this folder, in peft's format; '': no
 overwrite = False  # let save_to and save_adapter replace a folder that holds a model
@@ -74,6 +79,11 @@ def problems(config):
         found.append('top_k, tokens and samples are counts: top_k is 0 or more, the others 1 or more')
     if not -(2**63) <= config.seed < 2**64:
         found.append(f'seed={config.seed} has more than 64 bits: use a smaller number')
+    if config.chat and (both := configurator.typed(config, 'prompt', 'samples')):
+        found.append(f'{both[0]} says nothing in a chat: leave it out, and type your message when you are asked')
+    if not config.chat and (both := configurator.typed(config, 'template', 'context')):
+        found.append(f'{both[0]} is of a conversation: add --chat')
+    found += configurator.at_least(config, 1, 'context')
     if config.device == 'cuda' and not torch.cuda.is_available():
         found.append("device='cuda', but torch sees no CUDA device: use --device=cpu, or install a CUDA build of torch")
     return found
@@ -120,24 +130,33 @@ def first_ids(model, ids, ends):
 
 
 @torch.no_grad()
-def generate(model, ids, n, eot=None, temperature=1.0, top_k=0, top_p=1.0, generator=None, penalty=1.0):
+def generate(model, ids, n, eot=None, temperature=1.0, top_k=0, top_p=1.0, generator=None, penalty=1.0, cache=None):
     """Yield up to n token ids that continue the list `ids`; stop after an end-of-text id.
 
-    eot: that id, a list of several, or None. penalty: see `penalised`."""
+    eot: that id, a list of several, or None. penalty: see `penalised`. cache: kept between calls, so that what two
+    texts begin with is computed once."""
     device, window, ends = model.head.device, model.config.block_size, ends_of(eot)
-    ids, cache = first_ids(model, ids, ends), None
-    for _ in range(n):
+    ids, fresh = first_ids(model, ids, ends), None
+    if kept := cache:
+        known = min(len(common([kept.ids, ids[:-1]])), kept.length)
+        kept.lengths, kept.ids, fresh = [known], [], ids[known:]  # ids: [] until the end, since Ctrl-C may come between
+    if fresh is None or len(ids) > window:
+        cache = None
+    for i in range(n):
         if cache is None or cache.length == window:
             # Fill a new cache: at the start, and when the window is full, from its second half at new positions.
-            fresh = ids[-window:] if cache is None else ids[-(window // 2) :]
+            fresh = ids[-window:] if not i else ids[-(window // 2) :]
             cache = KVCache(model.config, device=device, dtype=model.activation_dtype)
         x = model.hidden(torch.tensor([fresh], device=device), cache)  # (1, T, D)
         logits = penalised(model.logits(x[0, -1]).cpu(), ids, penalty)  # (V,)
         token = choose(logits, temperature, top_k, top_p, generator)
         ids.append(token)
         fresh = [token]
+        done = token in ends or i == n - 1
+        if done and kept is cache:
+            kept.ids = ids
         yield token
-        if token in ends:
+        if done:
             return
 
 
@@ -292,7 +311,29 @@ def main(config):
                 with open(os.path.join(new, name), 'wb') as f:
                     f.write(content)
     with decoded(model):
-        write_samples(config, model, tok, folder, device)
+        (talk if config.chat else write_samples)(config, model, tok, folder, device)
+
+
+def talk(config, model, tok, folder, device):
+    """A conversation in the terminal. What was said in it is computed once."""
+    template = templates.load(folder, tok, config.template or None)
+    window = min(config.context, model.config.block_size)
+    check_ids(template.prompt([{'role': 'user', 'content': 'a'}]), model, folder)
+    model.set_block_size(window, device)
+    cache = KVCache(model.config, device=device, dtype=model.activation_dtype)
+    ends = [*tokenizer.ends(folder, tok), *turn_ends(template)]
+    options = (ends, config.temperature, config.top_k, config.top_p, torch.Generator().manual_seed(config.seed))
+    options += (penalty_of(folder), cache)
+    longest = config.tokens if configurator.typed(config, 'tokens') else None
+    talking.talk(template, tok, lambda ids, n: generate(model, ids, n, *options), window, longest)
+
+
+def check_ids(ids, model, folder):
+    """Raise ModelError for an id beyond the model's rows."""
+    if max(ids, default=0) >= (rows := model.config.vocab_size):
+        raise ModelError(
+            f'{folder}: its tokenizer has id {max(ids)}, its model {rows} rows: they do not belong together'
+        )
 
 
 def say_merged(model, tok, device):
@@ -309,11 +350,8 @@ def write_samples(config, model, tok, folder, device):
     prompt = sys.stdin.read() if config.prompt == '-' else config.prompt
     prompt = prompt.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')  # bytes that are no UTF-8: U+FFFD
     ids, ends = tok.prompt(prompt), tokenizer.ends(folder, tok)
-    window, rows = model.config.block_size, model.config.vocab_size
-    if max(ids, default=0) >= rows:
-        raise ModelError(
-            f'{folder}: its tokenizer has id {max(ids)}, its model {rows} rows: they do not belong together'
-        )
+    window = model.config.block_size
+    check_ids(ids, model, folder)
     if len(ids) > window:
         print(f'note: the model reads only the last {window:,} of the {len(ids):,} tokens', file=sys.stderr)
     model.set_block_size(min(window, len(ids) + config.tokens), device)  # what the cache and the tables are made for
