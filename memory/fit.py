@@ -55,9 +55,9 @@ def seconds_per_token(config, shape):
     """Predicted, at best: of arithmetic and memory the slower, micro-batch by micro-batch, and the update's passes."""
     c = config
     D, F, L, V = shape.n_embd, shape.n_inner, shape.n_layer, shape.vocab_size
-    K = (shape.n_kv_head or shape.n_head) * shape.head_dim
+    Q, K = shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim
     N = c.batch_size * c.block_size
-    matrices = [(D, D), (K, D), (K, D), (D, D), (F, D), (F, D), (F, D)]
+    matrices = [(Q, D), (K, D), (K, D), (D, Q), (F, D), (F, D), (F, D)]
     size = L * sum(m * n for m, n in matrices)
     r = [min(getattr(c, 'rank', 0), m, n) for m, n in matrices]
     both = L * sum(k * (m + n) for k, (m, n) in zip(r, matrices))  # r (m + n)

@@ -102,11 +102,13 @@ class Run:
         self.block = {name: METHODS[c.method](self, name, *side) for name, side in sides.items()}
 
         self.table, self.tables = self.V * D, 1 if s.tie_embeddings else 2  # embedding and head
-        self.norms = (2 * self.L + 1) * D
+        self.vectors, self.last_norm = vectors(s)
+        self.norms = self.L * sum(self.vectors) + sum(self.last_norm)  # and biases
         self.outside = self.w * (self.tables * self.table + self.norms)  # bytes of these weights
-        self.trains_outside = True
+        self.trains_outside = self.trains_vectors = True
         if c.method == 'lora':
-            self.trains_outside = c.train_rest == 'yes' or (c.train_rest == 'auto' and c.init_from == 'scratch')
+            self.trains_vectors = c.train_rest == 'yes' or (c.train_rest == 'auto' and c.init_from == 'scratch')
+            self.trains_outside = self.trains_vectors or c.train_rest == 'tables'
 
         self.accumulates = c.gradient_accumulation_steps > 1
         self.piles_up = not c.per_layer or c.grad_clip > 0  # gradients wait for the end of the step
@@ -115,15 +117,24 @@ class Run:
         self.all_grads = self.L * self.block_grads + self.outside * self.trains_outside
 
 
+def vectors(s):
+    """-> sizes of the vectors of a block, norms and biases, and of the last norm; s: a ModelConfig."""
+    D, F, Q, K, norm = s.n_embd, s.n_inner, s.n_head * s.head_dim, s.n_kv_head * s.head_dim, 1 + s.layer_norm
+    biases = [Q, K, K] * s.qkv_bias + [D] * s.o_bias + [F, F, D] * s.mlp_bias
+    return [D] * 2 * norm + biases + [s.head_dim] * 2 * s.qk_norm, [D] * norm
+
+
 # ---- what is alive when ------------------------------------------------------------------------------------------
 
 
 def what_stays(run):
     """{part: bytes} of what is there all the time."""
     c, L, block = run.config, run.L, run.block.values()
-    outside = run.tables * adam_moments(run.table, c.state_bits) + (2 * L + 1) * adam_moments(run.D, c.state_bits)
-    states = L * sum(x.state(c.state_bits) for x in block) + outside * run.trains_outside
-    positions = 4 * c.block_size * run.shape.head_dim  # cosines and sines, fp32
+    outside = run.tables * adam_moments(run.table, c.state_bits) * run.trains_outside
+    every_vector = run.vectors * L + run.last_norm
+    outside += sum(adam_moments(n, c.state_bits) for n in every_vector) * run.trains_vectors
+    states = L * sum(x.state(c.state_bits) for x in block) + outside
+    positions = 4 * c.block_size * run.shape.rotary_dim  # cosines and sines, fp32
     adam = c.coreset != 'none' and c.coreset_norm == 'adam'
     history = {'history of the choice': 8 * compared(run)} if adam else {}  # M and V
     return history | {
@@ -138,7 +149,9 @@ def activations_of_a_block(run):
     """What a block keeps for its backward: x and its norm; q and k, rotated; v, and attention's result; x again and its
     norm; gate, silu(gate), up and their product."""
     c, a, N, D, F = run.config, run.a, run.N, run.D, run.F
-    kept = a * N * (4 * D + 2 * run.Q + 2 * run.K + 4 * F) + N * (4 * run.H + 8)
+    kept = a * N * (4 * D + 2 * run.Q + 2 * run.K + 4 * F) + N * (4 * run.H + 8 * (1 + run.shape.layer_norm))
+    if run.shape.qk_norm:  # q and k before it
+        kept += a * N * (run.Q + run.K) + 4 * N * (run.Q + run.K) // run.shape.head_dim
     if run.math_attention:  # q and k scaled, k and v repeated for each head, a number a score, the result copied
         kept += a * N * (2 * run.Q - 2 * run.K) + 4 * run.H * N * (c.block_size - 1)
     if c.method != 'lora':
@@ -157,7 +170,7 @@ def activations(run):
     """-> bytes of all blocks, as backward begins; of one; and what the recomputation of a block adds."""
     kept = activations_of_a_block(run)
     saved = run.a * run.N * run.D if run.config.checkpointing else kept
-    positions = run.a * run.config.block_size * run.shape.head_dim
+    positions = run.a * run.config.block_size * run.shape.rotary_dim
     return run.L * saved + positions, saved, kept - saved
 
 

@@ -3,12 +3,16 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
 
 import configurator
 import memest
-from memory.formula import UnknownMethod
+import train as training
+from memory.formula import UnknownMethod, estimate
 from memory.matrices import METHODS, adam_moments, nf4
+from memory.trace import plan_memory
+from model import ModelConfig
 
 CONFIGURATIONS = [
     ('--method=adamw --model=60m --batch_size=16 --gradient_accumulation_steps=1', 0.005),
@@ -33,6 +37,24 @@ def test_the_formula_says_what_the_trace_says(flags, within):
     instant, traced = memest.estimate(config), memest.trace(config)
     assert instant.weights == traced.weights and instant.states == traced.states
     assert abs(instant.total / traced.total - 1) < within, (instant.parts, traced.parts)
+
+
+SHAPE = dict(n_layer=5, n_head=8, n_kv_head=2, n_embd=256, n_inner=704, vocab_size=2000, block_size=128)
+FAMILIES = [  # the switches of other families
+    ('adamw', dict(qkv_bias=True, o_bias=True, mlp_bias=True, no_rope=(3,), tie_embeddings=True)),
+    ('galore', dict(qk_norm=True, head_dim=64)),
+    ('lora', dict(layer_norm=True, rotary_dim=8, qkv_bias=True)),
+]
+
+
+@pytest.mark.parametrize('method,switches', FAMILIES, ids=str)
+def test_the_formula_says_of_other_families_what_the_trace_says(method, switches):
+    words = f'--dry_run --method={method} --batch_size=8 --block_size=128 --dtype=bfloat16'
+    config, shape = configurator.load(ROOT / 'train.py', words.split()), ModelConfig(**SHAPE, **switches)
+    instant, step = estimate(config, shape), training.training_step
+    traced = plan_memory(config, shape, torch.bfloat16, 'cpu', configurator.method_of(config), step)
+    assert instant.weights == traced.weights and instant.states == traced.states
+    assert abs(instant.total / traced.total - 1) < 0.01, (instant.parts, traced.parts)
 
 
 def test_the_parts_are_the_total():
