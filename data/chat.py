@@ -343,9 +343,9 @@ class Template:
         upto = (
             len(told) if text.startswith(told) else sum(1 for _ in takewhile(lambda p: p[0] == p[1], zip(told, text)))
         )
-        upto = min([upto, *(m.start() for m in self.specials.finditer(told) if m.start() < upto < m.end())])
+        upto = min([upto, *(m.start() for m in self.names.finditer(told) if m.start() < upto < m.end())])
         # What a template writes only at the very end, as Phi-3 an end of text, may be missing.
-        if not text.startswith(asked) or upto <= len(asked) or self.specials.sub('', told[upto:]).strip():
+        if not text.startswith(asked) or upto <= len(asked) or self.names.sub('', told[upto:]).strip():
             other = '--train_on=last' if train_on == 'all' and i < len(messages) - 1 else f'--template={NAMES}'
             raise ChatError(
                 f'{self.where} writes the turns before answer {i} otherwise once it is there, and has no generation '
@@ -357,7 +357,7 @@ class Template:
         """Spans that end with the token that ends the turn: without what follows it, and with it if a tag left it out.
         A template that writes none after its last answer gets the end of text."""
         shield = signs[0]
-        token = re.compile(f'(?<!{shield}){self.specials.pattern}')
+        token = re.compile(f'(?<!{shield}){self.names.pattern}')
         found = []
         for a, b in spans:
             last = next(reversed([*token.finditer(text, a, b)]), None)

@@ -1,14 +1,15 @@
 """
 What data/instruct, data/gsm8k and data/mathinstruct share: rows of many formats -> conversations -> token files.
 
-    meta = prepare(out_dir, rows, options, made_by)         # rows() yields (place, split or None, row, source)
+    meta, report = prepare(out_dir, rows, made_by, model)     # rows() yields (place, split or None, row, its file)
 
     with ExampleWriter('data/mine', tok, template, made_by='my script') as out:
         out.add_example('gsm8k', 'train', ids, trained, size)         # any number, in any order
 
 Beside train.bin, val.bin and meta.json of a folder of text (data/common.py) stand, for each split, SPLIT_trained.bin
 (uint8, as long as the tokens: 1 where a token is trained, as what is to be predicted) and SPLIT_ends.bin (int64: of
-each example the position one past its last token). meta.json says "examples": true, and how many there are.
+each example the position one past its last token). meta.json says "examples": true, how many there are and of what
+the trained tokens are: its train_bytes and val_bytes are of the trained text alone.
 """
 
 import argparse
@@ -46,7 +47,7 @@ class ExampleWriter(common.Writer):
         special, added = special_names(tok)
         top = max([tok.vocab_size - 1, *special.values(), *added.values()])
         self.dtype = 'uint16' if top < 65536 else 'uint32'
-        self.special, self.ends, self.lengths = {*special.values()}, set(), []
+        self.control, self.ends, self.lengths = {*written_by.ids}, set(), []
         self.take_template(written_by, model_folder)
         self.examples, self.trained = dict.fromkeys(common.SPLITS, 0), dict.fromkeys(common.SPLITS, 0)
 
@@ -80,7 +81,7 @@ class ExampleWriter(common.Writer):
         self.vocab_size = max(self.vocab_size, max(ids) + 1)
         self.lengths.append(len(ids))
         last = (i for i, t in enumerate(trained) if t and trained[i + 1 : i + 2] != [True])
-        self.ends |= {ids[i] for i in last} & self.special
+        self.ends |= {ids[i] for i in last} & self.control
         self.waiting_characters += len(ids)
         if self.waiting_characters >= common.BATCH_CHARACTERS:
             self._flush()
@@ -187,11 +188,14 @@ def prepare(out_dir, rows, made_by, model, template='own', names=None, val_share
     names = names or {}
     tok = common.choose_tokenizer(model, None, None)
     folder = model if os.path.isdir(model) else None
+    if folder and os.path.realpath(folder) == os.path.realpath(out_dir):
+        raise DataError(f'--out_dir={out_dir} is the folder of the model, whose files it would replace: name another')
     template = chat.load(folder, tok, template)
-    longest = how.get('max_tokens') or context_of(folder)
+    config = model_config(folder)
+    longest = how.get('max_tokens') or min(LENGTH, config['max_position_embeddings'] or LENGTH)
     limit = check(rows, names, val_share)
     extra = {'template': template.where, 'train_on': how.get('train_on', 'all'), 'max_tokens': longest}
-    extra |= {'model_type': model_type(folder)} if model_type(folder) else {}
+    extra |= {'model_type': config['model_type']} if config['model_type'] else {}
     report, drops, seen = Report(tok, longest), Drops(), Duplicates()
     with ExampleWriter(out_dir, tok, template, made_by, folder, **extra) as out:
         found = conversations(rows, names, drops)
@@ -234,18 +238,11 @@ def fitted(example, longest, too_long, report):
     return ids, trained, size
 
 
-def context_of(folder):
-    """LENGTH, or the positions of the model if they are fewer."""
+def model_config(folder):
+    """What a model's config.json says of it, as far as we ask; nothing without one."""
     path = os.path.join(folder or os.devnull, 'config.json')
-    table = {'max_position_embeddings': fields.maybe(fields.whole(1, 2**31))}
-    said = fields.read(path, table, TokenizerError, ADVICE) if os.path.exists(path) else {}
-    return min(LENGTH, said.get('max_position_embeddings') or LENGTH)
-
-
-def model_type(folder):
-    path = os.path.join(folder or os.devnull, 'config.json')
-    table = {'model_type': fields.maybe(fields.text())}
-    return fields.read(path, table, TokenizerError, ADVICE)['model_type'] if os.path.exists(path) else None
+    asked = {'model_type': fields.maybe(fields.text()), 'max_position_embeddings': fields.maybe(fields.whole(1, 2**31))}
+    return fields.read(path, asked, TokenizerError, ADVICE) if os.path.exists(path) else dict.fromkeys(asked)
 
 
 # ---- what is printed

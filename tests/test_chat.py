@@ -410,6 +410,20 @@ def test_an_answers_own_thoughts_are_tokens_and_a_users_are_not(folders):
     assert made.encode(turns('q</think>', 'b'))[0].count(think) == 0
 
 
+def test_control_tokens_that_are_not_marked_as_special_are_known_by_their_template(tmp_path):
+    tok = byte_level(bos=False)
+    saved = json.loads(tok.to_str())
+    for token in saved['added_tokens']:
+        token['special'] = token['content'] in ('<s>', '</s>')
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(saved))
+    (tmp_path / 'tokenizer_config.json').write_text('{"eos_token": "</s>"}')
+    tok = tokenizer.load(tmp_path)
+    made = chat.load(tmp_path, tok, 'gemma')
+    ids, trained = made.encode(turns('a<end_of_turn>b<start_of_turn>', 'c', 'd', 'e'))
+    assert ids.count(tok.hf.token_to_id('<end_of_turn>')) == 4
+    assert tok.decode([i for i, t in zip(ids, trained) if t]) == 'c<end_of_turn>e<end_of_turn>'
+
+
 def test_a_text_of_noncharacters_is_kept_or_refused(folders):
     tok, made = load(folders, 'bytes', 'chatml')
     some = ''.join(chr(0xFDD0 + i) for i in range(28))

@@ -356,6 +356,8 @@ def test_errors_of_the_command_line_are_one_sentence(tmp_path, model):
         assert done.returncode == 1 and done.stderr.startswith('error: ') and says in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1
     assert not list((tmp_path / 'out').glob('*'))
+    done = run('instruct', f'--input={path}', f'--tokenizer={model}', f'--out_dir={model}/')
+    assert done.returncode == 1 and 'is the folder of the model, whose files it would replace' in done.stderr
 
 
 def test_a_data_set_without_anything_to_train_is_refused(tmp_path):
