@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import sample
 from data import DataError, chat, questions, tokenizer
-from data.batches import Tokens, read_meta
+from data.batches import Examples, Tokens, longest_of, read_meta
 from data.tasks import TASKS, wilson
 from model import HeadLoss, ModelError, cross_entropy_rows
 from plumbing import Stop
@@ -174,10 +174,11 @@ def score_folder(config, path, checkpoint, model, tok, folder, tallies):
     for name in sources:
         tallies[path, name] = Tally(checkpoint, path, name)
     of_source, window = {i: tallies[path, name] for i, name in enumerate(sources)}, model.config.block_size
-    if meta.get('examples'):
-        found = list(examples(path, config.split, meta))
-        found = questions.drawn(found, config.limit, config.seed)
-        sequences, n = ((i, *fitted(ids, trained, window, tok)) for i, ids, trained in found), len(found)
+    if meta['examples']:
+        data = Examples(path, config.split, longest_of(path, config.split), packing=False)
+        some = questions.drawn(range(len(data.ends)), config.limit, config.seed)
+        sequences = ((i, *fitted(ids, trained, window, tok)) for i, ids, trained in examples(data, some))
+        n = len(some)
     else:
         T = min(config.block_size, window)
         text = Tokens(path, config.split, T)
@@ -187,13 +188,12 @@ def score_folder(config, path, checkpoint, model, tok, folder, tallies):
     add_losses(model, tok, sequences, of_source, config, n, path)
 
 
-def examples(path, split, meta):
-    """Yield (source's index, ids, trained) of each example in a prepared folder."""
-    files = {'': meta['dtype'], '_trained': 'uint8', '_ends': '<i8'}
-    ids, trained, ends = (np.memmap(f'{path}/{split}{kind}.bin', dtype) for kind, dtype in files.items())
-    of_source = [i for i, source in enumerate(meta['sources']) for _ in range(source[f'{split}_examples'])]
-    for i, begin, end in zip(of_source, [0, *ends[:-1].tolist()], ends.tolist()):
-        yield i, ids[begin:end].astype(np.int64), trained[begin:end].astype(bool)
+def examples(data, some):
+    """Yield (source's index, ids, trained) of these examples of a prepared folder."""
+    for i in some:
+        rows = slice(data.starts[i], data.ends[i])
+        source = int(np.searchsorted(data.source_ends, i, side='right'))
+        yield source, data.tokens[rows].astype(np.int64), data.trained[rows].astype(bool)
 
 
 # ---- questions -------------------------------------------------------------------------------------------------------
