@@ -185,9 +185,11 @@ class Template:
     def finds_system(self):
         user = {'role': 'user', 'content': 'question'}
         try:
-            self.write([user], True)
+            alone = self.write([user], True)
         except ChatError as error:
             raise TokenizerError(f'{error}, not even one question: use --template={NAMES}') from None
+        if 'question' not in alone:  # some models for pictures want their content in parts
+            raise TokenizerError(f'{self.where} leaves out what it is asked: use --template={NAMES}')
         try:
             return 'instructions' in self.write([{'role': 'system', 'content': 'instructions'}, user], True)
         except ChatError:
@@ -323,18 +325,23 @@ class Template:
         return self.with_end(text, found, signs)
 
     def tagged_spans(self, messages, tools, signs):
-        """The text without the signs of {% generation %}, and what they enclose."""
-        begin, end = signs[1:3]
-        parts = re.split(f'([{begin}{end}])', self.write(messages, False, tools, (begin, end)))
-        at, found, opened = 0, [], None
-        for part in parts:
-            if part == begin:
-                opened = at
+        """The text without the signs of {% generation %}, and what they enclose, with the token that ends the turn: a
+        tag may have left it out."""
+        shield, begin, end, _ = signs
+        at, parts, found = 0, [], []
+        for part in re.split(f'([{begin}{end}])', self.write(messages, False, tools, (begin, end))):
+            if part == begin and not (found and found[-1][1] == at):  # two that touch are one answer
+                found.append((at, at))
             elif part == end:
-                found.append((opened, at))
-            else:
+                found[-1] = (found[-1][0], at)
+            elif part != begin:
+                parts.append(part)
                 at += len(part)
-        return ''.join(part for part in parts if part not in (begin, end)), found
+        text, token = ''.join(parts), re.compile(f'(?<!{shield}){self.names.pattern}')
+        last = token.match(text, found[-1][1]) if found else None  # what follows the last answer can only end it
+        if last:
+            found = [(a, b + len(last[0]) if text.startswith(last[0], b) else b) for a, b in found]
+        return text, found
 
     def span_of(self, messages, i, text, tools, train_on):
         """The characters of answer i: what is written with it and was not when it was asked for."""
@@ -346,16 +353,17 @@ class Template:
         upto = min([upto, *(m.start() for m in self.names.finditer(told) if m.start() < upto < m.end())])
         # What a template writes only at the very end, as Phi-3 an end of text, may be missing.
         if not text.startswith(asked) or upto <= len(asked) or self.names.sub('', told[upto:]).strip():
-            other = '--train_on=last' if train_on == 'all' and i < len(messages) - 1 else f'--template={NAMES}'
+            other = f'--template={NAMES}, or a FILE.jinja with generation tags'
+            other = '--train_on=last' if train_on == 'all' and i < len(messages) - 1 else other
             raise ChatError(
-                f'{self.where} writes the turns before answer {i} otherwise once it is there, and has no generation '
-                f'tags, so that what it trains is not to be told: use {other}'
+                f'{self.where} has no generation tags, and writes the turns before an answer otherwise once it is '
+                f'there, so that what is trained cannot be told: use {other}'
             )
         return len(asked), upto
 
     def with_end(self, text, spans, signs):
-        """Spans that end with the token that ends the turn: without what follows it, and with it if a tag left it out.
-        A template that writes none after its last answer gets the end of text."""
+        """Spans that end with the token that ends the turn, without what follows it. Where a template writes none after
+        the last answer, the end of text comes there."""
         shield = signs[0]
         token = re.compile(f'(?<!{shield}){self.names.pattern}')
         found = []
@@ -363,8 +371,6 @@ class Template:
             last = next(reversed([*token.finditer(text, a, b)]), None)
             if last and not text[last.end() : b].strip():
                 b = last.end()
-            elif after := token.match(text, b):
-                b = after.end()
             elif not text[b:].strip():
                 if self.tok.eot is None:
                     raise TokenizerError(f'{self.where} writes no end of turn, and the tokenizer has no end of text')

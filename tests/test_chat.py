@@ -450,6 +450,21 @@ def test_the_last_answer_alone(folders):
     assert ids == made.encode(AWKWARD['three answers'])[0]
 
 
+def test_tags_that_touch_are_one_answer_and_the_start_of_a_turn_is_no_end(folders):
+    """As trl's templates of Phi-3 and Gemma have them."""
+    tok, _ = load(folders, 'bytes', 'tags')
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% if m.content != 'two' %}{% generation %}{{ '<|im_end|>' }}{% endgeneration %}{% endif %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}{% generation %}{{ '</s>' }}{% endgeneration %}"
+    )
+    made = chat.Template({'default': source}, tok, {}, 'it')
+    for train_on, wanted in (('all', 'twofour<|im_end|>six<|im_end|></s>'), ('last', 'six<|im_end|></s>')):
+        ids, trained = made.encode(AWKWARD['three answers'], train_on)
+        assert tok.decode([i for i, t in zip(ids, trained) if t]) == wanted
+
+
 @pytest.mark.parametrize('template', ['chatml', 'tags'])
 def test_an_answer_of_weight_0_is_read_and_not_trained(folders, template):
     tok, made = load(folders, 'bytes', template)
@@ -583,6 +598,7 @@ def test_our_own_tokenizers_take_templates_of_ordinary_text(tmp_path, spec):
         ('{{ messages | nosuch }}', r'not a template that jinja can read .*nosuch'),
         ('{{ 1 / 0 }}', r'cannot write this conversation: division by zero, not even one question: use --template='),
         ('{{ messages[7].content + "x" }}', r'not even one question'),
+        ('{% for part in messages[0].content %}{{ part.text }}{% endfor %}', r'leaves out what it is asked: use'),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", 'tries to leave its sandbox'),
         ('{{ cycler.__init__.__globals__.os.system("touch /tmp/x") }}', 'tries to leave its sandbox'),
         ('{{ raise_exception.__globals__["os"] }}', 'tries to leave its sandbox'),
@@ -608,18 +624,20 @@ def test_where_templates_are(folders, tmp_path):
     with pytest.raises(TokenizerError, match=r'has no chat template of its own: choose one, --template=chatml\|llama3'):
         chat.load(tmp_path, tok)
     config = tmp_path / 'tokenizer_config.json'
-    config.write_text(json.dumps({'chat_template': 'of config'}))
-    assert chat.load(tmp_path, tok).text([]) == 'of config'
+    asked = [{'role': 'user', 'content': 'q'}]
+    source = '{{ messages[0].content }} '
+    config.write_text(json.dumps({'chat_template': source + 'config'}))
+    assert chat.load(tmp_path, tok).text(asked) == 'q config'
     config.write_text(json.dumps({'chat_template': [{'name': 'rag', 'template': 'x'}]}))
     with pytest.raises(TokenizerError, match='the chat templates rag and no default'):
         chat.load(tmp_path, tok)
-    two = [{'name': 'default', 'template': 'usual'}, {'name': 'tool_use', 'template': 'with tools'}]
+    two = [{'name': 'default', 'template': source + 'usual'}, {'name': 'tool_use', 'template': source + 'with tools'}]
     config.write_text(json.dumps({'chat_template': two}))
     made = chat.load(tmp_path, tok)
-    assert made.text([]) == 'usual' and made.text([], tools=[{}]) == 'with tools'
-    (tmp_path / 'chat_template.jinja').write_text('of jinja')
-    assert chat.load(tmp_path, tok).text([]) == chat.load(tmp_path, tok, 'own').text([]) == 'of jinja'
-    assert chat.load(None, tok, str(tmp_path / 'chat_template.jinja')).text([]) == 'of jinja'
+    assert made.text(asked) == 'q usual' and made.text(asked, tools=[{}]) == 'q with tools'
+    (tmp_path / 'chat_template.jinja').write_text(source + 'jinja')
+    assert chat.load(tmp_path, tok).text(asked) == chat.load(tmp_path, tok, 'own').text(asked) == 'q jinja'
+    assert chat.load(None, tok, str(tmp_path / 'chat_template.jinja')).text(asked) == 'q jinja'
     for broken in ('{"chat_template": 3}', '{"chat_template": [{"name": 3}]}', '{'):
         config.write_text(broken)
         (tmp_path / 'chat_template.jinja').unlink(missing_ok=True)
