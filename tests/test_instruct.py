@@ -564,6 +564,36 @@ def test_mathinstruct_has_alpacas_prompt_and_its_sources(tmp_path):
         list(mathinstruct.rows_of([str(write(tmp_path / 'x.jsonl', [{'source': 's', 'instruction': 'q'}]))])())
 
 
+def test_without_local_files_the_hub_is_asked_for_the_published_sets(tmp_path, monkeypatch):
+    """A hub that holds two splits of GSM8K and MathInstruct, and what it was asked for."""
+    import datasets
+    import huggingface_hub
+
+    asked, rows = (
+        [],
+        [
+            {'question': f'{i}?', 'answer': f'{i}', 'source': 's', 'instruction': f'{i}?', 'output': ''}
+            for i in range(6)
+        ],
+    )
+
+    def load(name, config, split):
+        asked.append((name, config, split))
+        kept = ('question', 'answer') if 'gsm8k' in name else ('source', 'instruction', 'output')
+        found = [row | {'question': f'{split} {row["question"]}', 'output': row['instruction']} for row in rows]
+        return datasets.Dataset.from_list([{key: row[key] for key in kept} for row in found])
+
+    monkeypatch.setattr(datasets, 'load_dataset', load)
+    monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', lambda self, name, timeout: None)
+    examples.prepare(tmp_path / 'g', gsm8k.rows_of(None), 'test', 'bytes', 'qa')
+    assert {*asked} == {('openai/gsm8k', 'main', 'train'), ('openai/gsm8k', 'main', 'test')}
+    assert [text.split()[1] for _, text, _ in texts(tmp_path / 'g')] == ['train'] * 6
+    assert [text.split()[1] for _, text, _ in texts(tmp_path / 'g', 'val')] == ['test'] * 6
+    asked.clear()
+    examples.prepare(tmp_path / 'm', mathinstruct.rows_of(None), 'test', 'bytes', 'alpaca')
+    assert {*asked} == {('TIGER-Lab/MathInstruct', None, 'train')} and len(texts(tmp_path / 'm')) == 5
+
+
 @pytest.mark.parametrize('script', ['gsm8k', 'mathinstruct'])
 def test_without_a_network_the_alternative_is_named_at_once(tmp_path, script):
     words = ['--tokenizer=bytes', '--template=qa', f'--out_dir={tmp_path / "out"}']
