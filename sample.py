@@ -35,6 +35,7 @@ import torch
 import lora
 from data import chat as templates
 from data import fields, tokenizer
+from data.tokenizer_files import files_of
 from model import KVCache, LLaMA, ModelError
 from plumbing import Stop, hf, talking
 from plumbing.build import base_of, load_model
@@ -307,7 +308,7 @@ def main(config):
             say_merged(model, tok, device)
         with written(config.save_to, config.overwrite) as new:
             model.save_pretrained(new)
-            for name, content in tokenizer.files_of(folder).items():
+            for name, content in files_of(folder, tok=tok).items():
                 with open(os.path.join(new, name), 'wb') as f:
                     f.write(content)
     with decoded(model):

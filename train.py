@@ -36,6 +36,7 @@ from adam import average_
 from configurator import at_least, between, method_of, typed
 from data import DataError, tokenizer
 from data.batches import load, read_meta, trained_tokens
+from data.tokenizer_files import files_of
 from memory import fit, trace
 from memory.measure import Measure
 from memory.record import LiveBytes
@@ -309,7 +310,7 @@ def main(config):
     if config.eval_only:
         report.evaluated(evaluate(model, val_data, config, here), begin, config, here)
         return here.finish()
-    files = tokenizer.files_of(folder, begin.weights)
+    files = files_of(folder, begin.weights, tok=tok)
     plan = announce(config, model, folder, meta, begin, here) if here.rank == 0 else None
     log = report.Log(config, model, plan, begin, here)
     measure = Measure(model, optimizer, here.on_cuda, building.peak, config.compile)

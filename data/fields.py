@@ -83,12 +83,23 @@ def check(given, fields, where, error, advice):
     return {name: field.default for name, field in fields.items()} | given
 
 
-def read_text(path, error, advice):
-    """A file's text. Raises `error` if it is no file (a pipe never ends), no UTF-8, or larger than any of its kind."""
+def read_bytes(path, error, advice):
+    """A file's bytes. Raises `error` if it is no file (a pipe never ends), or larger than any of its kind."""
+    check_file(path, error, advice)
+    with open(path, 'rb') as f:
+        return f.read()
+
+
+def check_file(path, error, advice):
     if os.path.exists(path) and not os.path.isfile(path):
         raise error(f'{path} is no file: {advice}')
     if os.path.getsize(path) > LARGEST:
         raise error(f'{path} is larger than any file of its kind: {advice}')
+
+
+def read_text(path, error, advice):
+    """A file's text. Raises `error` if it is no UTF-8, and as read_bytes does."""
+    check_file(path, error, advice)
     with open(path, encoding='utf-8', newline='') as f:
         try:
             return f.read()

@@ -252,14 +252,17 @@ def ends(folder, tok):
     """The ids that end a generated text, as transformers' `generate` takes them: what generation_config.json names,
     else config.json. With data of ours (meta.json), what its answers end with; then, or if they name none, the end of a
     document is one, too."""
-    named = []
-    for name in ('generation_config.json', 'config.json'):
-        path = os.path.join(folder, name)
-        named = named or (several(read_json(path, EOT_FIELDS)) if os.path.exists(path) else [])
-    meta = os.path.join(folder, 'meta.json')
-    ours = not named or os.path.exists(meta)
-    turns = read_json(meta, META)['end_of_turn'] if os.path.exists(meta) else []
-    return [*dict.fromkeys([*named, *turns, *([tok.eot] if ours and tok.eot is not None else [])])]
+    paths = (os.path.join(folder, name) for name in ('generation_config.json', 'config.json', 'meta.json'))
+    tables = (EOT_FIELDS, EOT_FIELDS, META)
+    return ends_of(*(read_json(path, t) if os.path.exists(path) else None for path, t in zip(paths, tables)), tok)
+
+
+def ends_of(generation, config, meta, tok):
+    """The same of three files' contents, None for one that is not there."""
+    named = (several(generation) if generation else []) or (several(config) if config else [])
+    turns = meta['end_of_turn'] if meta else []
+    ours = (not named or meta is not None) and tok.eot is not None
+    return [*dict.fromkeys([*named, *turns, *([tok.eot] if ours else [])])]
 
 
 def several(config):
@@ -390,24 +393,3 @@ def same(one, other):
         if any(token in theirs or token not in added or i in taken for token, i in mine.items() - theirs.items()):
             return False
     return one[2] == other[2]
-
-
-def files_of(*folders):
-    """{name: bytes} of the tokenizer's files, to be saved beside weights; the first folder that has a file counts.
-
-    Raises TokenizerError for a link that leaves its folder: what it points to might be anything on this machine."""
-    names = [
-        'meta.json',
-        'tokenizer.json',
-        'tokenizer_config.json',
-        'special_tokens_map.json',
-        'generation_config.json',
-    ]
-    files = {}
-    for folder in filter(None, folders):
-        for name in [*names, 'chat_template.jinja']:
-            path = os.path.join(folder, name)
-            if name not in files and os.path.lexists(path):
-                fields.check_link(folder, name, TokenizerError)
-                files[name] = fields.read_text(path, TokenizerError, ADVICE).encode()
-    return files

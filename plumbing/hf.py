@@ -397,7 +397,8 @@ def download(name):
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(name, allow_patterns=['*.json', '*.safetensors'])
+        kinds = ['*.json', '*.safetensors', '*.jinja', '*.model', 'merges.txt', 'vocab.txt']
+        return snapshot_download(name, allow_patterns=kinds)
     except Exception as error:
         reason = first_line(error)
         raise ModelError(

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from fnmatch import fnmatch
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_contract import NAMES, assert_same, config_of, everything, linear_of
 from test_folders import one_sentence, spoiled
@@ -16,8 +18,11 @@ from test_lora import CONFIG as LORA
 import configurator
 import coreset
 import lora
+import sample
+from data import tokenizer
+from data.tokenizer_files import files_of
 from model import LLaMA, ModelConfig, ModelError
-from plumbing import checkpoint, hf
+from plumbing import build, checkpoint, hf
 from plumbing.families import config_from_hf, config_to_hf
 
 T, WINDOW = 40, 64
@@ -525,3 +530,63 @@ def test_an_adapter_of_a_fused_matrix_that_is_not_of_blocks_is_refused(made, tmp
     with pytest.raises(hf.AdapterError, match='is not of a block for each of q_proj,k_proj,v_proj: merge it') as error:
         with_adapter(folder, tmp_path)
     one_sentence(error)
+
+
+# ---- a complete folder -------------------------------------------------------------------------------------------
+
+
+def test_a_saved_folder_has_every_tokenizer_file_one_chat_template_and_all_end_tokens(made, tmp_path, monkeypatch):
+    transformers = pytest.importorskip('transformers')
+    base, data, out = tmp_path / 'base', tmp_path / 'data', tmp_path / 'out'
+    shutil.copytree(made('qwen2')[1], base)
+    data.mkdir()
+    tokenizers = pytest.importorskip('tokenizers')
+    words = {word: i for i, word in enumerate(['abc', 'def', '</s>', 'x', 'y', '<end>', '[UNK]', '<turn>'])}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, '[UNK]')).save(str(base / 'tokenizer.json'))
+    shutil.copy(base / 'tokenizer.json', data)
+    (data / 'meta.json').write_text(json.dumps({'tokenizer': 'hf', 'eot': 2, 'end_of_turn': [5, 7]}))
+    (data / 'chat_template.jinja').write_text('of the data')
+    files = {'tokenizer.model': b'\xff\x00\x80binary', 'vocab.json': b'{"a": 0}', 'merges.txt': b'a b\n'}
+    files |= {'added_tokens.json': b'{}', 'special_tokens_map.json': b'{"eos_token": "x"}'}
+    for name, content in files.items():
+        (base / name).write_bytes(content)
+    (base / 'tokenizer_config.json').write_text('{"chat_template": "of the base", "model_max_length": 99}')
+    (base / 'generation_config.json').write_text('{"eos_token_id": [4, 5], "temperature": 0.6, "do_sample": true}')
+    found = files_of(str(data), str(base), tok=tokenizer.load(str(data)))
+    assert files.items() <= found.items()
+    assert found['chat_template.jinja'] == b'of the data'
+    assert json.loads(found['tokenizer_config.json']) == {'model_max_length': 99}
+    generation = json.loads(found['generation_config.json'])
+    assert generation == {'eos_token_id': [4, 5, 7, 2], 'temperature': 0.6, 'do_sample': True}
+
+    (base / 'generation_config.json').unlink()  # of a folder that only says it in config.json
+    change = json.loads((base / 'config.json').read_text()) | {'eos_token_id': [3, 4]}
+    (base / 'config.json').write_text(json.dumps(change))
+    words = [str(base), '--prompt=abc', '--tokens=1', f'--save_to={out}']
+    sample.main(configurator.load(ROOT / 'sample.py', words, sample.problems, positional='checkpoint'))
+    assert transformers.GenerationConfig.from_pretrained(out).eos_token_id == [3, 4]
+    assert json.loads((out / 'tokenizer_config.json').read_text())['chat_template'] == 'of the base'  # the only one
+    assert {path.name for path in out.iterdir()} >= {*files, 'config.json', 'model.safetensors', 'tokenizer.json'}
+    (base / 'tokenizer.json').unlink()  # nothing says that these are of the tokenizer of the data
+    assert not {'tokenizer.model', 'vocab.json'} & {*files_of(str(data), str(base))}
+
+
+def test_all_files_of_a_tokenizer_are_downloaded(monkeypatch):
+    hub = pytest.importorskip('huggingface_hub')
+    seen = []
+    monkeypatch.setattr(hub, 'snapshot_download', lambda name, allow_patterns: seen.extend(allow_patterns) or name)
+    assert hf.download('a/model') == 'a/model'
+    for name in ('tokenizer.model', 'chat_template.jinja', 'merges.txt', 'vocab.json', 'model-1-of-2.safetensors'):
+        assert any(fnmatch(name, pattern) for pattern in seen), name
+    assert not any(fnmatch('pytorch_model.bin', pattern) for pattern in seen)
+
+
+def test_rows_beyond_the_tokenizer_stay(made, tmp_path):
+    folder = shutil.copytree(made('phi3')[1], tmp_path / 'base')
+    tok = tokenizer.train_bpe(['ab ab\n'] * 9, 260, folder / 'tokenizer.json')
+    assert tok.vocab_size == 259  # more ids than rows
+    config = configurator.load(ROOT / 'train.py', ['--dry_run', f'--init_from={folder}', '--block_size=16'])
+    with pytest.raises(ModelError, match='the data has 259 token ids, the model 97'):
+        build.check_vocabulary(build.shape_of(config), tok.vocab_size)
+    model = LLaMA.from_pretrained(folder)
+    assert build.check_vocabulary(model.config, 60).vocab_size == 97 == len(model.embed_tokens.weight)

@@ -17,6 +17,7 @@ import lora
 import sample
 from data import DataError, fields, tokenizer
 from data.batches import Tokens, read_meta
+from data.tokenizer_files import files_of
 from model import LLaMA, ModelConfig, ModelError
 from plumbing import build, checkpoint, hf
 from plumbing.families import config_from_hf
@@ -498,7 +499,7 @@ def test_links_out_of_a_folder_are_not_followed_into_what_we_save(folder, tmp_pa
     (tmp_path / 'secret').write_text('secret')
     (folder / 'chat_template.jinja').symlink_to(tmp_path / 'secret')
     with pytest.raises(tokenizer.TokenizerError, match=r'is a link to .*secret, out of its folder') as error:
-        tokenizer.files_of(str(folder))
+        files_of(str(folder))
     one_sentence(error)
     # the hub's cache is made of links
     hub = tmp_path / 'models--x/snapshots/abc'
@@ -507,7 +508,7 @@ def test_links_out_of_a_folder_are_not_followed_into_what_we_save(folder, tmp_pa
     (folder / 'chat_template.jinja').unlink()
     os.rename(folder, hub)
     (hub / 'tokenizer.json').symlink_to('../../blobs/1')
-    assert tokenizer.files_of(str(hub))['tokenizer.json'] == (tmp_path / 'models--x/blobs/1').read_bytes()
+    assert files_of(str(hub))['tokenizer.json'] == (tmp_path / 'models--x/blobs/1').read_bytes()
 
 
 def test_a_pipe_in_the_place_of_a_file_is_refused_at_once(tmp_path):

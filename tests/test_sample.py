@@ -341,7 +341,7 @@ def test_nothing_is_written_over_what_is_there_unless_asked_and_shared_files_sta
     (tmp_path / 'empty').mkdir()
     for target, flags in ((out / 'best', ['--overwrite']), (tmp_path / 'empty', []), (tmp_path / 'a/b', [])):
         assert f'written: {target}' in said(capsys, out, f'--save_to={target}', '--tokens=1', *flags).out
-        assert set(contents(target)) == {'config.json', 'model.safetensors', 'meta.json'}
+        assert set(contents(target)) == {'config.json', 'model.safetensors', 'meta.json', 'generation_config.json'}
     assert contents(out / 'last') == before
     assert {path.name for path in tmp_path.iterdir()} == {'out', 'empty', 'a'}
 
