@@ -24,7 +24,7 @@ import time
 
 import torch
 
-from bench import gradients, merges, optimizers, states
+from bench import examples, gradients, merges, optimizers, states
 from bench import steps as whole_steps  # `steps` is a key
 from bench.measure import keep_freed_memory, matmul_rate, table
 from bench.optimizers import BASELINE
@@ -33,8 +33,8 @@ from model import SIZES
 from plumbing.build import ROOT
 
 # ---- config ----------------------------------------------------------------------------------------------------------
-only = 'all'  # 'all' | 'optimizers' | 'training' | 'stall' | 'states' | 'refresh' | 'memory' | 'merge' | 'nf4' |
-#                'peaks' | 'picture': the part to measure, or the picture anew from the tables in `out`
+only = 'all'  # 'all' | 'optimizers' | 'training' | 'stall' | 'examples' | 'states' | 'refresh' | 'memory' | 'merge' |
+#                'nf4' | 'peaks' | 'picture': the part to measure, or the picture anew from the tables in `out`
 out = 'results/bench.md'  # file for the tables of a full run, with the picture beside it; '': none
 
 # optimizers, training, stall: time. A size is a name in model.SIZES and a number of blocks, as in 130m:12
@@ -58,6 +58,11 @@ batch_size = 8  # windows of 256 tokens in a step
 # stall: every step of a refresh period
 stall_sizes = '130m:1 1b:1'  # few blocks, since whole periods of steps are timed
 periods = 2  # refresh periods to time; each step counts with its fastest time
+
+# examples: rows of many lengths
+example_sizes = '60m'  # models
+examples_a_step = 32  # the same ones for all
+examples_at_once = 32  # in a padded micro-batch; packed ones have a quarter as many windows
 
 # states: bytes of whole models, nothing is timed
 claim_sizes = '1b 7b'  # models for the paper's percentages: 8-bit states, total training memory
@@ -88,6 +93,7 @@ def problems(config):
     """One sentence for each mistyped size, number out of range, and key that `only` leaves unread."""
     c, found = config, []
     found += between(c, 1, 10**6, 'repeats', 'rounds', 'batch_size', 'periods', 'refreshes', 'steps', 'amortised_over')
+    found += between(c, 1, 10**4, 'examples_a_step', 'examples_at_once')
     found += between(c, 1, 10**9, 'update_proj_gap') + between(c, 0, 2**20, 'rank')
     found += between(c, 0.001, 10**6, 'seconds', 'minutes', 'memory_gb')
     for key, text in vars(c).items():
@@ -110,7 +116,7 @@ def problems(config):
 
 
 # {name: (function that returns the rows, heading, description with keys of the config in braces, head of the table)}
-PARTS = optimizers.PARTS | whole_steps.PARTS | states.PARTS | gradients.PARTS | merges.PARTS
+PARTS = optimizers.PARTS | whole_steps.PARTS | examples.PARTS | states.PARTS | gradients.PARTS | merges.PARTS
 
 
 def draw(path):

@@ -47,7 +47,7 @@ def trainer(name, size, blocks, *flags):
     run = run_config(size, blocks, *(TRAINERS[name] or []), *flags)
     if name.startswith('transformers'):
         model = transformers_llama(size, blocks)
-        forward = lambda x, y: model(input_ids=x, labels=x).loss  # noqa: E731, it shifts the labels itself
+        forward = lambda x, y, divisor: model(input_ids=x, labels=x).loss  # noqa: E731, it shifts and divides itself
     else:
         model = forward = build_model(run, '', SIZES[size]['vocab_size'], torch.float32, 'cpu')
     if TRAINERS[name]:
