@@ -1,0 +1,30 @@
+"""Phi-2 on MathInstruct with LoRA on 128 random examples a step: what CoLM is held against.
+
+4 examples x 32 micro-batches = 128 examples a step; 1,024 steps = 131,072 examples.
+Phi-2's blocks are not LLaMA's: until transformers' own modules can be trained, train.py refuses it in a sentence, and
+memest.py --hf=microsoft/phi-2 plans it.
+    python data/mathinstruct/prepare.py --tokenizer=microsoft/phi-2 --max_tokens=512 --too_long=truncate
+    python train.py config/mathinstruct_phi2_lora.py
+"""
+
+out_dir = 'out/mathinstruct_phi2_lora'
+init_from = 'microsoft/phi-2'
+dataset = 'mathinstruct'
+block_size = 512
+batch_size = 4
+gradient_accumulation_steps = 32
+packing = False  # a step is counted in examples, as in the paper
+max_iters = 1024
+warmup_iters = 31  # 3 %
+learning_rate = 2e-5
+min_lr = 0.0
+grad_clip = 1.0
+dtype = 'bfloat16'
+checkpointing = True
+method = 'lora'
+rank = 128
+scale = 4.0  # alpha 512
+dropout = 0.05
+quantize = 'none'
+lora_targets = 'q_proj,k_proj,v_proj'  # the paper's, but for fc1 and fc2
+eval_interval = 256
