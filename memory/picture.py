@@ -2,6 +2,8 @@
 A traced plan as a picture: what lives on the device while the model is built and takes three steps.
 """
 
+from collections import Counter
+
 from memory.trace import WHAT
 
 SAMPLES = 1500  # points of the curves, each the fullest moment of its stretch of the record
@@ -20,6 +22,25 @@ COLOURS = {  # from below: what stays, then what comes and goes
 }
 STEPS = 'the first step', 'an ordinary step', 'a step with a new basis or a merge'
 COARSE = {'setup': 'building', 'data': 'forward', 'forward': 'forward', 'update': 'update'}  # all else: backward
+
+
+def levels(chunks):
+    """Yield (bytes alive, phase, Counter of them by what they are) when a storage is made; the Counter stays one."""
+    alive, kinds, now = {}, Counter(), 0
+    for c, chunk in enumerate(chunks):
+        i = 0
+        for event in chunk.events:
+            if event[0] == '-':
+                size, what = alive.pop(event[1:])
+                kinds[what] -= size
+                now -= size
+                continue
+            _, size, what, *_, phase = event
+            alive[c, i] = size, what
+            kinds[what] += size
+            now += size
+            yield now, phase, kinds
+            i += 1
 
 
 def stretches(levels):
@@ -65,8 +86,6 @@ def draw(plan, png, title, card=0):
 
     matplotlib.use('Agg')  # a file, no window
     import matplotlib.pyplot as plt
-
-    from memory.record import levels
 
     moments, phases, steps = stretches(levels(plan.peak.chunks))
     x, names = range(len(moments)), [name for name in COLOURS if visible(name, moments, plan.total)]

@@ -391,25 +391,6 @@ def replay(chunks, limit=None):
     return peak
 
 
-def levels(chunks):
-    """Yield (bytes alive, phase, Counter of them by what they are) when a storage is made; the Counter stays one."""
-    alive, kinds, now = {}, Counter(), 0
-    for c, chunk in enumerate(chunks):
-        i = 0
-        for event in chunk.events:
-            if event[0] == '-':
-                size, what = alive.pop(event[1:])
-                kinds[what] -= size
-                now -= size
-                continue
-            _, size, what, *_, phase = event
-            alive[c, i] = size, what
-            kinds[what] += size
-            now += size
-            yield now, phase, kinds
-            i += 1
-
-
 def alive_at(chunks, c, i):
     """((bytes, what, operation, shape, phase), layer) of all that is alive when chunk c has made its i-th, oldest
     first."""

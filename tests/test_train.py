@@ -185,9 +185,21 @@ def test_learning_rate_of_the_60m_run_is_the_papers_and_does_not_wrap():
         assert math.isclose(training.learning_rate_at(step, config), expected, rel_tol=1e-6), step
 
 
+def dry_flags(name):
+    """The flags that plan a config without a network: a pretrained model's config.json lies in tests/models/."""
+    init_from = configurator.load(ROOT / 'train.py', [str(ROOT / 'config' / name)]).init_from
+    local = ROOT / 'tests' / 'models' / init_from.split('/')[-1]
+    return ['--dry_run', *([f'--init_from={local}'] if init_from != 'scratch' else [])]
+
+
 @pytest.mark.parametrize('name', CONFIGS)
 def test_every_config_dry_runs(name, capsys):
-    training.cli(configurator.load(ROOT / 'train.py', [str(ROOT / 'config' / name), '--dry_run']))
+    words = [str(ROOT / 'config' / name), *dry_flags(name)]
+    if 'phi2' in name:  # until transformers' own modules can be trained, as its docstring says
+        with pytest.raises(SystemExit, match="model_type='phi' is not what this LLaMA computes"):
+            training.cli(configurator.load(ROOT / 'train.py', words))
+        return
+    training.cli(configurator.load(ROOT / 'train.py', words))
     out = capsys.readouterr().out
     assert 'dry run: nothing was trained' in out and 'tokens a step' not in out
     planned = re.search(r'planned peak of all tensors ([\d.]+) GB', out)[1]
@@ -195,8 +207,11 @@ def test_every_config_dry_runs(name, capsys):
     assert told is None or told[1] == planned, 'the docstring of the config'
     row = re.search(rf'\| `{name.removesuffix(".py")}` \|.*\| ([\d.]+) GB \|', (ROOT / 'README.md').read_text())
     assert ('laptop' in name) == (row is None) and (row is None or row[1] == planned), 'the table in the README'
-    size = name.removesuffix('.py').split('_')[1]
-    assert f'model: {SHAPES[size]:,} parameters' in out if size in SHAPES else 'laptop' in name
+    if len(words) == 2:
+        size = name.removesuffix('.py').split('_')[1]
+        assert f'model: {SHAPES[size]:,} parameters' in out if size in SHAPES else 'laptop' in name
+    elif '4090' in name:
+        assert float(re.search(r'([\d.]+) GB as nvidia-smi', out)[1]) < 24 * 1.0737 / 1.03, 'with room to spare'
     assert not os.path.exists(ROOT / 'out' / name.removesuffix('.py') / 'dry')
 
 
@@ -205,6 +220,11 @@ def test_the_arithmetic_in_a_configs_docstring_is_that_of_its_values(name):
     path = ROOT / 'config' / name
     config = configurator.load(ROOT / 'train.py', [str(path)])
     c, text = config, path.read_text()
+    if c.init_from != 'scratch' and (c.coreset != 'none' or not c.packing):  # which count examples
+        total = c.batch_size * c.gradient_accumulation_steps
+        product = f'{c.batch_size} examples x {c.gradient_accumulation_steps} micro-batches = {total} examples a step'
+        assert product in text and re.search(rf'{c.max_iters:,} steps = {total * c.max_iters:,} examples', text)
+        return
     total = c.batch_size * c.block_size * c.gradient_accumulation_steps
     tokens = f'{total * c.max_iters / 1e9:.2f}B' if total * c.max_iters > 1e8 else f'{total * c.max_iters / 1e6:.1f}M'
     product = f'{c.batch_size} windows x {c.block_size} tokens x {c.gradient_accumulation_steps} micro-batch'
