@@ -498,3 +498,31 @@ def test_impossible_arguments_name_the_thing_and_what_to_type():
         LoRALinear(8, 8, dropout=1)
     with pytest.raises(ValueError, match=r'build the model with LLaMA\(config, linear=lora.linear'):
         lora.setup(LLaMA(ModelConfig(**TINY)), SimpleNamespace(**CONFIG))
+
+
+def test_a_run_that_trains_the_tables_gives_an_adapter_with_them(tuned, data, tmp_path, capsys):
+    flags = ['--method=lora', '--train_rest=tables', '--rslora', '--scale=0.5', '--quantize=none', '--max_iters=3']
+    flags += [
+        '--learning_rate=1e-2',
+        f'--dataset={data}',
+        f'--init_from={tuned / "base"}',
+        f'--out_dir={tmp_path / "run"}',
+    ]
+    here(training, *flags)
+    assert 'lora: lora_alpha 4, r 8, factor on B A: lora_alpha / sqrt(r) = 1.41421' in capsys.readouterr().out
+    here(sample, str(tmp_path / 'run'), f'--save_adapter={tmp_path / "adapter"}', '--tokens=1')
+    stored = json.loads((tmp_path / 'adapter/adapter_config.json').read_text())
+    assert stored['modules_to_save'] == ['embed_tokens', 'lm_head'] and stored['use_rslora']
+    peft = pytest.importorskip('peft')
+    reference = peft.PeftModel.from_pretrained(theirs(tuned / 'base/best'), tmp_path / 'adapter')
+    x = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(0))
+    run = LLaMA.from_pretrained(tmp_path / 'run/best')
+    torch.testing.assert_close(reference(x).logits, run(x), atol=1e-5, rtol=1e-5)
+    assert not torch.equal(run.embed_tokens.weight, LLaMA.from_pretrained(tuned / 'base/best').embed_tokens.weight)
+    # a run that goes on with the adapter keeps its tables, and so does its own adapter
+    flags = [*flags[:1], *flags[2:6], f'--dataset={data}', f'--init_from={tmp_path / "adapter"}']
+    here(training, *flags, f'--out_dir={tmp_path / "further"}')
+    here(sample, str(tmp_path / 'further'), f'--save_adapter={tmp_path / "again"}', '--tokens=1')
+    assert json.loads((tmp_path / 'again/adapter_config.json').read_text())['modules_to_save']
+    a, b = (load_file(tmp_path / name / 'adapter_model.safetensors') for name in ('adapter', 'again'))
+    assert torch.equal(a['base_model.model.lm_head.weight'], b['base_model.model.lm_head.weight'])
