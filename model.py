@@ -551,12 +551,16 @@ class LLaMA(nn.Module):
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
 
-    def rotary(self, T):
+    def rotary(self, T, packed=False):
         """cos and sin (T or more, d/2) of a window of T tokens. Under 'dynamic' and 'longrope' a window that is longer
         than the model was made for has its own; a cache's older keys keep the rotation that they have."""
         s = self.config.rope_scaling or {}
-        longer = s.get('rope_type') in ('dynamic', 'longrope') and s['original_max_position_embeddings'] < T
-        return rotary_tables(self.config, self.cos.device, T) if longer else (self.cos, self.sin)
+        kind, old = s.get('rope_type'), s.get('original_max_position_embeddings')
+        if kind not in ('dynamic', 'longrope') or old >= T:
+            return self.cos, self.sin
+        if packed:  # its pieces may be short ones, which rotate otherwise
+            raise ModelError(f'under {kind} no window of over {old} tokens is packed: use a smaller block_size')
+        return rotary_tables(self.config, self.cos.device, T)
 
     @property
     def head(self):
@@ -607,7 +611,7 @@ class LLaMA(nn.Module):
         at = (
             cache.begin(T) if cache is not None else slice(T) if pieces is None else positions_of(pieces, *tokens.shape)
         )
-        cos, sin = self.rotary(end)
+        cos, sin = self.rotary(end, pieces is not None)
         return self.embed_tokens(tokens).to(dtype), cos[at].to(dtype), sin[at].to(dtype)
 
     def hidden(self, tokens, cache=None, pieces=None):

@@ -41,7 +41,7 @@ class PackedError(ModelError):
 
 
 def load(folder, dtype=None, device='cpu', block_size=None, linear=Linear):
-    """The model in a Hugging Face folder: LLaMA, Mistral, SmolLM2 and others of their layout.
+    """The model in a Hugging Face folder of one of families.FAMILIES: LLaMA, Qwen, Phi-3 and others.
 
     dtype None keeps the file's dtype; block_size None takes the longest window the model was made for, of at most
     131,072 tokens. Nothing is allocated before config.json and the headers of all files agree; then tensors are read

@@ -267,6 +267,16 @@ def test_within_its_window_a_sliding_model_is_an_ordinary_one_and_beyond_it_is_r
         LLaMA.from_pretrained(folder, block_size=64)
 
 
+def test_packed_windows_beyond_longropes_first_length_are_refused(made):
+    model = LLaMA.from_pretrained(made('phi3.5')[1])
+    pieces = torch.tensor([0, 5, 12, 24, 32], dtype=torch.int32)
+    alone = [model(X[0:1, :5]), model(X[0:1, 5:12])]
+    packed = model(X[:, :12].contiguous(), pieces=torch.tensor([0, 5, 12, 24], dtype=torch.int32))
+    close(packed[:1], torch.cat(alone, 1))
+    with pytest.raises(ModelError, match='under longrope no window of over 16 tokens is packed: use a smaller block'):
+        model(X[:, :17].contiguous(), pieces=pieces)
+
+
 LONGROPE = dict(type='longrope', short_factor=[1.0], long_factor=[2.0])
 REFUSED = {
     "qk_layernorm=True is not what this LLaMA computes": dict(model_type='stablelm', qk_layernorm=True),
