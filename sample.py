@@ -7,6 +7,7 @@ Generate text from a checkpoint of ours or any Hugging Face LLaMA folder, and pr
     python sample.py path/to/SmolLM2-135M-Instruct --chat           # a conversation; /system TEXT, /reset, /quit
     echo 'import os' | python sample.py out/galore_laptop --prompt=-
     python sample.py out/loqt_13b_4090 --save_to=out/merged         # also write it as a Hugging Face folder
+    python sample.py out/run --save_to=out/mine.gguf                # for llama.cpp and ollama; mine.q8_0.gguf: half
     python sample.py out/lora_run --save_adapter=out/adapter        # also write LoRA's A and B as a PEFT folder
     python sample.py out/adapter                                    # a PEFT folder, with the base model it names
 
@@ -26,7 +27,6 @@ import contextlib
 import itertools
 import math
 import os
-import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -35,11 +35,10 @@ import torch
 import lora
 from data import chat as templates
 from data import fields, tokenizer
-from data.tokenizer_files import files_of
 from model import KVCache, LLaMA, ModelError
-from plumbing import Stop, hf, talking
+from plumbing import Stop, export, hf, talking
 from plumbing.build import base_of, load_model
-from plumbing.checkpoint import swap, verify
+from plumbing.checkpoint import verify
 from plumbing.hf import AdapterError, weights_folder
 from quant import Packed
 
@@ -54,7 +53,8 @@ top_p = 1.0  # choose among the likeliest tokens whose probabilities sum to this
 chat = False  # talk with the model in the terminal, with its chat template
 template = ''  # the chat's template, a name of data/templates.py; '': the model's own
 context = 8192  # longest conversation, in tokens; less where the model's own window is shorter
-save_to = ''  # also write the model to this Hugging Face folder, packed weights as dense ones; '': no
+save_to = ''  # also write the model to this Hugging Face folder, or file NAME.gguf, packed weights as dense ones
+gguf = ''  # '' | 'f16' | 'q8_0': how save_to=NAME.gguf holds matrices; '': q8_0 if the name says so, else f16
 save_adapter = ''  # also write LoRA's A and B to this folder, in peft's format; '': no
 overwrite = False  # let save_to and save_adapter replace a folder that holds a model
 seed = 1  # the same seed gives the same text
@@ -85,6 +85,8 @@ def problems(config):
     if not config.chat and (both := configurator.typed(config, 'template', 'context')):
         found.append(f'{both[0]} is of a conversation: add --chat')
     found += configurator.at_least(config, 1, 'context')
+    if config.gguf and not config.save_to.endswith('.gguf'):
+        found.append(f'gguf={config.gguf} says how --save_to=NAME.gguf is written: add that')
     if config.device == 'cuda' and not torch.cuda.is_available():
         found.append("device='cuda', but torch sees no CUDA device: use --device=cpu, or install a CUDA build of torch")
     return found
@@ -246,37 +248,6 @@ def free_memory():
         return 0
 
 
-def check_target(folder, overwrite):
-    """Raise Stop unless a model may be written to `folder`: there is none yet, it is empty, or overwrite allows it."""
-    there = os.listdir(folder) if os.path.isdir(folder) else []
-    if not there and not os.path.lexists(folder):
-        return
-    if os.path.lexists(folder) and not os.path.isdir(folder):
-        raise Stop(f'{folder} is a file: choose another folder')
-    if there and not overwrite:
-        raise Stop(f'{folder} is not empty: choose another folder, or --overwrite to replace it')
-    model = {'config.json', 'adapter_config.json'} & set(there)
-    if there and not (model and all(os.path.isfile(os.path.join(folder, name)) for name in there)):
-        raise Stop(f'{folder} holds other things than a model, which --overwrite would delete: choose another folder')
-
-
-@contextlib.contextmanager
-def written(folder, overwrite):
-    """A new folder to write a model into, which takes the name `folder` at the end: what was there is read until then,
-    and no file of it is written to, since a run's last/ and best/ share theirs."""
-    check_target(folder, overwrite)
-    target = os.path.realpath(folder)  # a link goes on to lead there
-    new = os.path.join(os.path.dirname(target), f'.{os.path.basename(target)}.new')
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        os.makedirs(new)
-        yield new
-        swap(new, target)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    print(f'written: {folder}')
-
-
 def load(checkpoint, device, factors=False):
     """-> the model of a run, of a Hugging Face folder or of an adapter; its tokenizer; the folder its files are in.
 
@@ -297,20 +268,16 @@ def load(checkpoint, device, factors=False):
 
 def main(config):
     for target in filter(None, (config.save_to, config.save_adapter)):
-        check_target(target, config.overwrite)  # before anything that takes time
+        export.check_target(target, config.overwrite)  # before anything that takes time
     device = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
     model, tok, folder = load(config.checkpoint, device, factors=bool(config.save_adapter))
     if config.save_adapter:
-        with written(config.save_adapter, config.overwrite) as new:
+        with export.written(config.save_adapter, config.overwrite) as new:
             hf.save_adapter(model, new, *base_of(folder))
     if config.save_to:
         if any(map(hf.is_lora, model.modules())):
             say_merged(model, tok, device)
-        with written(config.save_to, config.overwrite) as new:
-            model.save_pretrained(new)
-            for name, content in files_of(folder, tok=tok).items():
-                with open(os.path.join(new, name), 'wb') as f:
-                    f.write(content)
+        export.save(model, tok, folder, config.save_to, config.overwrite, config.gguf)
     with decoded(model):
         (talk if config.chat else write_samples)(config, model, tok, folder, device)
 
