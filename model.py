@@ -323,12 +323,16 @@ class PackedAttention(torch.autograd.Function):
         return *torch.ops.nano24.attend_backward(delta, *ctx.saved_tensors, ctx.scale), None, None
 
 
+def flash_takes(q):
+    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
+
+
 def attend_packed(q, k, v, pieces, scale=None):
     """`attend_masked` by the fastest way that this device and dtype have."""
     T, flat = q.shape[1], [A.flatten(0, 1) for A in (q, k, v)]  # (B T, H, d), K heads
     if q.device.type == 'cpu':
         return PackedAttention.apply(*flat, pieces, scale).view(q.shape)
-    if q.device.type == 'cuda' and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256:
+    if q.device.type == 'cuda' and flash_takes(q) and torch.cuda.get_device_capability(q.device) >= (8, 0):
         from torch.nn.attention.varlen import varlen_attn  # flash attention; imports torch's compiler, so late
 
         return varlen_attn(*flat, pieces, pieces, T, T, scale=scale, window_size=(-1, 0), enable_gqa=True).view(q.shape)

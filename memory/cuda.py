@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from memory.record import MB, Allocator, LiveBytes
-from model import attend_masked
+from model import attend_masked, flash_takes
 
 aten = torch.ops.aten
 
@@ -136,7 +136,7 @@ def cuda_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scal
 
 def cuda_packed_attention(q, k, v, pieces, scale=None):
     """model.attend_packed on a card: flash attention's variable lengths for 16 bits, else by a mask. q (B, T, H, d)."""
-    if q.dtype == torch.float32 or q.shape[-1] > 256:
+    if not flash_takes(q):
         return attend_masked(q, k, v, pieces, scale)
     flat = (A.flatten(0, 1)[None].transpose(1, 2) for A in (q, k, v))  # (1, H, B T, d), K heads
     y = FusedAttention.apply(*flat, 128 * len(pieces))  # (1, H, B T, d); backward has room for 128 rows more a piece

@@ -55,6 +55,16 @@ def test_optimizers_have_times_and_states(tables):
     assert number(rows['GaLore']['slowest step over mean']) > 0
 
 
+def test_examples_are_the_same_for_all_rows_and_packed_ones_fill_them_best(tables):
+    rows = table(tables, "Examples of GSM8K's lengths")
+    assert [row['rows'].split(',')[0] for row in rows] == ['packed', 'padded', 'padded', 'padded to 570']
+    shares = [number(row['of it examples']) for row in rows]
+    assert shares[1] >= shares[2] > shares[3] > 20 and shares[0] > shares[3]
+    tokens = [number(row['tokens/s']) * number(row['ms']) for row in rows]
+    assert max(tokens) < 1.02 * min(tokens), 'the same ones'
+    assert number(rows[0]['speed over packed']) == 1 and all(number(row['MB made in a step']) > 0 for row in rows)
+
+
 def test_merges_bytes_and_peaks_of_loqt(tables):
     rows = table(tables, 'A merge of one layer (LoQT)')
     assert [row['layer'] for row in rows] == ['128 x 128', '352 x 128', '128 x 352']

@@ -7,6 +7,7 @@ import torch
 from conftest import tiny, train, values
 
 import configurator
+import model as models
 import quant
 import train as trainer
 from plumbing.build import build_model, layers_of
@@ -49,6 +50,18 @@ def same(a, b, **tolerance):
     torch.testing.assert_close(a[0], b[0], **tolerance)
     for p, q in zip(a[1], b[1], strict=True):
         torch.testing.assert_close(p, q, **tolerance)
+
+
+@pytest.mark.parametrize('d,dtype', [(64, torch.bfloat16), (12, torch.bfloat16), (64, torch.float32)])
+def test_packed_rows_see_on_a_card_what_they_see_by_a_mask(d, dtype):
+    pieces = torch.tensor([0, 70, 71, 200, 256, 256, 300, 512, 512], dtype=torch.int32, device='cuda')
+    q, k, v = (torch.randn(2, 256, h, d, device='cuda', dtype=dtype, requires_grad=True) for h in (4, 2, 2))
+    delta, found = torch.randn(2, 256, 4, d, device='cuda', dtype=dtype), []
+    for attend in (models.attend_packed, models.attend_masked):
+        y = attend(q, k, v, pieces, 0.2)
+        found.append((y, *torch.autograd.grad(y, (q, k, v), delta)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.03 if dtype == torch.bfloat16 else 1e-4)
 
 
 @pytest.mark.parametrize('name', METHODS)

@@ -125,6 +125,15 @@ def test_bytes_planned_equal_bytes_of_real_steps_on_packed_examples(mode, checkp
     assert abs(plan.total / live.peak - 1) < 0.001, (plan.total, live.peak, plan.moment)
 
 
+def test_packed_rows_take_on_a_card_what_windows_take_and_little_more():
+    config, shape = config_of('adamw'), ModelConfig(**TINY)
+    windows, packed = (plan_of(config, shape, torch.bfloat16, None, False, pieces=n).total for n in (0, 3))
+    most = (
+        128 * (4 * 3 + 2) * 4 * 33 * 4
+    )  # backward's room beside each piece: fp32, 4 heads of 16, padded to 32, and a sum
+    assert 0 < packed - windows < 1.1 * most
+
+
 def test_bytes_planned_equal_the_profilers_allocations_in_a_real_step():
     config, peaks = config_of('adamw'), []
     plan = plan_of(config, ModelConfig(**TINY), torch.float32, None, True)
