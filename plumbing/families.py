@@ -140,6 +140,7 @@ COMPUTED = {
     'num_local_experts': (None,),
     'pruned_heads': ({}, None),
     'use_bidirectional_attention': (False, None),
+    'use_mrope': (False, None),
 }
 OLD_LENGTH = {'original_max_position_embeddings': maybe(whole(2, LONGEST))}
 SCALING = {
@@ -283,7 +284,7 @@ def config_from_hf(given, where='config.json'):
             rope_scaling=scaling,
             tie_embeddings=hf['tie_word_embeddings'],
             family=family,
-            qkv_bias=family == 'qwen2' or attention_bias or hf.get('use_qkv_bias', False) is True,
+            qkv_bias=family == 'qwen2' or attention_bias or bool(hf.get('use_qkv_bias')),
             o_bias=attention_bias,
             mlp_bias=hf.get('mlp_bias', False),
             qk_norm=family == 'qwen3',
@@ -308,8 +309,9 @@ def check_rotation(hf, scaling, rotary_dim, where):
     kind, rotates = (scaling or {}).get('rope_type'), hf.get('no_rope_layers')
     if hf['model_type'] == 'stablelm' and hf['head_dim'] not in (None, hf['hidden_size'] // hf['num_attention_heads']):
         raise ModelError(f'{where}: head_dim={hf["head_dim"]} is not hidden_size / num_attention_heads: {ADVICE}')
-    if rotary_dim < (4 if kind == 'dynamic' else 2) or rotary_dim % 2:
-        raise ModelError(f'{where}: partial_rotary_factor lets {rotary_dim} dimensions of a head rotate: {ADVICE}')
+    if rotary_dim < (least := 4 if kind == 'dynamic' else 2) or rotary_dim % 2:
+        what = f'{rotary_dim} dimensions of a head would rotate, which come in pairs, {least} or more'
+        raise ModelError(f'{where}: by head_dim and partial_rotary_factor {what}: {ADVICE}')
     for key in ('short_factor', 'long_factor') if kind == 'longrope' else ():
         if len(scaling[key]) != rotary_dim // 2:
             raise ModelError(f'{where}: {key} has {len(scaling[key])} numbers, not {rotary_dim // 2}: {ADVICE}')

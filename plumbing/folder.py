@@ -6,6 +6,7 @@ believed and before anything is allocated. (config.json: families.py.)
     adapter = read_adapter(folder)                           # adapter_config.json of plain LoRA, or None
 """
 
+import json
 import math
 import os
 from typing import NamedTuple
@@ -88,33 +89,6 @@ def headers(folder):
     return found
 
 
-FUSED = {  # by Phi-3, row after row
-    'self_attn.qkv_proj': ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
-    'mlp.gate_up_proj': ('mlp.gate_proj', 'mlp.up_proj'),
-}
-
-
-def fused_rows(c):
-    """{a fused matrix: rows of each of its parts}, of a ModelConfig."""
-    Q, K = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    return dict(zip(FUSED, ((Q, K, K), (c.n_inner, c.n_inner)))) if c.family == 'phi3' else {}
-
-
-def split_fused(held, config):
-    """`headers` with fused matrices as their parts. One whose rows are not those of its parts stays as it is."""
-    found, sizes = {}, fused_rows(config)
-    for name, one in held.items():
-        matrix = name.removesuffix('.weight').partition('layers.')[2].partition('.')[2]
-        if one.shape[:1] != (sum(sizes.get(matrix, ())),):
-            found[name] = one
-            continue
-        start = 0
-        for part, n in zip(FUSED[matrix], sizes[matrix]):
-            found[name.replace(matrix, part)] = one._replace(shape=(n, *one.shape[1:]), rows=(start, start + n))
-            start += n
-    return found
-
-
 # ---- adapter_config.json -----------------------------------------------------------------------------------------
 
 
@@ -122,6 +96,7 @@ class AdapterError(ValueError):
     """An adapter that cannot be written or read; the message says what to do."""
 
 
+LINEARS = ('q_proj', 'k_proj', 'v_proj', 'gate_proj', 'up_proj')  # that may be fused
 TABLES = {'embed_tokens': 'model.embed_tokens.weight', 'lm_head': 'lm_head.weight'}  # modules_to_save: whole matrices
 ADAPTER = {
     'peft_type': text(),
@@ -149,16 +124,14 @@ PLAIN = {
 def read_adapter(folder):
     """-> the folder's adapter_config.json as a dict, or None if there is none. `quantize` and `double_quant` in it say
     in what form the base was when the adapter was made, 'none' if nobody says; `scale` is the factor on B A; `parts`
-    are {a fused matrix: those of its parts that have an A and a B of their own, block beside block}. Raises
-    AdapterError if it asks for something that LoRALinear does not compute, or its weights are not what it says."""
+    are {a fused matrix: those of its parts that have an A and a B of their own (fused.py)}. Raises AdapterError if it
+    asks for something that LoRALinear does not compute, or its weights are not what it says."""
     path, advice = os.path.join(folder, 'adapter_config.json'), 'save the adapter again'
     if not os.path.exists(path):
         return None
     stored = fields.read(path, {}, AdapterError, advice)
     held, metadata = read_header(os.path.join(folder, 'adapter_model.safetensors'), AdapterError, advice)
-    own = metadata.get('parts', '').split(',')
-    parts = {matrix.rpartition('.')[2]: [part.rpartition('.')[2] for part in names] for matrix, names in FUSED.items()}
-    parts = {matrix: [one for one in names if one in own] for matrix, names in parts.items() if {*names} & {*own}}
+    parts = read_parts(metadata.get('parts', '{}'))
     odd = {name: () for name in stored if name.startswith('use_') and name != 'use_rslora'}  # options of a later peft
     for name, allowed in (odd | PLAIN | patterns(stored, parts)).items():
         value = stored.get(name)
@@ -171,6 +144,16 @@ def read_adapter(folder):
     quantize = 'nf4' if metadata.get('base', '').startswith('nf4') else 'none'
     stored |= {'quantize': quantize, 'double_quant': metadata.get('base') == 'nf4, double_quant', 'parts': parts}
     return stored | {'scale': stored['lora_alpha'] / (math.sqrt(stored['r']) if stored['use_rslora'] else stored['r'])}
+
+
+def read_parts(text):
+    """The parts that save_adapter wrote; {} if it was not written by that."""
+    try:
+        parts = json.loads(text)
+        good = type(parts) is dict and all(several(one_of(*LINEARS)).fits(names) and names for names in parts.values())
+        return parts if good else {}
+    except (ValueError, RecursionError):
+        return {}
 
 
 def patterns(stored, parts):

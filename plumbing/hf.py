@@ -17,18 +17,8 @@ import torch.nn as nn
 
 from model import Linear, LLaMA, ModelError
 from plumbing.families import ADVICE, FLOATS, config_from_hf, config_to_hf, read_config
-from plumbing.folder import (
-    FUSED,
-    TABLES,
-    AdapterError,
-    Held,
-    finite,
-    fused_rows,
-    headers,
-    read_adapter,
-    read_header,
-    split_fused,
-)
+from plumbing.folder import TABLES, AdapterError, Held, finite, headers, read_adapter, read_header
+from plumbing.fused import fuse_adapters, fuse_weights, split_adapters, split_weights
 from plumbing.terminal import patience
 
 WINDOW = 2**17  # positions that a model without a given block_size has rotary tables for
@@ -51,7 +41,7 @@ def load(folder, dtype=None, device='cpu', block_size=None, linear=Linear):
     config = config_from_hf(stored, folder)
     if block_size is not None and block_size > config.block_size:
         raise ModelError(f'{folder} is made for windows of {config.block_size} tokens: set block_size to at most that')
-    held = split_fused(headers(folder), config)
+    held = split_weights(headers(folder), config)
     planned = torch.device(device).type == 'meta' and not held
     last = f'layers.{config.n_layer - 1}.input_layernorm.weight'
     if not held and not planned:
@@ -167,7 +157,7 @@ def save(model, folder, shard_bytes=4 * 2**30, merged=True):
     if not merged:
         packed = {f'{name}.weight' for name, module in model.named_modules() if hasattr(module, 'set_weight')}
         weights = (one for one in weights if one[0] not in packed)
-    for name, shape, whole in fused(weights, model.config.family):
+    for name, shape, whole in fuse_weights(weights, model.config):
         nbytes = math.prod(shape) * each
         if size + nbytes > shard_bytes and shards[-1]:
             shards, size = [*shards, {}], 0
@@ -183,22 +173,6 @@ def save(model, folder, shard_bytes=4 * 2**30, merged=True):
     if n > 1:
         with open(os.path.join(folder, 'model.safetensors.index.json'), 'w') as f:
             json.dump({'metadata': {'total_size': total}, 'weight_map': files}, f, indent=2)
-
-
-def fused(weights, family):
-    """dense_weights with the parts of Phi-3's fused matrices as one, in the place of the last of them."""
-    waiting = []
-    for name, shape, whole in weights:
-        part = name.removesuffix('.weight').partition('layers.')[2].partition('.')[2]
-        matrix = next((matrix for matrix, parts in FUSED.items() if family == 'phi3' and part in parts), None)
-        if not matrix:
-            yield name, shape, whole
-            continue
-        waiting.append((shape, whole))
-        if part == FUSED[matrix][-1]:
-            (shapes, each), waiting = zip(*waiting), []
-            rows = sum(rows for rows, _ in shapes)
-            yield name.replace(part, matrix), (rows, shape[1]), lambda each=each: torch.cat([one() for one in each])
 
 
 def first_line(error):
@@ -230,22 +204,18 @@ def save_adapter(model, folder, base, tables=False):
     An adapter made on a base in NF4 says so, in its README.md and in the file of its tensors."""
     from safetensors.torch import save_file
 
-    tensors, parts = dict(adapters(model)), []
+    tensors, parts = fuse_adapters(dict(adapters(model)), model.config)
     layer = next(module for module in model.modules() if is_lora(module) and len(module.A))
-    if model.config.family == 'phi3':
-        tensors, parts = fuse_adapters(tensors, model.config)
     r, root = len(layer.A), math.sqrt if layer.rslora else float
     stored = dict(peft_type='LORA', task_type='CAUSAL_LM', base_model_name_or_path=base, bias='none')
     stored |= dict(r=r, lora_alpha=layer.scale * root(r), lora_dropout=layer.dropout, use_rslora=layer.rslora)
     stored |= dict(target_modules=sorted({name.split('.')[-3] for name in tensors}), inference_mode=True)
+    stored['rank_pattern'] = {matrix: r * len(names) for matrix, names in parts.items()}
+    stored['alpha_pattern'] = {m: stored['lora_alpha'] * root(len(names)) for m, names in parts.items()}
     quantize, double_quant = layer.how
     metadata = {'format': 'pt'}
     if parts:
-        metadata['parts'] = ','.join(parts)
-        names = {matrix.rpartition('.')[2]: [one.rpartition('.')[2] for one in FUSED[matrix]] for matrix in FUSED}
-        n = {matrix: len({*names[matrix]} & {*parts}) for matrix in names if {*names[matrix]} & {*parts}}
-        stored['rank_pattern'] = {matrix: r * k for matrix, k in n.items()}
-        stored['alpha_pattern'] = {matrix: stored['lora_alpha'] * root(k) for matrix, k in n.items()}
+        metadata['parts'] = json.dumps(parts)
     if quantize != 'none':
         metadata['base'] = quantize + ', double_quant' * double_quant
     if tables:  # a head that is tied to the embedding is trained as that, and peft sets the two apart
@@ -265,54 +235,6 @@ def save_adapter(model, folder, base, tables=False):
     if quantize != 'none':
         with open(card, 'w') as f:
             f.write(CARD.format(base=base, double_quant=double_quant))
-
-
-def fuse_adapters(tensors, config):
-    """-> tensors of `adapters`, those of a fused matrix's n parts as one A (n r, in) and one B (out, n r), in whose
-    rows of a part all is zero but its own r columns; and the names of these parts."""
-    found, own = {}, []
-    for name, A in tensors.items():
-        before, part = name.rpartition('.lora_')[0], name.split('.')[-3]
-        matrix = next((one for one, parts in FUSED.items() if any(f'.{each}.' in name for each in parts)), None)
-        if not matrix:
-            found[name] = A
-        elif name.endswith('.lora_A.weight'):
-            own = own if part in own else [*own, part]
-            parts = [before.replace(part, each.rpartition('.')[2]) for each in FUSED[matrix]]
-            there = [(i, one) for i, one in enumerate(parts) if f'{one}.lora_A.weight' in tensors]
-            place, rows = before.replace(part, matrix.rpartition('.')[2]), fused_rows(config)[matrix]
-            found[f'{place}.lora_A.weight'] = torch.cat([tensors[f'{one}.lora_A.weight'] for _, one in there])
-            B = A.new_zeros(sum(rows), len(A) * len(there))
-            for column, (i, one) in enumerate(there):
-                start = sum(rows[:i])
-                B[start : start + rows[i], len(A) * column : len(A) * (column + 1)] = tensors[f'{one}.lora_B.weight']
-            found[f'{place}.lora_B.weight'] = B
-    return found, own
-
-
-def split_adapters(tensors, config, own, folder):
-    """The reverse. own: {a fused matrix: its parts that have an A of their own}; where it is not there, as peft trains
-    it, all parts share A (r, in). Raises AdapterError if a B is not of such blocks."""
-    found = {}
-    for name, tensor in tensors.items():
-        last = name.split('.')[-3]
-        matrix = next((one for one in fused_rows(config) if one.endswith('.' + last)), None)
-        if not matrix:
-            found[name] = tensor
-            continue
-        parts, rows = [one.rpartition('.')[2] for one in FUSED[matrix]], fused_rows(config)[matrix]
-        mine = own.get(last, parts)
-        blocks = tensor.chunk(len(mine), 0 if '.lora_A.' in name else 1) if last in own else [tensor] * len(parts)
-        for part, block in zip(mine, blocks):
-            start = sum(rows[: parts.index(part)])
-            if '.lora_B.' in name:
-                outside = last in own and (block[:start].any() or block[start + rows[parts.index(part)] :].any())
-                if len(block) != sum(rows) or outside:
-                    what = f'{name} is not of a block for each of {",".join(mine)}'
-                    raise AdapterError(f'{folder}: {what}: merge it with peft, and use the result')
-                block = block[start : start + rows[parts.index(part)]]
-            found[name.replace(last, part)] = block
-    return found
 
 
 CARD = """---

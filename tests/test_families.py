@@ -289,11 +289,12 @@ REFUSED = {
     'short_factor has 2 numbers, not 1': PHI | dict(rope_scaling=LONGROPE | dict(short_factor=[1.0, 1.0])),
     'head_dim=64 is not hidden_size': dict(model_type='stablelm', head_dim=64),
     'logits_scaling=4.0': dict(model_type='llama', logits_scaling=4.0),
+    'use_mrope=True': dict(model_type='qwen2', use_mrope=True),
     'attention_dropout=0.1': dict(model_type='qwen2', attention_dropout=0.1),
     'contradict each other': dict(
         model_type='phi3', partial_rotary_factor=0.5, rope_parameters={'partial_rotary_factor': 1.0}
     ),
-    'partial_rotary_factor lets 0 dimensions': dict(model_type='stablelm'),
+    'partial_rotary_factor 0 dimensions of a head would rotate': dict(model_type='stablelm'),
     "rope_type='proportional'": dict(rope_parameters={'rope_type': 'proportional', 'rope_theta': 1e4}),
     'only one rotation': dict(
         model_type='qwen3',
