@@ -18,7 +18,7 @@ from data import chat, fields, tokenizer
 from data.tokenizer import ADVICE, TokenizerError
 from model import ModelError, rotary_frequencies
 from plumbing import Stop
-from plumbing.hf import fused
+from plumbing.fused import fuse_weights
 from plumbing.terminal import patience
 
 KINDS = ('f16', 'q8_0')
@@ -138,7 +138,7 @@ def tensors_of(model, gguf, kind, architecture, swaps):
         plain = c.rope_theta ** (-torch.arange(0, c.rotary_dim, 2, dtype=torch.float32) / c.rotary_dim)  # (d/2,)
         factors = (plain / rotary_frequencies(c, 0, 'cpu')[0].cpu()).numpy()
         yield 'rope_freqs.weight', factors.shape, np.float32, factors.nbytes, lambda: factors
-    for ours, shape, whole in fused(model.dense_weights(), c.family):
+    for ours, shape, whole in fuse_weights(model.dense_weights(), c):
         theirs, _, leaf = (ours if ours.startswith('lm_head') else f'model.{ours}').rpartition('.')
         heads = next((n for end, n in (('.q_proj', c.n_head), ('.k_proj', c.n_kv_head)) if theirs.endswith(end)), 0)
         dtype, nbytes = stored_as(shape, kind)
