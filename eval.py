@@ -149,7 +149,7 @@ def add_losses(model, tok, sequences, tallies, config, n, what):
     sequences = tqdm(sequences, what, total=n, delay=3, leave=False, disable=None)
     for source, ids, trained, nats in log_likelihoods(model, sequences, config.batch_size):
         if not math.isfinite(nats):
-            raise ModelError('the model computes NaN or infinity: its weights are damaged, or a training that diverged')
+            raise ModelError(sample.NO_NUMBERS)
         counted = [int(i) for i, kept in zip(ids[1:], trained[1:]) if kept]
         tally = tallies[source]
         tally.nats, tally.tokens, tally.examples = tally.nats + nats, tally.tokens + len(counted), tally.examples + 1
@@ -284,7 +284,8 @@ def answer(config, path, rows, solved, template, stop, model, tok, folder, talli
         tokens = max(window // 2, 1)
         note(f'answers are cut at {tokens} tokens, half of the window of {folder}')
     ends = [*ends, *sample.turn_ends(template)]
-    prompts = [template.prompt([*solved, *q.messages], q.tools) for q in rows]
+    bar = tqdm(rows, f'{path}: prompts', delay=3, leave=False, disable=None)
+    prompts = [template.prompt([*solved, *q.messages], q.tools) for q in bar]
     prompts = [fitted(ids, [False] * len(ids), window - tokens - 1, tok)[0] for ids in prompts]
     stops = (lambda ids: stop in tok.decode(ids[-16:])) if stop else None
     made = sample.generate_batch(

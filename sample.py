@@ -61,6 +61,7 @@ seed = 1  # the same seed gives the same text
 device = 'auto'  # 'auto' | 'cpu' | 'cuda': auto uses cuda if it is available
 # ---- end of config ---------------------------------------------------------------------------------------------------
 
+NO_NUMBERS = 'the model computes NaN or infinity: its weights are damaged, or a training that diverged'
 # What generation_config.json may ask for that changes even the likeliest text, and is not done here.
 NOT_DONE = ('no_repeat_ngram_size', 'min_length', 'min_new_tokens', 'bad_words_ids', 'suppress_tokens', 'num_beams')
 NOT_DONE += ('begin_suppress_tokens', 'forced_bos_token_id', 'forced_eos_token_id', 'sequence_bias')
@@ -97,7 +98,7 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
     Raises ModelError if the logits are no numbers."""
     if not math.isfinite(highest := float(logits.max())):
-        raise ModelError('the model computes NaN or infinity: its weights are damaged, or a training that diverged')
+        raise ModelError(NO_NUMBERS)
     if temperature == 0:
         return int(logits.argmax())
     # The likeliest is at 0, so that no temperature, however low, makes an infinity of it.
@@ -107,6 +108,16 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if 0 < top_k < len(p):
         p[top_k:] = 0
     return int(order[torch.multinomial(p, 1, generator=generator)])
+
+
+def choose_each(logits, rows, temperature, top_k, top_p):
+    """choose() for each row of logits (rows, V), with its own generator; the likeliest ones where the logits are."""
+    if temperature:
+        return [choose(one, temperature, top_k, top_p, row.generator) for one, row in zip(logits.cpu(), rows)]
+    highest, tokens = logits.max(1)
+    if not highest.isfinite().all():
+        raise ModelError(NO_NUMBERS)
+    return tokens.tolist()
 
 
 def penalised(logits, ids, penalty):
@@ -175,7 +186,8 @@ def generate_batch(model, prompts, n, eot=None, batch_size=16, stop=None, temper
     the order in which they end, each as `generate` alone would continue it with a generator of seed + index.
 
     A prompt that ends leaves its row of the cache to the next that waits, and what all prompts begin with is computed
-    once. stop(ids): whether to stop after these new ids, besides after an end-of-text id."""
+    once. A rotation that depends on the length of the text follows the longest row. stop(ids): whether to stop after
+    these new ids, besides after an end-of-text id."""
     device, window, ends = model.head.device, model.config.block_size, ends_of(eot)
     waiting = [SimpleNamespace(index=i, ids=first_ids(model, ids, ends)) for i, ids in enumerate(prompts)][::-1]
     slots = min(window, max((len(row.ids) for row in waiting), default=0) + n)
@@ -204,10 +216,10 @@ def generate_batch(model, prompts, n, eot=None, batch_size=16, stop=None, temper
             cache.lengths.append(0)
             fill(len(rows) - 1, row.ids[-window:], len(prefix))
         x = model.hidden(torch.tensor([row.ids[-1:] for row in rows], device=device), cache)  # (rows, 1, D)
-        logits = model.logits(x[:, -1]).cpu()  # (rows, V)
+        tokens = choose_each(model.logits(x[:, -1]), rows, temperature, top_k, top_p)
         for b in reversed(range(len(rows))):
             row = rows[b]
-            row.ids.append(choose(logits[b], temperature, top_k, top_p, row.generator))
+            row.ids.append(tokens[b])
             made = row.ids[row.start :]
             if made[-1] in ends or len(made) == n or (stop and stop(made)):
                 yield row.index, made

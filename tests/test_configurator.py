@@ -318,6 +318,8 @@ def test_bare_word_sets_the_positional_key():
     config = ok('out/mine', '--block_size=8', positional='checkpoint')
     assert (config.checkpoint, config._given['checkpoint']) == ('out/mine', 'command line')
     assert ok('out/mine', config_file('floor = 2'), positional='checkpoint').floor == 2
+    words = ('out/a', '--block_size=8', 'out/b')
+    assert ok(*words, positional='checkpoint', several=True).checkpoint == 'out/a,out/b'
 
 
 def test_bare_word_that_means_nothing_says_what_is_expected():

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run, train, values
 from test_sample import published
 
 import configurator
@@ -96,6 +96,13 @@ def test_the_loss_of_text_is_that_of_each_window_by_source_counted_in_tokens_and
         assert one['loss'] == pytest.approx(loss / tokens, rel=1e-5)
         assert one['perplexity'] == pytest.approx(math.exp(loss / tokens), rel=1e-4)
         assert one['bits_per_byte'] == pytest.approx(loss / math.log(2) / size, rel=1e-5)
+
+
+def test_the_loss_of_a_runs_own_windows_is_its_val_loss(tmp_path, data, capsys):
+    done = train(tmp_path / 'out', data)
+    assert done.returncode == 0, done.stderr
+    (one,) = scored(capsys, tmp_path / 'out/last', f'--data={data}', '--limit=16')  # TINY: 512 tokens in windows of 32
+    assert f'{one["loss"]:.4f}' == values(done.stdout)['val_loss'] and one['tokens'] == 512
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,8 +101,10 @@ def test_no_temperature_is_too_low_or_too_high(temperature, size):
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
 @pytest.mark.parametrize('temperature', [0, 1])
 def test_logits_that_are_no_numbers_are_named(bad, temperature):
-    with pytest.raises(ModelError, match='NaN or infinity: its weights are damaged'):
-        sample.choose(torch.tensor([0.0, bad, 1.0]), temperature)
+    row = SimpleNamespace(generator=None)
+    for function in (sample.choose, lambda one, t: sample.choose_each(one[None], [row], t, 0, 1.0)):
+        with pytest.raises(ModelError, match='NaN or infinity: its weights are damaged'):
+            function(torch.tensor([0.0, bad, 1.0]), temperature)
 
 
 def test_generation_stops_at_the_end_of_text(model):
