@@ -141,6 +141,7 @@ COMPUTED = {
     'pruned_heads': ({}, None),
     'use_bidirectional_attention': (False, None),
     'use_mrope': (False, None),
+    'lm_head_bias': (False, None),
 }
 OLD_LENGTH = {'original_max_position_embeddings': maybe(whole(2, LONGEST))}
 SCALING = {

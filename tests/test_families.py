@@ -21,7 +21,7 @@ import lora
 import sample
 from data import tokenizer
 from data.tokenizer_files import files_of
-from model import LLaMA, ModelConfig, ModelError
+from model import KVCache, LLaMA, ModelConfig, ModelError
 from plumbing import build, checkpoint, hf
 from plumbing.families import config_from_hf, config_to_hf
 
@@ -170,6 +170,19 @@ def test_what_is_read_and_saved_again_is_equal_to_the_byte_and_loads_in_transfor
             assert read == said, key
 
 
+@pytest.mark.parametrize('name', ['qwen3', 'phi4-mini', 'smollm3', 'granite', 'stablelm 2'])
+def test_cached_forward_equals_uncached_for_rows_of_unequal_length(name, made):
+    model = LLaMA.from_pretrained(made(name)[1])
+    with torch.no_grad():
+        expected = model(X[:, :15])
+        cache = KVCache(model.config, batch_size=2)
+        for b, length in enumerate((3, 8)):
+            model(X[b : b + 1, :length], cache=cache.row(b))
+        cache.lengths = [3, 8]
+        found = [model(torch.stack([X[0, 3 + t], X[1, 8 + t]])[:, None], cache=cache)[:, 0] for t in range(7)]
+    close(torch.stack(found, 1), torch.stack([expected[0, 3:10], expected[1, 8:15]]))
+
+
 # ---- config.json: two layouts, and what a field means ------------------------------------------------------------
 
 
@@ -289,6 +302,7 @@ REFUSED = {
     'short_factor has 2 numbers, not 1': PHI | dict(rope_scaling=LONGROPE | dict(short_factor=[1.0, 1.0])),
     'head_dim=64 is not hidden_size': dict(model_type='stablelm', head_dim=64),
     'logits_scaling=4.0': dict(model_type='llama', logits_scaling=4.0),
+    'lm_head_bias=True': PHI | dict(lm_head_bias=True),
     'use_mrope=True': dict(model_type='qwen2', use_mrope=True),
     'attention_dropout=0.1': dict(model_type='qwen2', attention_dropout=0.1),
     'contradict each other': dict(
