@@ -32,11 +32,12 @@ from tqdm import tqdm
 import sample
 from data import DataError, chat, questions, tokenizer
 from data.batches import Examples, Tokens, longest_of, read_meta
-from data.tasks import TASKS, wilson
+from data.tasks import TASKS
 from model import HeadLoss, ModelError, cross_entropy_rows
 from plumbing import Stop
 from plumbing.build import check_tokenizer
 from plumbing.hf import AdapterError
+from plumbing.scores import ANSWERS, LOSSES, Tally, table, with_totals
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 checkpoints = ''  # folders of runs (best/, else last/), of weights or of adapters, separated by commas
@@ -87,31 +88,6 @@ def note(text):
     if text not in noted:
         noted.add(text)
         print(f'note: {text}', file=sys.stderr, flush=True)
-
-
-class Tally:
-    """What is counted of one source of one data set under one checkpoint."""
-
-    def __init__(self, checkpoint, data, source):
-        self.checkpoint, self.data, self.source = checkpoint, data, source
-        self.examples = self.tokens = self.bytes = self.questions = self.cut = self.no_answer = 0
-        self.nats, self.right = 0.0, {}  # right: of each rule
-
-    def summary(self):
-        """What it comes to, as a dict; what was not scored is left out."""
-        found = {'checkpoint': self.checkpoint, 'data': self.data, 'source': self.source}
-        if self.tokens:
-            loss = self.nats / self.tokens
-            found |= {'examples': self.examples, 'tokens': self.tokens, 'bytes': self.bytes, 'loss': loss}
-            found |= {'perplexity': math.exp(min(loss, 700)), 'bits_per_byte': None}
-            if self.bytes:
-                found['bits_per_byte'] = self.nats / math.log(2) / self.bytes
-        if n := self.questions:
-            low, high = wilson(self.right['exact'], n)
-            found |= {'questions': n, 'right': self.right['exact'], 'low': low, 'high': high}
-            found |= {rule: k / n for rule, k in self.right.items()}
-            found |= {'cut': self.cut / n, 'no_answer': self.no_answer / n}
-        return found
 
 
 # ---- likelihood ------------------------------------------------------------------------------------------------------
@@ -322,50 +298,8 @@ def record(out, q, tallies, **what):
 # ---- what is printed -------------------------------------------------------------------------------------------------
 
 
-def shortened(text, width):
-    return text if len(text) <= width else '\u2026' + text[1 - width :]
-
-
-LOSSES = {
-    'examples': ('examples', '{:,}'),
-    'tokens': ('tokens', '{:,}'),
-    'loss': ('loss', '{:.4f}'),
-    'perplexity': ('perplexity', '{:.4g}'),
-    'bits_per_byte': ('bits/byte', '{:.4f}'),
-}
-ANSWERS = {
-    'questions': ('questions', '{:,}'),
-    'exact': ('exact', '{:.1%}'),
-    'interval': ('95 % interval', '{}'),
-    'strict': ('strict', '{:.1%}'),
-    'flexible': ('flexible', '{:.1%}'),
-    'cut': ('cut', '{:.1%}'),
-    'no_answer': ('none', '{:.1%}'),
-}
-
-
-def table(found, columns):
-    """Lines of a table of at most 100 columns, a line for each dict that has the first of the columns."""
-    found = [one for one in found if next(iter(columns)) in one]
-    if not found:
-        return []
-    names = ('checkpoint', 'data', 'source')
-    lines = [[*names, *(title for title, _ in columns.values())]]
-    for one in found:
-        if 'low' in one:
-            one = one | {'interval': f'{one["low"]:.1%} to {one["high"]:.1%}'}
-        shown = [form.format(one[key]) if one.get(key) is not None else '-' for key, (_, form) in columns.items()]
-        lines.append([*(one[name] for name in names), *shown])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    room = 100 - sum(widths[3:]) - 2 * (len(widths) - 1)
-    while sum(widths[:3]) > room:
-        widths[widths.index(max(widths[:3]))] -= 1
-    lines = [[*map(shortened, line[:3], widths), *line[3:]] for line in lines]
-    aligned = ([f'{t:<{w}}' if i < 3 else f'{t:>{w}}' for i, (t, w) in enumerate(zip(line, widths))] for line in lines)
-    return ['  '.join(line).rstrip() for line in aligned]
-
-
 def report(config, tallies):
+    tallies = with_totals(tallies)
     found = [summary for tally in tallies if len(summary := tally.summary()) > 3]
     if config.json:
         print(dumps(found))

@@ -46,12 +46,13 @@ def written(path, rows):
     return path
 
 
-def scored(capsys, *words):
+def scored(capsys, *words, totals=False):
     """What eval.py prints as JSON, in this process."""
     words = [*map(str, words), '--json', '--device=cpu']
     scoring.noted.clear()
     scoring.main(configurator.load(ROOT / 'eval.py', words, scoring.problems, positional='checkpoints', several=True))
-    return json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)
+    return [one for one in found if totals or one['source'] != 'all sources']
 
 
 @torch.no_grad()
@@ -199,6 +200,17 @@ def test_two_checkpoints_are_scored_side_by_side_on_the_same_questions(tmp_path,
     first, second = ([o for o in found if o['checkpoint'] == str(name)] for name in (folder, other))
     assert [(o['source'], o['questions']) for o in first] == [(o['source'], o['questions']) for o in second]
     assert sum(o['questions'] for o in first) == 3
+
+
+def test_several_sources_have_a_total_that_weighs_each_by_what_it_has(tmp_path, folder, capsys):
+    path = written(tmp_path / 'q.jsonl', QUESTIONS)
+    *parts, total = scored(capsys, folder, f'--data={path}', '--tokens=8', totals=True)
+    assert total['source'] == 'all sources' and len(parts) == 2
+    for name in ('examples', 'tokens', 'bytes', 'questions', 'right'):
+        assert total[name] == sum(one[name] for one in parts)
+    nats = sum(one['loss'] * one['tokens'] for one in parts)
+    assert total['loss'] == pytest.approx(nats / total['tokens'])
+    assert total['flexible'] == pytest.approx(sum(one['flexible'] * one['questions'] for one in parts) / 5)
 
 
 class Fixed:
