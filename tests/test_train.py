@@ -250,7 +250,7 @@ def test_every_key_has_a_comment_and_the_design_names_are_there():
         'methods/fira.py': galore,
         'methods/apollo.py': 'rank update_proj_gap scale tensorwise',
         'loqt.py': 'rank scale update_proj_gap psi compensation refresh stagger moments quantize double_quant',
-        'lora.py': 'rank scale quantize double_quant dropout merge_every train_rest lora_targets',
+        'lora.py': 'rank scale rslora lora_plus quantize double_quant dropout merge_every train_rest lora_targets',
         'coreset.py': 'coreset_from coreset_norm coreset_weights coreset_clusters keep_small zo_directions '
         'coreset_sparsity',
     }.items():
@@ -338,7 +338,8 @@ def test_a_packed_checkpoint_is_smaller_samples_alike_and_becomes_a_plain_folder
     texts = [run(['sample.py', *words]), run(['sample.py', tmp_path / 'merged/last', *words[1:3]])]
     assert texts[0].returncode == 0 and texts[0].stdout != '', texts
     if dtype == 'float32':  # in bf16 a sum of factors rounds otherwise than their product
-        assert texts[0].stdout == f'written: {tmp_path / "plain"}\n' + texts[1].stdout
+        said = texts[0].stdout.partition('written: ')[2]  # before it, what merging an adapter changed
+        assert said == f'{tmp_path / "plain"}\n' + texts[1].stdout
     assert same(weights(tmp_path / 'plain'), weights(tmp_path / 'merged/last'))
     assert run(['sample.py', tmp_path / 'plain', *words[1:3]]).stdout == texts[1].stdout, 'with its tokenizer'
     for flag in ('--method=galore', f'--method={method}'):
@@ -542,7 +543,7 @@ def test_resuming_a_finished_run_says_that_there_is_nothing_to_do(finished, data
 def test_nothing_to_resume_and_no_such_data_set(tmp_path, data):
     assert_one_sentence(train(tmp_path, data, '--init_from=resume'), 'does not exist, nothing to resume')
     assert_one_sentence(
-        train(tmp_path, 'pystdlb'), r'no data set pystdlb \(did you mean pystdlib\?\): use one of c4, pystdlib'
+        train(tmp_path, 'pystdlb'), r'no data set pystdlb \(did you mean pystdlib\?\): use one of c4, .*pystdlib'
     )
     assert_one_sentence(
         train(tmp_path, 'c4'), r'data/c4/meta.json does not exist: run python .*data/c4/prepare.py first'
