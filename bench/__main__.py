@@ -60,9 +60,9 @@ stall_sizes = '130m:1 1b:1'  # few blocks, since whole periods of steps are time
 periods = 2  # refresh periods to time; each step counts with its fastest time
 
 # examples: rows of many lengths
-example_sizes = '60m'  # models
-examples_a_step = 32  # the same ones for all
-examples_at_once = 32  # in a padded micro-batch; packed ones have a quarter as many windows
+example_sizes = '60m:2'  # models
+examples_a_step = 64  # the same ones for all
+examples_at_once = 64  # in a padded micro-batch; packed ones have a quarter as many windows
 
 # states: bytes of whole models, nothing is timed
 claim_sizes = '1b 7b'  # models for the paper's percentages: 8-bit states, total training memory
