@@ -202,6 +202,16 @@ def test_logits_of_packed_rows_equal_transformers():
         assert (ours(x) - ours(x, pieces=pieces)).abs().max() > 0.01, 'without pieces they see each other'
 
 
+@pytest.mark.parametrize('name', ['adamw', 'loqt', 'lora'])
+def test_recomputed_blocks_see_the_same_pieces(name, folder):
+    data, (model, optimizer) = Examples(folder, 'train', WINDOW), prepared(name)
+    batches = [(x, y, None, pieces) for x, y, _, pieces in (data.batch(0, t, 2) for t in range(2))]
+    found = []
+    for model.checkpointing in (False, True):
+        found.append(step_of(model, optimizer, batches))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_neighbours_and_their_order_change_nothing(folder):
     data = Examples(folder, 'train', WINDOW)
     model = LLaMA(ModelConfig(n_layer=2, n_head=4, n_embd=32, n_inner=64, vocab_size=61, block_size=WINDOW))
