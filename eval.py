@@ -40,7 +40,7 @@ from plumbing.hf import AdapterError
 from plumbing.scores import ANSWERS, LOSSES, Tally, table, with_totals
 
 # ---- config ----------------------------------------------------------------------------------------------------------
-checkpoints = ''  # folders of runs (best/, else last/), of weights or of adapters, separated by commas
+checkpoints = ''  # folders of runs (best/, else last/), of weights or of adapters, or names on the hub, with commas
 data = ''  # what to score, separated by commas: a prepared folder (loss alone), FILE.jsonl with questions and answers,
 #            gsm8k:FILE.jsonl, math:FILE.jsonl or choice:FILE.jsonl; gsm8k and math alone are downloaded
 score = 'all'  # 'all' | 'loss' | 'answers': of questions, the loss of their right answers, what the model answers, both
@@ -305,7 +305,8 @@ def report(config, tallies):
         print(dumps(found))
         return
     lines = [part for part in (table(found, LOSSES), table(found, ANSWERS)) if part]
-    print('\n\n'.join('\n'.join(part) for part in lines))
+    if lines:
+        print('\n\n'.join('\n'.join(part) for part in lines))
     if any('strict' in one for one in found):
         print('\nexact: our rule; strict, flexible: those of lm-evaluation-harness; cut: at the longest answer')
         print('none: answers in which our rule finds none; what is not an answer is never right')

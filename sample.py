@@ -27,6 +27,7 @@ import contextlib
 import itertools
 import math
 import os
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -43,7 +44,7 @@ from plumbing.hf import AdapterError, weights_folder
 from quant import Packed
 
 # ---- config ----------------------------------------------------------------------------------------------------------
-checkpoint = ''  # folder of a run (its best/, else last/, is used) or of weights; --checkpoint= may be left out
+checkpoint = ''  # folder of a run (its best/, else last/, is used) or of weights, or a name on the Hugging Face hub
 prompt = '\n'  # text to continue; - reads it from standard input
 tokens = 200  # maximum number of new tokens; an end-of-text token stops earlier. In a chat: of each answer, if given
 samples = 1  # number of texts to generate, one after the other
@@ -262,8 +263,11 @@ def free_memory():
 
 def load(checkpoint, device, factors=False):
     """-> the model of a run, of a Hugging Face folder or of an adapter; its tokenizer; the folder its files are in.
+    A model that is no folder here, ORGANISATION/NAME, is downloaded from the hub.
 
     factors: for LoRA's A and B, which a run's folder keeps beside dense weights."""
+    if re.fullmatch(r'(?!out/)\w[\w.-]*/[\w.-]+', checkpoint) and not os.path.exists(checkpoint):
+        checkpoint = hf.download(checkpoint)
     folder = weights_folder(checkpoint)
     verify(folder, weights_alone=not factors)
     if adapter := hf.read_adapter(checkpoint):

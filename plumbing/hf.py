@@ -324,6 +324,6 @@ def download(name):
     except Exception as error:
         reason = first_line(error)
         raise ModelError(
-            f"init_from='{name}' is no folder here and the hub did not give it ({reason}): "
+            f"'{name}' is no folder here and the hub did not give it ({reason}): "
             'name a folder with config.json and model.safetensors'
         ) from None

@@ -288,6 +288,19 @@ def test_a_greedy_batch_is_that_of_transformers(tmp_path):
     assert all(not any(ids[len(ours[i]) :]) for i, ids in enumerate(made))
 
 
+def test_a_name_on_the_hub_is_downloaded(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    folder, asked = published(tmp_path, None), []
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda name, **k: asked.append(name) or str(folder))
+    model, _, where = sample.load('some-one/A_model-1.7B', 'cpu')
+    assert asked == ['some-one/A_model-1.7B'] and where == str(folder) and model.config.vocab_size == 420
+    for typed in ('out/typo', 'no/such/folder', './a/b', 'typo'):
+        with pytest.raises(ModelError, match=r'holds no config.json, best/ or last/'):
+            sample.load(typed, 'cpu')
+    assert len(asked) == 1
+
+
 def test_what_is_not_done_of_a_generation_config_is_named(tmp_path, capsys):
     folder = published(tmp_path, None, generation={'no_repeat_ngram_size': 3, 'num_beams': 1, 'bad_words_ids': [[5]]})
     notes = [line for line in said(capsys, folder, '--tokens=1').err.splitlines() if line.startswith('note: ')]
