@@ -35,7 +35,7 @@ from data.batches import Examples, Tokens, longest_of, read_meta
 from data.tasks import TASKS
 from model import HeadLoss, ModelError, cross_entropy_rows
 from plumbing import Stop
-from plumbing.build import check_tokenizer
+from plumbing.build import ROOT, check_tokenizer
 from plumbing.hf import AdapterError
 from plumbing.scores import ANSWERS, LOSSES, Tally, table, with_totals
 
@@ -312,21 +312,31 @@ def report(config, tallies):
         print('none: answers in which our rule finds none; what is not an answer is never right')
 
 
+def prepared(path):
+    """The folder that prepare.py filled, named as it is or as in --dataset; None for a file, or a rule's own data."""
+    ours = os.path.join(ROOT, 'data', path)
+    if not os.path.exists(path) and path not in questions.PUBLISHED and os.path.exists(os.path.join(ours, 'meta.json')):
+        return ours
+    return path if os.path.isdir(path) else None
+
+
 def main(config):
     device = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
-    paths = [path.strip() for path in config.data.split(',')]
-    sets = {path: None if os.path.isdir(path) else questions.find(path) for path in paths}  # errors come at once
+    # What cannot be scored is said at once, not after hours of what can.
+    places = {name: sample.located(name) for name in map(str.strip, config.checkpoints.split(','))}
+    paths = {path: prepared(path) for path in map(str.strip, config.data.split(','))}
+    sets = {path: None if place else questions.find(path) for path, place in paths.items()}
     sets = {path: rows and questions.drawn(rows, config.limit, config.seed) for path, rows in sets.items()}
     tallies = {}
     try:
         with open(config.answers or os.devnull, 'x' if config.answers else 'w', encoding='utf-8') as out:
-            for checkpoint in map(str.strip, config.checkpoints.split(',')):
-                model, tok, folder = sample.load(checkpoint, device)
+            for checkpoint, place in places.items():
+                model, tok, folder = sample.load(place, device)
                 here = tallies[checkpoint] = {}
                 with sample.decoded(model):
                     for path, rows in sets.items():
                         if rows is None:
-                            score_folder(config, path, checkpoint, model, tok, folder, here)
+                            score_folder(config, paths[path], checkpoint, model, tok, folder, here)
                         else:
                             score_questions(config, path, rows, checkpoint, model, tok, folder, here, out)
                 del model

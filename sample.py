@@ -261,13 +261,20 @@ def free_memory():
         return 0
 
 
+def located(checkpoint):
+    """Its folder, once it is downloaded if it is a model's name on the hub. Raises ModelError if there is no model."""
+    if re.fullmatch(r'(?!out/)\w[\w.-]*/[\w.-]+', checkpoint) and not os.path.exists(checkpoint):
+        checkpoint = hf.download(checkpoint)
+    weights_folder(checkpoint)
+    return checkpoint
+
+
 def load(checkpoint, device, factors=False):
     """-> the model of a run, of a Hugging Face folder or of an adapter; its tokenizer; the folder its files are in.
     A model that is no folder here, ORGANISATION/NAME, is downloaded from the hub.
 
     factors: for LoRA's A and B, which a run's folder keeps beside dense weights."""
-    if re.fullmatch(r'(?!out/)\w[\w.-]*/[\w.-]+', checkpoint) and not os.path.exists(checkpoint):
-        checkpoint = hf.download(checkpoint)
+    checkpoint = located(checkpoint)
     folder = weights_folder(checkpoint)
     verify(folder, weights_alone=not factors)
     if adapter := hf.read_adapter(checkpoint):

@@ -16,7 +16,7 @@ from data import DataError, chat, questions, tokenizer
 from data.batches import read_meta
 from data.common import Writer
 from data.examples import ExampleWriter
-from model import LLaMA, ModelConfig
+from model import LLaMA, ModelConfig, ModelError
 from plumbing import Stop
 
 QUESTIONS = [
@@ -316,14 +316,16 @@ def test_what_cannot_be_scored_is_one_sentence_and_nothing_is_written_over(tmp_p
         (): 'no checkpoint: type python eval.py FOLDER',
         (folder,): 'no data: add --data=FOLDER',
         (folder, '--data=no/such.jsonl'): 'no/such.jsonl is no file here',
+        (folder, 'no/such/folder', f'--data={path}'): 'no/such/folder holds no config.json, best/ or last/',
         (folder, f'--data={path}', f'--answers={path}'): 'is there already: choose another name',
         (folder, f'--data={path}', '--shots=3'): 'give both or neither',
         (folder, f'--data={path}', '--tokens=200'): 'leaves no room for a question',
         (folder, f'--data={path}', '--template=chatml'): 'needs the special token <|im_start|>',
     }.items():
-        with pytest.raises((configurator.ConfigError, DataError, Stop, tokenizer.TokenizerError)) as error:
+        with pytest.raises((configurator.ConfigError, DataError, ModelError, Stop, tokenizer.TokenizerError)) as error:
             scored(capsys, *words)
         assert sentence in str(error.value)
+        assert 'loss' not in capsys.readouterr().out or 'no room' in sentence  # said before anything is scored
     assert path.read_text().count('\n') == len(QUESTIONS)
     done = run(['eval.py', folder, '--data=no/such.jsonl'])
     assert done.returncode == 1 and done.stderr.startswith('error: no/such.jsonl is no file here')
