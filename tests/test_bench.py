@@ -16,7 +16,7 @@ PARTS = ['optimizer', 'training', 'stall', 'refresh', 'memory']
 TINY = [f'--{name}_sizes=9m:1' for name in PARTS] + ['--claim_sizes=9m', '--state_sizes=9m 60m', '--real_sizes=9m']
 TINY += ['--repeats=3', '--seconds=1', '--rounds=1', '--batch_size=1', '--periods=1', '--amortised_over=20']
 TINY += ['--refreshes=1', '--update_proj_gap=5', '--merge_sizes=9m']
-TINY += ['--example_sizes=9m:1', '--examples_a_step=8', '--examples_at_once=4']
+TINY += ['--example_sizes=9m:1', '--examples_a_step=4', '--examples_at_once=4']
 AUTHORS = bool(importlib.util.find_spec('galore_torch'))
 
 

@@ -34,6 +34,7 @@ from plumbing import build, checkpoint
 TINY = dict(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_inner=56, vocab_size=61, block_size=32)
 CONFIG = LOQT | GALORE | dict(learning_rate=1e-3, moments='keep', update_proj_gap=4)
 CONFIG |= dict(dropout=0.0, merge_every=0, train_rest='auto', lora_targets='all', init_from='scratch')
+CONFIG |= dict(rslora=False, lora_plus=1.0)
 METHODS = {'adamw': adam, 'galore': galore, 'loqt': loqt, 'lora': lora}
 
 
