@@ -1,5 +1,6 @@
 """Every command of the README, run in its order: as it is typed where that takes moments, else with a tiny model."""
 
+import json
 import os
 import re
 import shlex
@@ -21,6 +22,9 @@ SHORT = ['--max_iters=2', '--warmup_iters=0', '--lr_decay_iters=0', '--eval_inte
 SHORT += ['--sample_tokens=4', '--batch_size=2', '--block_size=32', '--log_interval=1', '--device=cpu']
 SHORT += ['--gradient_accumulation_steps=2', '--save_interval=0', '--dtype=float32']
 TINY = ['--n_layer=2', '--n_embd=32', '--n_head=4', '--n_inner=64', '--dataset=pystdlib', '--vocab_size=0']
+# A chat template of ordinary text.
+CHAT = """{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' }}
+{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
 
 
 @pytest.fixture(scope='module')
@@ -46,11 +50,15 @@ def checkout(tmp_path_factory):
     bpe.train_from_iterator([text], trainer)
     config = transformers.LlamaConfig(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=0,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=0,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(model)
     bpe.save(str(model / 'tokenizer.json'))
     shutil.copy(model / 'config.json', folder / 'path' / 'to' / 'config.json')
+    (model / 'chat_template.jinja').write_text(CHAT)
+    rows = [{'question': f'What is {i} + {i}?', 'answer': f'{i} + {i} = {2 * i}\n#### {2 * i}'} for i in range(60)]
+    for name in ('mine', 'test'):
+        (folder / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     return folder
 
 
@@ -61,9 +69,12 @@ def shortened(command):
         words = [word.replace('nproc_per_node=8', 'nproc_per_node=2') for word in words]
         own = any(word.startswith(('--init_from=', '--dataset=')) for word in words)
         rank = ['--rank=8'] * ('adamw' not in command and 'rank=1' not in command)
-        return words + SHORT + (TINY if not own else TINY[:4] * ('init_from' not in command)) + rank
+        short = [word for word in SHORT if 'instruct' not in command or 'block_size' not in word]
+        return words + short + (TINY if not own else TINY[:4] * ('init_from' not in command)) + rank
     if words[0] == 'sample.py':
         return [*words, '--tokens=4']
+    if words[0] == 'eval.py':
+        return [*words, '--tokens=4', '--limit=4']
     if words[0] == 'data/c4/prepare.py':
         return [words[0], '--help']  # it streams from the hub
     if words[0] == 'data/shakespeare/prepare.py':
@@ -79,12 +90,13 @@ def test_the_readmes_commands_run_in_their_order(checkout):
     for command in COMMANDS:
         words = shortened(command)
         done = subprocess.run(
-            [sys.executable, *words], cwd=checkout, capture_output=True, text=True, timeout=300, env=environment
-        )
+            [sys.executable, *words], cwd=checkout, capture_output=True, text=True, timeout=300, env=environment,
+            input='Hello!\n' if '--chat' in words else '',
+        )  # fmt: skip
         how = f'{command}\nrun as {shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}'
         assert done.returncode == 0, how
     made = {path.name for path in (checkout / 'out').iterdir()}
-    assert {'galore_laptop', 'adapter', 'merged', 'merged_lora', 'on', 'mine', 'qgalore_7b'} <= made
+    assert {'galore_laptop', 'adapter', 'merged', 'merged_lora', 'tuned.q8_0.gguf', 'on', 'mine', 'qgalore_7b'} <= made
 
 
 def test_the_loops_of_your_own_run():
