@@ -1,4 +1,4 @@
-"""Llama-2-7B fine-tuned on GSM8K with LoQT's published hyper-parameters (arXiv 2405.16528, appendix): one merge, then none.
+"""Llama-2-7B fine-tuned on GSM8K as LoQT's paper does it (2405.16528, appendix): one subspace for all steps.
 
 4 examples x 4 micro-batches = 16 examples a step; 1,401 steps = 22,416 examples: three epochs.
     python data/gsm8k/prepare.py --tokenizer=meta-llama/Llama-2-7b-hf --template=qa --max_tokens=512

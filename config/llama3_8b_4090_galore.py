@@ -1,7 +1,7 @@
-"""Llama-3.1-8B fine-tuned on examples of your own with GaLore, on one 24 GB card: all weights train, with 8-bit states in main memory.
+"""Llama-3.1-8B fine-tuned on examples of your own by GaLore on one 24 GB card: all weights train.
 
 4 windows x 2048 tokens x 1 micro-batch = 8,192 tokens a step; 2,000 steps = 16.4M tokens.
-Planned peak of 21.04 GB.
+8-bit states wait in main memory. Planned peak of 21.04 GB.
     python data/instruct/prepare.py --input=my.jsonl --tokenizer=meta-llama/Llama-3.1-8B-Instruct
     python train.py config/llama3_8b_4090_galore.py
     python sample.py out/llama3_8b_4090_galore --chat

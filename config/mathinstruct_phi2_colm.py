@@ -3,7 +3,7 @@
 4 examples x 16 micro-batches = 64 examples a step; 1,024 steps = 65,536 examples.
 Phi-2's blocks are not LLaMA's: until transformers' own modules can be trained, train.py refuses it in a sentence, and
 memest.py --hf=microsoft/phi-2 plans it.
-    python data/mathinstruct/prepare.py --tokenizer=microsoft/phi-2 --max_tokens=512 --too_long=truncate
+    python data/mathinstruct/prepare.py --tokenizer=microsoft/phi-2 --too_long=truncate --max_tokens=512
     python train.py config/mathinstruct_phi2_colm.py
 """
 

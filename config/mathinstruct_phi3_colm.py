@@ -1,7 +1,8 @@
 """Phi-3-mini on MathInstruct with CoLM as published: LoRA, each step on 64 of 128 examples (arXiv 2407.19580).
 
 4 examples x 16 micro-batches = 64 examples a step; 1,024 steps = 65,536 examples.
-    python data/mathinstruct/prepare.py --tokenizer=microsoft/Phi-3-mini-4k-instruct --max_tokens=512 --too_long=truncate
+    python data/mathinstruct/prepare.py --max_tokens=512 --too_long=truncate \
+        --tokenizer=microsoft/Phi-3-mini-4k-instruct
     python train.py config/mathinstruct_phi3_colm.py
 """
 

@@ -1,7 +1,8 @@
 """Phi-3-mini on MathInstruct with LoRA on 128 random examples a step: what CoLM is held against.
 
 4 examples x 32 micro-batches = 128 examples a step; 1,024 steps = 131,072 examples.
-    python data/mathinstruct/prepare.py --tokenizer=microsoft/Phi-3-mini-4k-instruct --max_tokens=512 --too_long=truncate
+    python data/mathinstruct/prepare.py --max_tokens=512 --too_long=truncate \
+        --tokenizer=microsoft/Phi-3-mini-4k-instruct
     python train.py config/mathinstruct_phi3_lora.py
 """
 

@@ -1,7 +1,7 @@
 """StableLM Zephyr 3B on MathInstruct with CoLM as published: LoRA, each step on 64 of 128 examples (arXiv 2407.19580).
 
 4 examples x 16 micro-batches = 64 examples a step; 1,024 steps = 65,536 examples.
-    python data/mathinstruct/prepare.py --tokenizer=stabilityai/stablelm-zephyr-3b --max_tokens=512 --too_long=truncate
+    python data/mathinstruct/prepare.py --tokenizer=stabilityai/stablelm-zephyr-3b --too_long=truncate --max_tokens=512
     python train.py config/mathinstruct_zephyr_colm.py
 """
 

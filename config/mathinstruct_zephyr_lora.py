@@ -1,7 +1,7 @@
 """StableLM Zephyr 3B on MathInstruct with LoRA on 128 random examples a step: what CoLM is held against.
 
 4 examples x 32 micro-batches = 128 examples a step; 1,024 steps = 131,072 examples.
-    python data/mathinstruct/prepare.py --tokenizer=stabilityai/stablelm-zephyr-3b --max_tokens=512 --too_long=truncate
+    python data/mathinstruct/prepare.py --tokenizer=stabilityai/stablelm-zephyr-3b --too_long=truncate --max_tokens=512
     python train.py config/mathinstruct_zephyr_lora.py
 """
 

@@ -1,7 +1,7 @@
-"""Qwen2.5-7B fine-tuned on examples of your own with GaLore, on one 24 GB card: all weights train, with 8-bit states in main memory.
+"""Qwen2.5-7B fine-tuned on examples of your own by GaLore on one 24 GB card: all weights train.
 
 4 windows x 2048 tokens x 1 micro-batch = 8,192 tokens a step; 2,000 steps = 16.4M tokens.
-Planned peak of 19.71 GB.
+8-bit states wait in main memory. Planned peak of 19.71 GB.
     python data/instruct/prepare.py --input=my.jsonl --tokenizer=Qwen/Qwen2.5-7B-Instruct
     python train.py config/qwen25_7b_4090_galore.py
     python sample.py out/qwen25_7b_4090_galore --chat
