@@ -311,7 +311,7 @@ def main(config):
         report.evaluated(evaluate(model, val_data, config, here), begin, config, here)
         return here.finish()
     files = files_of(folder, begin.weights, tok=tok)
-    plan = announce(config, model, folder, meta, begin, here) if here.rank == 0 else None
+    plan = announce(config, model, folder, meta, begin, here, train_data.windows) if here.rank == 0 else None
     log = report.Log(config, model, plan, begin, here)
     measure = Measure(model, optimizer, here.on_cuda, building.peak, config.compile)
     stop = parallel.CtrlC(here)
@@ -380,10 +380,10 @@ def check_size(config, here):
             raise Stop(too_much)
 
 
-def announce(config, model, folder, meta, begin, here):
+def announce(config, model, folder, meta, begin, here, windows):
     """Print what the run is about to do, what of it has changed since it was saved, and whether it fits. -> Plan"""
     plan = plan_memory(config, model.config, here.device, here.dtype, model.activation_dtype)
-    report.print_plan(config, model, plan, folder, meta, here.device)
+    report.print_plan(config, model, plan, folder, meta, here.device, windows)
     report.print_times(config, eval_tokens_of(config), warmup_of(config))
     report.print_changes(config, begin, learning_rate_at)
     if here.on_cuda and plan.card > here.room:

@@ -163,7 +163,8 @@ def where_from(config):
         meta = None
     vocab_size = meta['vocab_size'] if meta else SIZES[config.model]['vocab_size']
     if config.init_from not in ('scratch', 'resume') and not os.path.isdir(config.init_from):
-        raise Stop(f"init_from='{config.init_from}' is no folder here, and a dry run downloads nothing")
+        what = f"init_from='{config.init_from}' is no folder here, and a dry run downloads nothing"
+        raise Stop(f'{what}: use --init_from=FOLDER, in which its config.json is enough')
     source = None if config.init_from in ('scratch', 'resume') else weights_folder(config.init_from)
     return folder, meta, vocab_size, source
 

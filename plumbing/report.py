@@ -76,8 +76,9 @@ def joined(parts):
 # ---- before, during and after the loop ----------------------------------------------------------------------------
 
 
-def print_plan(config, model, plan, folder, meta, device):
-    """Print what the run is about to do, with the arithmetic. meta: None if the data is not prepared yet (dry run)."""
+def print_plan(config, model, plan, folder, meta, device, windows=0):
+    """Print what the run is about to do, with the arithmetic. meta: None if the data is not prepared yet (dry run).
+    windows: in an epoch, where they are known; examples leave room in theirs, which the tokens alone do not tell."""
     c, total = config, tokens_a_step(config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dtype = str(model.head.dtype).removeprefix('torch.')
@@ -109,6 +110,8 @@ def print_plan(config, model, plan, folder, meta, device):
         epochs, tokens = f' = {total * c.max_iters / meta["train_examples"]:.2f} epochs', 'examples'
     else:
         rows, tokens = f'{count(c.batch_size, "window")} x {c.block_size} tokens', 'tokens'
+        if meta and meta['examples'] and windows:
+            epochs = f' = {total // c.block_size * c.max_iters / windows:.2f} epochs'
     print(
         f'step: {rows} x {micro_batches} = {total:,} {tokens}; '
         f'{count(c.max_iters, "step")} = {total * c.max_iters:,} {tokens}{epochs}',

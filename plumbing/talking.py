@@ -11,6 +11,7 @@ Ctrl-C while an answer is being written stops it there. A line that ends in a ba
 """
 
 import contextlib
+import difflib
 import re
 
 from data.chat import ChatError
@@ -35,7 +36,7 @@ def talk(template, tok, answer, window, tokens=None):
                 system = [{'role': 'system', 'content': rest.strip()}] if rest.strip() else []
             messages = []
             print('a new conversation' + f', to which is said: {rest.strip()}' * bool(rest.strip()))
-        elif re.fullmatch(r'/[a-z]+', line.strip()):
+        elif re.fullmatch(r'/[a-z]+', line.strip()) or difflib.get_close_matches(command, COMMANDS, 1, 0.7):
             print(f'{command} is no command: there are {", ".join(COMMANDS)}')
         elif line.strip():
             asked = [*messages, {'role': 'user', 'content': line}]

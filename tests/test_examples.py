@@ -458,6 +458,9 @@ def test_a_run_says_what_it_reads(folder, tmp_path, capsys):
     assert f'data: {len(LENGTHS)} train examples with {sum(n // 2 for n in LENGTHS)} trained tokens and 3 val' in out
     assert f'step: 2 windows x {WINDOW} tokens x 2 micro-batches = {4 * WINDOW} tokens; ' in out
     data = Examples(folder, 'train', WINDOW)
+    assert f'tokens = {4 * 3 / data.windows:.2f} epochs' in out, (
+        'of windows, which hold fewer tokens than they have room for'
+    )
     per_window = (sum(LENGTHS) - len(LENGTHS)) / data.windows
     assert f'\ntokens: {round(3 * 4 * per_window)}\n' in out, 'fillers are not counted'
     session(tmp_path / 'out2', folder, *FLAGS, '--max_iters=3', '--packing=False')

@@ -82,10 +82,11 @@ def test_each_turn_is_given_all_before_it_and_commands_begin_anew(folder, monkey
 
 
 def test_empty_lines_unknown_commands_and_lines_that_go_on(folder, monkeypatch, capsys):
-    asked = talk(monkeypatch, folder, '', '  ', '/rest', '/etc/x is it', 'a\\', 'b', texts=['1', '2'])
+    asked = talk(monkeypatch, folder, '', '  ', '/rest', '/sytem be kind', '/etc/x is it', 'a\\', 'b', texts=['1', '2'])
     assert [text for text, _ in asked] == ['<|user|>/etc/x is it<|end|>', asked[1][0]]
     assert asked[1][0].endswith('<|user|>a\nb<|end|>')
-    assert '/rest is no command: there are /reset, /system, /quit' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert all(f'{word} is no command: there are /reset, /system, /quit' in out for word in ('/rest', '/sytem'))
 
 
 def test_names_of_special_tokens_that_are_typed_end_no_turn(folder, monkeypatch):
