@@ -17,6 +17,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import configurator
@@ -56,7 +57,12 @@ RUNS = {  # name: config, flags
     'loqt_7b_4090': ('loqt_7b_4090', TWO),
     'loqt_13b_4090': ('loqt_13b_4090', TWO),
     'galore_7b': ('galore_7b', ['--gradient_accumulation_steps=1']),
+    'qwen25_7b_4090_galore': ('qwen25_7b_4090_galore', []),
+    'qwen25_7b_4090_qlora': ('qwen25_7b_4090_qlora', TWO),
+    'llama3_8b_4090_galore': ('llama3_8b_4090_galore', []),
+    'llama3_8b_4090_qlora': ('llama3_8b_4090_qlora', TWO),
 }  # fmt: skip
+PRETRAINED = {'qwen25': 'Qwen2.5-7B-Instruct', 'llama3': 'Llama-3.1-8B-Instruct'}  # their config.json, in tests/models/
 KINDS = (  # of kernels, by their names; the first that fits
     ('attention', r'flash|fmha|attention|sdpa'),
     ('matrix products', r'gemm|cutlass|nvjet|xmma|wgmma|cublas'),
@@ -78,26 +84,40 @@ def problems(config):
 # ---- one run, in its own process -------------------------------------------------------------------------------------
 
 
-def prepared(name):
-    """-> config, model, optimizer, and a function that takes one step of a run on this card."""
+def prepared(name, folder):
+    """-> config, model, optimizer, and a function that takes one step of a run on this card. folder: an empty one."""
     import torch
 
     import train
-    from plumbing.build import build_model, layers_of
+    from bench.examples import written
+    from data.batches import Examples
+    from plumbing.build import ROOT, build_model, layers_of
 
     file, flags = RUNS[name]
+    shape, vocabulary = PRETRAINED.get(name.split('_')[0]), 32000
     flags = [*([f'config/{file}.py'] if file else []), *flags, '--device=cuda', '--dtype=bfloat16']
-    config = configurator.load(train.__file__, [*flags, '--vocab_size=32000'], train.problems)
+    if shape:  # of a real model, its weights random, and examples in packed windows
+        flags += [f'--init_from={os.path.join(ROOT, "tests", "models", shape)}', f'--dataset={written(folder, 2000)}']
+    else:
+        flags += [f'--vocab_size={vocabulary}']
+    config = configurator.load(train.__file__, flags, train.problems)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision('high')  # as train.py does
-    if name.endswith('_4090'):
+    if '_4090' in name:
         torch.cuda.set_per_process_memory_fraction(AS_24_GB / torch.cuda.get_device_properties(0).total_memory)
-    model = build_model(config, '', 32000, torch.bfloat16, 'cuda', linear=layers_of(config))
+    source, device = (config.init_from, 'meta') if shape else (None, 'cuda')
+    model = build_model(config, '', vocabulary, torch.bfloat16, device, source, layers_of(config))
+    if shape:
+        model.materialise('cuda', config.seed)
     optimizer = train.setup(model, config)
     forward = torch.compile(model) if config.compile else model
-    shape = config.batch_size, config.block_size
-    tokens = [torch.randint(32000, shape, device='cuda') for _ in range(config.gradient_accumulation_steps)]
-    batches = [(x, x.roll(-1, 1)) for x in tokens]
+    parts = range(config.gradient_accumulation_steps)
+    if shape:
+        data = Examples(folder, 'train', config.block_size)
+        batches = [(x, y, None, pieces) for x, y, _, pieces in (data.batch(1, i, config.batch_size) for i in parts)]
+    else:
+        tokens = [torch.randint(vocabulary, (config.batch_size, config.block_size), device='cuda') for _ in parts]
+        batches = [(x, x.roll(-1, 1)) for x in tokens]
 
     def step():
         return train.training_step(forward, optimizer, batches, config.learning_rate / 100, 'cuda')
@@ -105,7 +125,7 @@ def prepared(name):
     return config, model, optimizer, step
 
 
-def measure(name, steps):
+def measure(name, steps, folder):
     """-> {what: number} of one run on this card."""
     import torch
 
@@ -124,7 +144,7 @@ def measure(name, steps):
         return total - free
 
     started, before = time.perf_counter(), used()  # what others hold
-    config, model, optimizer, step = prepared(name)
+    config, model, optimizer, step = prepared(name, folder)
     found = {'first': timed()[1], 'built': time.perf_counter() - started}
     timed()
     for due in trace.renewals(model, config, model.config.n_layer):
@@ -220,7 +240,8 @@ def main(config):
     if not torch.cuda.is_available():
         raise Stop('torch sees no CUDA device, and this checks one: on a CPU, use python -m bench')
     if config.here:
-        print(json.dumps(measure(config.only, config.steps)))
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(measure(config.only, config.steps, folder)))
         return
     started = time.perf_counter()
     card = torch.cuda.get_device_name()

@@ -16,6 +16,7 @@ if __name__ == '__main__':
     asked.add_argument('--input', required=True, help='folder with the train.jsonl and test.jsonl of GSM8K')
     asked.add_argument('--steps', type=int, default=24, choices=range(2, 10**6), metavar='N', help='of a run (24)')
     asked.add_argument('--answers', type=int, default=64, metavar='N', help='questions to answer; 0: none (64)')
+    asked.add_argument('--at_once', type=int, default=16, metavar='N', help='answers generated at a time (16)')
     asked.add_argument('--rates', type=int, default=2, choices=[1, 2], help='learning rates a method is tried with (2)')
     asked.add_argument('--jobs', type=int, default=1, choices=range(1, 65), metavar='N', help='runs at a time (1)')
     args = asked.parse_args()
@@ -56,7 +57,7 @@ def do(words, log):
 
 def score(folder, args, data, log):
     """-> test loss over all test answers, and the row of eval.py's answers, {} for none."""
-    words = ['eval.py', folder, '--json', '--batch_size=16']
+    words = ['eval.py', folder, '--json', f'--batch_size={args.at_once}']
     loss = json.loads(do([*words, f'--data={data}'], f'{log}_loss.json'))[0]['loss']
     if not args.answers:
         return loss, {}
