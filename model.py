@@ -335,7 +335,8 @@ def attend_packed(q, k, v, pieces, scale=None):
     if q.device.type == 'cuda' and flash_takes(q) and torch.cuda.get_device_capability(q.device) >= (8, 0):
         from torch.nn.attention.varlen import varlen_attn  # flash attention; imports torch's compiler, so late
 
-        return varlen_attn(*flat, pieces, pieces, T, T, scale=scale, window_size=(-1, 0), enable_gqa=True).view(q.shape)
+        fewer = {} if torch.__version__ < '2.12' else {'enable_gqa': True}  # torch 2.11 allows fewer heads unasked
+        return varlen_attn(*flat, pieces, pieces, T, T, scale=scale, window_size=(-1, 0), **fewer).view(q.shape)
     return attend_masked(q, k, v, pieces, scale)
 
 
