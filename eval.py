@@ -35,7 +35,7 @@ from data.batches import Examples, Tokens, longest_of, read_meta
 from data.tasks import TASKS
 from model import HeadLoss, ModelError, cross_entropy_rows
 from plumbing import Stop
-from plumbing.build import ROOT, check_tokenizer
+from plumbing.build import ROOT, check_tokenizer, data_sets, meant
 from plumbing.hf import AdapterError
 from plumbing.scores import ANSWERS, LOSSES, Tally, table, with_totals
 
@@ -314,10 +314,15 @@ def report(config, tallies):
 
 def prepared(path):
     """The folder that prepare.py filled, named as it is or as in --dataset; None for a file, or a rule's own data."""
-    ours = os.path.join(ROOT, 'data', path)
-    if not os.path.exists(path) and path not in questions.PUBLISHED and os.path.exists(os.path.join(ours, 'meta.json')):
+    word, colon, file = path.partition(':')
+    if os.path.exists(path) or word in questions.RULES:
+        return path if os.path.isdir(path) else None
+    if os.path.isdir(ours := os.path.join(ROOT, 'data', path)):
         return ours
-    return path if os.path.isdir(path) else None
+    if near := meant(word, [*questions.RULES, *data_sets()]):
+        what = 'name a prepared folder, a file of questions (.jsonl, .parquet), or a rule and its file'
+        raise DataError(f'{path} is no file or data set here{near.replace("?", colon + file + "?")}: {what}')
+    return None
 
 
 def main(config):

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from data import DataError, fields, files, formats
 from data.tasks import TASKS
 
+RULES = (*TASKS, 'choice')  # what may stand before a file and a colon
 RIGHT = ('answer', 'label', 'answerKey', 'gold', 'target')
 PUBLISHED = {
     'gsm8k': ('openai/gsm8k', 'main', 'test'),
@@ -27,7 +28,7 @@ def find(spec):
     """'test.jsonl', 'gsm8k:test.jsonl', 'choice:FILE' or 'gsm8k' -> a list of questions. Raises DataError.
 
     Before the colon stands a rule by which answers are judged; without one each row is judged by what it looks like."""
-    rule, _, path = spec.partition(':') if spec.partition(':')[0] in (*TASKS, 'choice') else ('', '', spec)
+    rule, _, path = spec.partition(':') if spec.partition(':')[0] in RULES else ('', '', spec)
     if path and not os.path.isfile(path):
         raise DataError(f'{path} is no file here: name a prepared folder, or a file of questions (.jsonl, .parquet)')
     if not path and rule not in PUBLISHED:

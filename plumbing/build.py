@@ -25,19 +25,25 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHAPE = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner', 'vocab_size')  # keys that override the shape of `model`
 
 
+def data_sets():
+    """The names of the folders that --dataset knows."""
+    parent = os.path.join(ROOT, 'data')
+    return sorted(d for d in os.listdir(parent) if os.path.exists(os.path.join(parent, d, 'prepare.py')))
+
+
+def meant(name, known):
+    """' (did you mean X?)' with the known name that is nearest to a path or a name, or ''."""
+    near = difflib.get_close_matches(os.path.basename(os.path.normpath(name)), known, 1)
+    return f' (did you mean {near[0]}?)' if near else ''
+
+
 def data_folder(config, prepare=True):
     """The data set's folder. pystdlib, which needs no network, is prepared here if it is missing."""
     name = config.dataset
     folder = name if os.path.isdir(name) and '/' in name.replace(os.sep, '/') else os.path.join(ROOT, 'data', name)
     if not os.path.isdir(folder):
-        parent = os.path.join(ROOT, 'data')
-        known = sorted(d for d in os.listdir(parent) if os.path.exists(os.path.join(parent, d, 'prepare.py')))
-        near = difflib.get_close_matches(name, known, 1)
-        raise DataError(
-            f'no data set {name}'
-            + (f' (did you mean {near[0]}?)' if near else '')
-            + f': use one of {", ".join(known)}, or a path to a folder that prepare.py filled'
-        )
+        use = f'use one of {", ".join(data_sets())}, or a path to a folder that prepare.py filled'
+        raise DataError(f'no data set {name}{meant(name, data_sets())}: {use}')
     if prepare and name == 'pystdlib' and not os.path.exists(os.path.join(folder, 'meta.json')):
         print('preparing data/pystdlib', flush=True)
         subprocess.run([sys.executable, os.path.join(folder, 'prepare.py')], check=True)

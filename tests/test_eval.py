@@ -316,6 +316,11 @@ def test_what_cannot_be_scored_is_one_sentence_and_nothing_is_written_over(tmp_p
         (): 'no checkpoint: type python eval.py FOLDER',
         (folder,): 'no data: add --data=FOLDER',
         (folder, '--data=no/such.jsonl'): 'no/such.jsonl is no file here',
+        (folder, '--data=gsm8j'): 'gsm8j is no file or data set here (did you mean gsm8k?)',
+        (folder, '--data=gms8k:test.jsonl'): '(did you mean gsm8k:test.jsonl?)',
+        (folder, '--data=data/mathinstrct'): '(did you mean mathinstruct?)',
+        (folder, '--data=pystdlb'): '(did you mean pystdlib?)',
+        (folder, '--data=c4'): 'data/c4',  # known, not prepared
         (folder, 'no/such/folder', f'--data={path}'): 'no/such/folder holds no config.json, best/ or last/',
         (folder, f'--data={path}', f'--answers={path}'): 'is there already: choose another name',
         (folder, f'--data={path}', '--shots=3'): 'give both or neither',

@@ -353,7 +353,7 @@ def test_packed_equals_one_at_a_time(name, folder):
     close(step_of(*made, [(x, y)]), single, 1e-5)
 
 
-@pytest.mark.parametrize('name', ['adamw', 'galore', 'lora'])
+@pytest.mark.parametrize('name', methods())
 @pytest.mark.parametrize('weights', ['uniform', 'cluster'])
 def test_examples_that_colm_chooses_are_packed_and_weighed_as_one_at_a_time(name, weights, folder):
     made = prepared(name)
