@@ -12,6 +12,12 @@ uint32 with documents grouped by source, and meta.json, which holds the counts.
 Examples: an epoch is a random permutation of windows that are filled with whole examples, or of examples, padded to the
 longest of their batch. Beside the tokens lie SPLIT_ends.bin, int64, the position one past each example's last token,
 and SPLIT_trained.bin, uint8, 1 where a token is trained as a target. A target that is not is -100.
+
+    x, y, sources, lengths, types = data.batch(seed=1, t=0, batch_size=8)      # of examples with a label each
+
+Labelled examples: x (8, T) are sentences, or pairs of them, behind whose lengths (8,) stands the pad id; y (8,) their
+labels, and types (8, T) 1 from where the second sentence begins, which SPLIT_pairs.bin, int64, says of each example.
+SPLIT_labels.bin: int64 of a class, float32 of a number.
 """
 
 import bisect
@@ -22,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import DataError, fields
+from data import DataError, agreement, fields
 
 COUNT = fields.whole(0, 2**48)
 META = {
@@ -33,9 +39,29 @@ META = {
     'sources': fields.several(fields.table()),
 }
 SOURCE = {'name': fields.text(), 'train_tokens': COUNT, 'val_tokens': COUNT}
-EXAMPLES = {'examples': fields.switch(False)}
+EXAMPLES = {'examples': fields.switch(False), 'task': fields.one_of('lm', 'classify', default='lm')}
+CLASSES = {  # of a task of labels; labels: their names, none where the label is a number
+    'labels': fields.several(fields.text()),
+    'metrics': fields.several(fields.one_of(*agreement.METRICS)),
+    'pad': fields.whole(0, fields.ROWS),
+}
+KINDS = {'lm': ('', '_trained', '_ends'), 'classify': ('', '_ends', '_labels', '_pairs')}  # files of examples
 COUNTS = {'train_examples': fields.whole(1, 2**48), 'val_examples': fields.whole(1, 2**48)}
 COUNTS |= {'train_trained': COUNT, 'val_trained': COUNT}
+
+
+def of_task(folder):
+    """Whether it is one of the folders that a prepare.py above makes, one for each task: data/glue/cola."""
+    above = os.path.dirname(os.path.normpath(folder))
+    return os.path.basename(above) in ('glue', 'superglue') and os.path.exists(os.path.join(above, 'prepare.py'))
+
+
+def prepare_command(folder):
+    """What fills a folder in data/."""
+    above, task = os.path.split(os.path.normpath(folder))
+    if of_task(folder):
+        return f'python {os.path.join(above, "prepare.py")} --task={task}'
+    return f'python {os.path.join(folder, "prepare.py")}'
 
 
 def read_meta(folder):
@@ -44,13 +70,13 @@ def read_meta(folder):
     try:
         meta = fields.read(path, META, DataError, advice)
     except FileNotFoundError:
-        raise DataError(f'{path} does not exist: run python {os.path.join(folder, "prepare.py")} first') from None
+        raise DataError(f'{path} does not exist: run {prepare_command(folder)} first') from None
     for i, source in enumerate(meta['sources']):
         fields.check(source, SOURCE, f'{path}, source {i}', DataError, advice)
     meta = fields.check(meta, EXAMPLES, path, DataError, advice)
     counts = ['train_tokens', 'val_tokens']
     if meta['examples']:
-        fields.check(meta, COUNTS, path, DataError, advice)
+        fields.check(meta, COUNTS | (CLASSES if meta['task'] == 'classify' else {}), path, DataError, advice)
         counts += ['train_examples', 'val_examples']
         for i, source in enumerate(meta['sources']):
             fields.check(source, dict.fromkeys(counts[2:], COUNT), f'{path}, source {i}', DataError, advice)
@@ -69,7 +95,7 @@ def fingerprint(folder):
     meta = read_meta(folder)
     sources = [(source['name'], source['train_tokens'], source['val_tokens']) for source in meta['sources']]
     identity = hashlib.blake2b(repr((meta.get('checksum'), meta['dtype'], sources)).encode(), digest_size=8)
-    kinds = ('', '_trained', '_ends') if meta['examples'] else ('',)
+    kinds = KINDS[meta['task']] if meta['examples'] else ('',)
     for name in (split + kind for split in ('train', 'val') for kind in kinds):
         path = os.path.join(folder, f'{name}.bin')
         try:
@@ -85,15 +111,17 @@ def fingerprint(folder):
 
 def longest_of(folder, split='train'):
     """Places that the longest example takes."""
-    return int(np.diff(np.fromfile(os.path.join(folder, f'{split}_ends.bin'), 'int64'), prepend=0).max()) - 1
+    longest = np.diff(np.fromfile(os.path.join(folder, f'{split}_ends.bin'), 'int64'), prepend=0).max()
+    return int(longest) - (read_meta(folder)['task'] == 'lm')
 
 
 def trained_tokens(micro_batches):
     """How many targets of a step are trained, those that are not -100, each counted as its weight says: a 0-dim fp32
-    tensor. micro_batches: (x, y), (x, y, weights), or with more behind; weights (B,), (B, T) or None."""
+    tensor. micro_batches: (x, y), (x, y, weights), or with more behind; weights (B,), (B, T) or None. A label is a
+    target."""
     count = torch.zeros(())
     for _, y, *weights in micro_batches:
-        keep = y != -100  # (B, T)
+        keep = (y != -100).view(len(y), -1)  # (B, T), or of labels (B, 1)
         count = count + (keep if not weights or weights[0] is None else keep * weights[0].view(len(y), -1)).sum()
     return count
 
@@ -116,8 +144,11 @@ def check_ids(data, largest, where):
 
 
 def load(folder, split, block_size, packing=True):
-    """The Tokens or the Examples of one split of a prepared folder. Raises DataError if they cannot be used."""
-    if read_meta(folder)['examples']:
+    """The Tokens, Examples or Labelled of a split of a prepared folder. Raises DataError if they cannot be used."""
+    meta = read_meta(folder)
+    if meta['task'] == 'classify':
+        return Labelled(folder, split, block_size)
+    if meta['examples']:
         return Examples(folder, split, block_size, packing)
     return Tokens(folder, split, block_size)
 
@@ -217,19 +248,20 @@ class Examples:
     are then of like lengths: of each GROUP examples in a random order, sorted, RUN after RUN in a random order."""
 
     GROUP, RUN = 1024, 32
+    ahead = 1  # tokens of an example that are only ever targets
 
     def __init__(self, folder, split, block_size, packing=True):
         self.block_size, self.packing, meta = block_size, packing, read_meta(folder)
         self.path, self.vocab_size = os.path.join(folder, f'{split}.bin'), meta['vocab_size']
         n, count = meta[f'{split}_tokens'], meta[f'{split}_examples']
         self.tokens = open_array(self.path, meta['dtype'], n)
-        self.trained = open_array(os.path.join(folder, f'{split}_trained.bin'), 'uint8', n)
         path = os.path.join(folder, f'{split}_ends.bin')
         self.ends = np.asarray(open_array(path, 'int64', count))
         self.starts = np.append(0, self.ends[:-1])
-        self.lengths = self.ends - self.starts - 1  # places that they take: what is only ever a target takes none
+        self.lengths = self.ends - self.starts - self.ahead  # places that they take
         if self.lengths.min() < 1 or self.ends[-1] != n:
-            raise DataError(f'{path} does not cut {n} tokens into examples of two or more: run its prepare.py again')
+            least = f'of {1 + self.ahead} or more'
+            raise DataError(f'{path} does not cut {n} tokens into examples {least}: run its prepare.py again')
         if (longest := int(self.lengths.max())) > block_size:
             many = int((self.lengths > block_size).sum())
             raise DataError(
@@ -238,12 +270,16 @@ class Examples:
             )
         if not meta[f'{split}_trained']:
             raise DataError(f'{self.path}: no token of any example is trained: prepare the data with answers')
+        self.open_targets(folder, split, meta)
         self.sources = [source['name'] for source in meta['sources']]
         self.source_ends = np.cumsum([source[f'{split}_examples'] for source in meta['sources']])  # in examples
         self.plan = best_fit(np.sort(self.lengths)[::-1], block_size) if packing else None  # windows of ranks by length
         self.windows = len(self.plan) if packing else count
         self.skip = 0  # as of Tokens, in rows
         self.order = {}  # {(seed, epoch): ...} of the last epoch used; a cache, not saved
+
+    def open_targets(self, folder, split, meta):
+        self.trained = open_array(os.path.join(folder, f'{split}_trained.bin'), 'uint8', meta[f'{split}_tokens'])
 
     def tokens_a_row(self, choosing=False):
         """On average, without what only fills a row. choosing: rows are examples whether packed or not."""
@@ -337,3 +373,38 @@ class Examples:
         sources = np.searchsorted(self.source_ends, [i for row in rows for i in row], side='right')
         pieces = torch.tensor(ends, dtype=torch.int32)
         return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(sources), pieces
+
+
+class Labelled(Examples):
+    """The examples of one split that have a label each: rows of one example, padded as Examples are without packing.
+
+    labels: of the classes, their names, [] where a label is a number; metrics: how predictions are judged."""
+
+    ahead = 0
+
+    def __init__(self, folder, split, block_size):
+        super().__init__(folder, split, block_size, packing=False)
+
+    def open_targets(self, folder, split, meta):
+        self.labels, self.metrics, self.pad, n = meta['labels'], meta['metrics'], meta['pad'], len(self.ends)
+        path = os.path.join(folder, f'{split}_labels.bin')
+        self.targets = np.asarray(open_array(path, 'int64' if self.labels else 'float32', n))
+        low, high = (0, len(self.labels) - 1) if self.labels else (-np.inf, np.inf)
+        if not ((low <= self.targets) & (self.targets <= high)).all():
+            raise DataError(f'{path} holds labels that meta.json does not name: run its prepare.py again')
+        path = os.path.join(folder, f'{split}_pairs.bin')
+        self.seconds = np.asarray(open_array(path, 'int64', n))  # where the second sentence begins
+        if not ((self.seconds >= 0) & (self.seconds <= self.lengths)).all():
+            raise DataError(f'{path} has places beyond the ends of the examples: run its prepare.py again')
+
+    def read(self, examples):
+        """-> x (B, T) int64, T being the longest's length, y (B,) int64 or float32, sources (B,), lengths (B,), and
+        types (B, T): 0 or 1, of padding 0."""
+        lengths = self.lengths[examples]
+        x, types = (np.full((len(examples), lengths.max()), filler) for filler in (self.pad, 0))
+        for b, (i, n) in enumerate(zip(examples, lengths)):
+            x[b, :n] = self.tokens[self.starts[i] : self.ends[i]]
+            check_ids(self, x[b, :n].max(), self.starts[i])
+            types[b, self.seconds[i] : n] = 1
+        sources = np.searchsorted(self.source_ends, examples, side='right')
+        return tuple(map(torch.from_numpy, (x, self.targets[examples], sources, lengths, types)))

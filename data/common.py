@@ -42,7 +42,7 @@ SPLITS = ('train', 'val')
 BATCH_CHARACTERS = 4_000_000  # encoded at a time: about 1M tokens, some 40 MB as Python lists
 # What an earlier preparation of other data or another tokenizer may have left, to be removed.
 MAY_BE_LEFT = ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja']
-MAY_BE_LEFT += [f'{split}_{kind}.bin' for split in SPLITS for kind in ('trained', 'ends')]
+MAY_BE_LEFT += [f'{split}_{kind}.bin' for split in SPLITS for kind in ('trained', 'ends', 'labels', 'pairs')]
 PIECE_CHARACTERS = 500_000  # a longer document is encoded in pieces, so that one huge file also uses all cores
 
 

@@ -35,53 +35,34 @@ SOURCES = 256  # a field with more values does not say what an example is about
 BATCH = 500  # examples tokenised at a time
 
 
-class ExampleWriter(common.Writer):
-    """A Writer of examples. Their tokens, marks and ends are grouped by source alike.
+class RowWriter(common.Writer):
+    """A Writer of rows that each have their length: where they end stands in SPLIT_ends.bin, and what else there is of
+    each, grouped by source alike, in files of `kinds`."""
 
-    written_by: their chat.Template, which goes into the folder, too."""
-
-    kinds = ('', '_trained', '_ends')
-
-    def __init__(self, folder, tok, written_by, made_by, model_folder=None, **extra):
+    def __init__(self, folder, tok, made_by, model_folder=None, **extra):
         super().__init__(folder, tok, made_by, examples=True, **extra)
         special, added = special_names(tok)
         top = max([tok.vocab_size - 1, *special.values(), *added.values()])
         self.dtype = 'uint16' if top < 65536 else 'uint32'
-        self.control, self.ends, self.lengths = {*written_by.ids}, set(), []
-        self.take_template(written_by, model_folder)
+        self.lengths = []
         self.examples, self.trained = dict.fromkeys(common.SPLITS, 0), dict.fromkeys(common.SPLITS, 0)
-
-    def take_template(self, template, model_folder):
-        """The template and what it needs, so that the folder, and a model trained on it, can be talked to alike."""
         for name in ('special_tokens_map.json', 'tokenizer_config.json'):
             path = os.path.join(model_folder or os.devnull, name)
             if os.path.exists(path):
                 fields.check_link(model_folder, name, TokenizerError)
                 self.files[name] = json.dumps(fields.read(path, {}, TokenizerError, ADVICE), indent=1) + '\n'
-        config = json.loads(self.files.get('tokenizer_config.json', '{}'))
-        config.pop('chat_template', None)  # readers differ in which of two they take, so there is only one
-        if len(template.sources) == 1:
-            self.files['chat_template.jinja'] = template.sources['default']
-        else:
-            config['chat_template'] = [{'name': k, 'template': source} for k, source in template.sources.items()]
-        if config:
-            self.files['tokenizer_config.json'] = json.dumps(config, indent=1) + '\n'
 
-    def add_example(self, source, split, ids, trained, size):
-        """ids: list of int; trained: list of bool of the same length; size: bytes of the text that is trained."""
-        if not any(trained):
-            raise DataError('an example without a trained token teaches nothing: leave it out')
+    def add_row(self, source, split, ids, size, targets, **more):
+        """ids: list of int; size: bytes of its text; targets: how many it has; more: an array for each kind."""
         self.take(source, split, ids, size, documents=1)
-        for kind, array in (('_trained', np.array(trained, np.uint8)), ('_ends', np.array([len(ids)], '<i8'))):
-            self.chunks.setdefault((source, split, kind), []).append(array)
+        for kind, array in {'ends': np.array([len(ids)], '<i8'), **more}.items():
+            self.chunks.setdefault((source, split, f'_{kind}'), []).append(array)
         entry = self.sources[source]
         entry[f'{split}_examples'] = entry[f'{split}_documents']
         self.examples[split] += 1
-        self.trained[split] += sum(trained)
+        self.trained[split] += targets
         self.vocab_size = max(self.vocab_size, max(ids) + 1)
         self.lengths.append(len(ids))
-        last = (i for i, t in enumerate(trained) if t and trained[i + 1 : i + 2] != [True])
-        self.ends |= {ids[i] for i in last} & self.control
         self.waiting_characters += len(ids)
         if self.waiting_characters >= common.BATCH_CHARACTERS:
             self._flush()
@@ -97,7 +78,43 @@ class ExampleWriter(common.Writer):
             self.extra |= {f'{split}_examples': self.examples[split], f'{split}_trained': self.trained[split]}
             for entry in self.sources.values():
                 entry.setdefault(f'{split}_examples', 0)
-        self.extra |= {'longest': max(self.lengths, default=0), 'end_of_turn': sorted(self.ends)}
+        self.extra['longest'] = max(self.lengths, default=0)
+        super()._finish()
+
+
+class ExampleWriter(RowWriter):
+    """A Writer of examples. Their tokens, marks and ends are grouped by source alike.
+
+    written_by: their chat.Template, which goes into the folder, too."""
+
+    kinds = ('', '_trained', '_ends')
+
+    def __init__(self, folder, tok, written_by, made_by, model_folder=None, **extra):
+        super().__init__(folder, tok, made_by, model_folder, **extra)
+        self.control, self.ends = {*written_by.ids}, set()
+        self.take_template(written_by)
+
+    def take_template(self, template):
+        """The template and what it needs, so that the folder, and a model trained on it, can be talked to alike."""
+        config = json.loads(self.files.get('tokenizer_config.json', '{}'))
+        config.pop('chat_template', None)  # readers differ in which of two they take, so there is only one
+        if len(template.sources) == 1:
+            self.files['chat_template.jinja'] = template.sources['default']
+        else:
+            config['chat_template'] = [{'name': k, 'template': source} for k, source in template.sources.items()]
+        if config:
+            self.files['tokenizer_config.json'] = json.dumps(config, indent=1) + '\n'
+
+    def add_example(self, source, split, ids, trained, size):
+        """ids: list of int; trained: list of bool of the same length; size: bytes of the text that is trained."""
+        if not any(trained):
+            raise DataError('an example without a trained token teaches nothing: leave it out')
+        last = (i for i, t in enumerate(trained) if t and trained[i + 1 : i + 2] != [True])
+        self.ends |= {ids[i] for i in last} & self.control
+        self.add_row(source, split, ids, size, sum(trained), trained=np.array(trained, np.uint8))
+
+    def _finish(self):
+        self.extra['end_of_turn'] = sorted(self.ends)
         super()._finish()
 
 

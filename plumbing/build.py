@@ -10,7 +10,7 @@ import torch
 
 from configurator import method_of
 from data import DataError, tokenizer
-from data.batches import longest_of, read_meta
+from data.batches import longest_of, of_task, read_meta
 from data.fields import check, text, whole
 from model import SIZES, Linear, LLaMA, ModelConfig, ModelError
 from plumbing import Stop
@@ -41,7 +41,7 @@ def data_folder(config, prepare=True):
     """The data set's folder. pystdlib, which needs no network, is prepared here if it is missing."""
     name = config.dataset
     folder = name if os.path.isdir(name) and '/' in name.replace(os.sep, '/') else os.path.join(ROOT, 'data', name)
-    if not os.path.isdir(folder):
+    if not (os.path.isdir(folder) or of_task(folder)):
         use = f'use one of {", ".join(data_sets())}, or a path to a folder that prepare.py filled'
         raise DataError(f'no data set {name}{meant(name, data_sets())}: {use}')
     if prepare and name == 'pystdlib' and not os.path.exists(os.path.join(folder, 'meta.json')):
@@ -164,7 +164,7 @@ def where_from(config):
         folder = data_folder(config, prepare=False)
         meta = read_meta(folder)
     except DataError:
-        if not os.path.isdir(folder):
+        if not (os.path.isdir(folder) or of_task(folder)):
             raise
         meta = None
     vocab_size = meta['vocab_size'] if meta else SIZES[config.model]['vocab_size']

@@ -10,6 +10,7 @@ import torch
 
 from adam import average_
 from configurator import method_of
+from data.batches import prepare_command
 from plumbing import Stop, resume
 from plumbing.begin import tokens_a_step
 from plumbing.metrics import METRICS, Metrics, make_tracker
@@ -102,7 +103,7 @@ def print_plan(config, model, plan, folder, meta, device, windows=0):
         epochs = f' = {total * c.max_iters / meta["train_tokens"]:.2f} epochs'
     else:
         needed = f' --tokens={total * c.max_iters}' if c.dataset == 'c4' else ''
-        print(f'data: {folder} is not prepared yet: python {os.path.join(folder, "prepare.py")}{needed} does that')
+        print(f'data: {folder} is not prepared yet: {prepare_command(folder)}{needed} does that')
     micro_batches = count(c.gradient_accumulation_steps, 'micro-batch').replace('batchs', 'batches')
     if meta and meta['examples'] and (not c.packing or c.coreset != 'none'):
         total = c.batch_size * c.gradient_accumulation_steps
