@@ -161,6 +161,17 @@ class Int8Linear(torch.nn.Linear):
         self.weight = torch.nn.Parameter(W)
         self.packed = None if W.is_meta else pack(self)
 
+    def _apply(self, fn, recurse=True):
+        """`.to(device)` takes the packed weight along."""
+        if not self.packed:
+            return super()._apply(fn, recurse)
+        shape, nothing = self.weight.shape, self.weight.detach()[0, 0].clone()
+        self.weight = None
+        super()._apply(fn, recurse)
+        self.weight = torch.nn.Parameter(fn(nothing).expand(shape))
+        self.packed = {name: A.to(self.weight.device) for name, A in self.packed.items()}
+        return self
+
     def dense_weight(self):
         """W (out, in), decoded."""
         return decode_int8(self.packed['W'], self.packed['W_scale'], self.weight.dtype)

@@ -8,7 +8,7 @@ from test_galore import TINY, dense, give, matrix, model_and_optimizer, random
 from torch._subclasses import FakeTensorMode
 
 from galore import orthonormal_basis
-from methods.qgalore import QGaLoreAdamW, decode_int8, encode_int8, share_kept
+from methods.qgalore import Int8Linear, QGaLoreAdamW, decode_int8, encode_int8, share_kept
 from model import LLaMA
 from plumbing import Stop, report
 
@@ -290,3 +290,13 @@ def test_int8_weights_are_saved_whole_and_give_the_same_logits(tmp_path):
     tokens = torch.randint(0, 61, (2, TINY['block_size']), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(model(tokens), loaded(tokens))
+
+
+def test_a_packed_layer_takes_its_weight_along_when_it_moves():
+    layer = Int8Linear(64, 32, bias=True, dtype=torch.bfloat16)
+    layer.set_weight(random(32, 64).bfloat16())
+    before = layer.dense_weight()
+    assert torch.equal(layer.to('cpu').dense_weight(), before)
+    assert layer.weight.shape == (32, 64) and layer.weight.untyped_storage().nbytes() == 2
+    layer.to('meta')
+    assert {A.device.type for A in (layer.weight, layer.bias, *layer.packed.values())} == {'meta'}
