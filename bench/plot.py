@@ -19,6 +19,9 @@ if __name__ == '__main__':
     asked.add_argument('--png', default='loss.png', help='the file to write (default: loss.png)')
     asked.add_argument('--x', default='step', choices=COLUMNS[:3], help='column of the x axis (default: step)')
     asked.add_argument('--y', default='val_loss', choices=COLUMNS[3:], help='column of the y axis (default: val_loss)')
+    asked.add_argument(
+        '--mean', type=int, default=1, choices=range(1, 10**6), metavar='N', help='draw means of N points'
+    )
     args = asked.parse_args()
 
 
@@ -38,8 +41,13 @@ def table_in(path, heading):
     return [dict(zip(rows[0], row)) for row in rows[2:]]
 
 
-def draw(runs, png, x='step', y='val_loss', labels=None, title=None):
-    """One line per run: y over x, both columns of metrics.csv."""
+def means(points, n):
+    """The mean of each n points that follow one another."""
+    return [tuple(sum(values) / n for values in zip(*points[i : i + n])) for i in range(len(points) - n + 1)]
+
+
+def draw(runs, png, x='step', y='val_loss', labels=None, title=None, mean=1):
+    """One line per run: y over x, both columns of metrics.csv, each point the mean of so many."""
     import matplotlib
 
     matplotlib.use('Agg')  # a file, no window
@@ -47,7 +55,7 @@ def draw(runs, png, x='step', y='val_loss', labels=None, title=None):
 
     figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
     for run, label in zip(runs, labels or runs):
-        points = read(run, x, y)
+        points = means(read(run, x, y), mean)
         axes.plot(*zip(*points), label=f'{label}: {points[-1][1]:.3f}', marker='o' if len(points) < 20 else None, ms=3)
     axes.set(xlabel=x.replace('_', ' '), ylabel=y.replace('_', ' '), title=title)
     axes.grid(alpha=0.3)
@@ -58,7 +66,7 @@ def draw(runs, png, x='step', y='val_loss', labels=None, title=None):
 
 if __name__ == '__main__':
     try:
-        draw(args.runs, args.png, args.x, args.y)
+        draw(args.runs, args.png, args.x, args.y, mean=args.mean)
         print(f'written: {args.png}')
     except ModuleNotFoundError:
         sys.exit('error: bench.plot needs matplotlib: pip install -r requirements-extra.txt')
