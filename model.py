@@ -392,13 +392,22 @@ class KVCache:
         return self.k[i, rows, :, keys], self.v[i, rows, :, keys], self.mask
 
 
-def cross_entropy_rows(x, W, targets, scale=None):
+def room_for_logits(n, W):
+    """For n rows of x W^T in W's dtype, and of what is made of them in fp32; one tensor if that is W's dtype."""
+    product = W.new_empty(n, len(W))  # (n, V)
+    return product, product if W.dtype == torch.float32 else torch.empty_like(product, dtype=torch.float32)
+
+
+def cross_entropy_rows(x, W, targets, scale=None, room=None):
     """Cross-entropy of x W^T in nats, one number a row, with nothing kept for autograd: -> losses (n,), delta (n, V).
 
     delta is the gradient of sum(scale * losses) by the logits, in x's dtype; None without a scale. x (n, D), W (V, D),
     targets and scale (n,). A row whose target is -100 wants scale 0, and its loss means nothing. All but the products
-    is fp32."""
-    logits = (x @ W.T).float()  # (n, V)
+    is fp32. room: `room_for_logits` of n rows or more, which delta lies in."""
+    product, logits = (part[: len(x)] for part in room or room_for_logits(len(x), W))  # (n, V)
+    torch.mm(x, W.T, out=product)
+    if logits.dtype != product.dtype:
+        logits.copy_(product)
     logits -= logits.amax(1, keepdim=True)
     losses = -logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]  # (n,)
     total = logits.exp_().sum(1)  # (n,)
@@ -407,12 +416,13 @@ def cross_entropy_rows(x, W, targets, scale=None):
         return losses, None
     logits *= (scale / total)[:, None]  # scale (softmax - one at the target)
     logits.scatter_add_(1, targets.clamp_min(0)[:, None], -scale[:, None])
-    return losses, logits.to(x.dtype)
+    return losses, logits if logits.dtype == product.dtype else product.copy_(logits)
 
 
 class HeadLoss(torch.autograd.Function):
     """Cross-entropy of x W^T in nats, its sum over targets that are not -100 divided by `divisor`, a number or a 0-dim
     tensor; None: by how many these are, the mean. Never the (N, V) logits. weights (N,): a factor on each row's.
+    trained (n,) int64: which rows have such a target, where that is known; the others have no logits then.
 
     Forward and backward together, ROWS rows of logits at a time. torch's F.linear_cross_entropy does this too, but in
     bf16 either adds losses up in bf16, 0.2 nats off at 16,384 rows, or, on a CPU, makes two fp32 tensors of the
@@ -421,25 +431,26 @@ class HeadLoss(torch.autograd.Function):
     ROWS = 512
 
     @staticmethod
-    def forward(ctx, x, W, targets, needs_grad, weights=None, divisor=None):
+    def forward(ctx, x, W, targets, needs_grad, weights=None, divisor=None, trained=None):
         count = (targets != -100).sum() if divisor is None else divisor
         loss = torch.zeros((), device=x.device)
         W_here = W.to(x.dtype)  # (V, D)
         if needs_grad:
-            dx = torch.empty_like(x)  # (N, D)
-            dW = torch.zeros_like(W_here) if ctx.needs_input_grad[1] else None  # (V, D); none of a frozen head
-        for a in range(0, len(x), HeadLoss.ROWS):
-            rows = slice(a, a + HeadLoss.ROWS)
-            keep = targets[rows] != -100
+            dx = torch.empty_like(x) if trained is None else torch.zeros_like(x)  # (N, D)
+            dW = torch.empty_like(W_here) if ctx.needs_input_grad[1] else None  # (V, D); none of a frozen head
+        room = room_for_logits(min(len(x), HeadLoss.ROWS), W_here)  # however many are trained
+        for a in range(0, max(len(x if trained is None else trained), 1), HeadLoss.ROWS):
+            rows = slice(a, a + HeadLoss.ROWS) if trained is None else trained[a : a + HeadLoss.ROWS]
+            x_here, ids = x[rows], targets[rows]  # (n, D), (n,)
+            keep = ids != -100
             factor = 1.0 if weights is None else weights[rows]
-            scale = keep * factor / count if needs_grad else None  # (rows,)
-            losses, delta = cross_entropy_rows(x[rows], W_here, targets[rows], scale)  # (rows,), (rows, V)
+            scale = keep * factor / count if needs_grad else None  # (n,)
+            losses, delta = cross_entropy_rows(x_here, W_here, ids, scale, room)  # (n,), (n, V)
             loss += torch.where(keep, losses * factor, 0).sum()
             if needs_grad:
-                torch.mm(delta, W_here, out=dx[rows])
+                dx[rows] = delta @ W_here
                 if dW is not None:
-                    dW.addmm_(delta.T, x[rows])
-            del losses, delta  # not beside the next rows' logits
+                    dW.addmm_(delta.T, x_here, beta=float(a > 0))  # the first begins the sum
         if needs_grad:
             ctx.save_for_backward(dx, dW if dW is None else dW.to(W.dtype))
         return loss / count
@@ -447,7 +458,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale):
         dx, dW = ctx.saved_tensors
-        return dx.mul_(scale), dW if dW is None else dW.mul_(scale), None, None, None, None
+        return dx.mul_(scale), dW if dW is None else dW.mul_(scale), None, None, None, None, None
 
 
 class Attention(nn.Module):
@@ -633,19 +644,20 @@ class LLaMA(nn.Module):
     def logits(self, x):
         return F.linear(x, self.head.to(x.dtype))  # (..., V)
 
-    def forward(self, tokens, targets=None, cache=None, weights=None, divisor=None, pieces=None):
+    def forward(self, tokens, targets=None, cache=None, weights=None, divisor=None, pieces=None, trained=None):
         """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> the loss: its sum over targets that are not -100 by
         `divisor` (a number or a 0-dim tensor), or, without one, the mean over them.
 
         weights (B,) or (B, T), if given, multiply the loss of each row or token. pieces (P + 1,) int32: the rows are
-        packed, and no piece sees another (`positions_of`)."""
+        packed, and no piece sees another (`positions_of`). trained (n,) int64: where in the flat targets (B T) those
+        stand that are not -100: the others need no logits."""
         x = self.hidden(tokens, cache, pieces)
         if targets is None:
             return self.logits(x)
         if weights is not None:
             weights = weights.float().view(len(tokens), -1).expand(tokens.shape).reshape(-1)  # (B T,)
         x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # (B T, D), (B T,)
-        return HeadLoss.apply(x, self.head, targets, torch.is_grad_enabled(), weights, divisor)
+        return HeadLoss.apply(x, self.head, targets, torch.is_grad_enabled(), weights, divisor, trained)
 
     # ---- Hugging Face folders: plumbing/hf.py, imported late because it imports this file ----
 

@@ -35,7 +35,7 @@ import sample
 from adam import average_
 from configurator import at_least, between, method_of, typed
 from data import DataError, tokenizer
-from data.batches import load, read_meta, trained_tokens
+from data.batches import load, read_meta, trained_rows, trained_tokens
 from data.tokenizer_files import files_of
 from memory import fit, trace
 from memory.measure import Measure
@@ -239,8 +239,12 @@ def print_sample(model, tok, config):
 
 def loss_of(forward, micro_batch, divisor, device):
     """The summed loss by the divisor of a micro-batch: (x, y), (x, y, weights) or (x, y, weights or None, pieces)."""
-    x, y, *more = (part if part is None else part.to(device) for part in micro_batch)
-    return forward(x, y, divisor=divisor, **{k: v for k, v in zip(('weights', 'pieces'), more) if v is not None})
+    x, y, *more = micro_batch
+    given = dict(zip(('weights', 'pieces'), more))
+    if not hasattr(forward, '_orig_mod'):  # a compiled model would be compiled again for each number of them
+        given['trained'] = trained_rows(y)
+    given = {name: part.to(device) for name, part in given.items() if part is not None}
+    return forward(x.to(device), y.to(device), divisor=divisor, **given)
 
 
 def training_step(forward, optimizer, micro_batches, learning_rate, device):

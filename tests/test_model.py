@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from model import SIZES, KVCache, LLaMA, ModelConfig, ModelError
+import model as model_module
+from data.batches import trained_rows
+from model import SIZES, HeadLoss, KVCache, LLaMA, ModelConfig, ModelError
 from plumbing.families import config_from_hf
 
 LLAMA3 = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
@@ -172,6 +174,29 @@ def test_bf16_loss_is_an_fp32_number_right_to_the_second_digit_however_many_chun
     exact(tokens, targets).backward()
     error = (model.head.grad.float() - exact.head.grad).norm() / exact.head.grad.norm()
     assert error < 0.03
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('share', [0.0, 0.02, 0.6])
+def test_rows_that_are_not_trained_have_no_logits_and_change_nothing(share, dtype, monkeypatch):
+    draw, V = torch.Generator().manual_seed(0), 61
+    x, W = (torch.randn(n, 16, generator=draw).to(dtype).requires_grad_() for n in (700, V))
+    targets = torch.randint(0, V, (700,), generator=draw)
+    targets[torch.rand(700, generator=draw) >= share] = -100
+    weights, trained, seen = torch.rand(700, generator=draw), trained_rows(targets), []
+    assert trained.tolist() == [i for i, target in enumerate(targets.tolist()) if target != -100]
+    rows = model_module.cross_entropy_rows
+    monkeypatch.setattr(model_module, 'cross_entropy_rows', lambda x, *more: seen.append(len(x)) or rows(x, *more))
+    found = []
+    for known in (None, trained):
+        loss = HeadLoss.apply(x, W, targets, True, weights, torch.tensor(9.0), known)
+        found.append((loss, *torch.autograd.grad(loss, (x, W))))
+    expected = F.cross_entropy(x.float() @ W.float().T, targets.clamp_min(0), reduction='none') * weights
+    expected = (expected * (targets != -100)).sum() / 9
+    close = 1e-6 if dtype == torch.float32 else 0.01
+    torch.testing.assert_close(*found, rtol=close, atol=close)
+    torch.testing.assert_close(found[1], (expected, *torch.autograd.grad(expected, (x, W))), rtol=close, atol=close)
+    assert sum(seen) == 700 + len(trained) and not found[1][1][targets == -100].any()
 
 
 def test_compile_gives_the_same_loss_and_gradients():
