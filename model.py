@@ -398,16 +398,18 @@ def room_for_logits(n, W):
     return product, product if W.dtype == torch.float32 else torch.empty_like(product, dtype=torch.float32)
 
 
-def cross_entropy_rows(x, W, targets, scale=None, room=None):
+def cross_entropy_rows(x, W, targets, scale=None, room=None, bias=None):
     """Cross-entropy of x W^T in nats, one number a row, with nothing kept for autograd: -> losses (n,), delta (n, V).
 
     delta is the gradient of sum(scale * losses) by the logits, in x's dtype; None without a scale. x (n, D), W (V, D),
     targets and scale (n,). A row whose target is -100 wants scale 0, and its loss means nothing. All but the products
-    is fp32. room: `room_for_logits` of n rows or more, which delta lies in."""
+    is fp32. room: `room_for_logits` of n rows or more, which delta lies in. bias (V,): added to the logits."""
     product, logits = (part[: len(x)] for part in room or room_for_logits(len(x), W))  # (n, V)
     torch.mm(x, W.T, out=product)
     if logits.dtype != product.dtype:
         logits.copy_(product)
+    if bias is not None:
+        logits += bias
     logits -= logits.amax(1, keepdim=True)
     losses = -logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]  # (n,)
     total = logits.exp_().sum(1)  # (n,)
@@ -422,7 +424,8 @@ def cross_entropy_rows(x, W, targets, scale=None, room=None):
 class HeadLoss(torch.autograd.Function):
     """Cross-entropy of x W^T in nats, its sum over targets that are not -100 divided by `divisor`, a number or a 0-dim
     tensor; None: by how many these are, the mean. Never the (N, V) logits. weights (N,): a factor on each row's.
-    trained (n,) int64: which rows have such a target, where that is known; the others have no logits then.
+    trained (n,) int64: which rows have such a target, where that is known; the others have no logits then. bias (V,):
+    added to the logits, where a head has one.
 
     Forward and backward together, ROWS rows of logits at a time. torch's F.linear_cross_entropy does this too, but in
     bf16 either adds losses up in bf16, 0.2 nats off at 16,384 rows, or, on a CPU, makes two fp32 tensors of the
@@ -431,13 +434,14 @@ class HeadLoss(torch.autograd.Function):
     ROWS = 512
 
     @staticmethod
-    def forward(ctx, x, W, targets, needs_grad, weights=None, divisor=None, trained=None):
+    def forward(ctx, x, W, targets, needs_grad, weights=None, divisor=None, trained=None, bias=None):
         count = (targets != -100).sum() if divisor is None else divisor
         loss = torch.zeros((), device=x.device)
         W_here = W.to(x.dtype)  # (V, D)
         if needs_grad:
             dx = torch.empty_like(x) if trained is None else torch.zeros_like(x)  # (N, D)
             dW = torch.empty_like(W_here) if ctx.needs_input_grad[1] else None  # (V, D); none of a frozen head
+            db = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[7] else None  # (V,)
         room = room_for_logits(min(len(x), HeadLoss.ROWS), W_here)  # however many are trained
         for a in range(0, max(len(x if trained is None else trained), 1), HeadLoss.ROWS):
             rows = slice(a, a + HeadLoss.ROWS) if trained is None else trained[a : a + HeadLoss.ROWS]
@@ -445,20 +449,23 @@ class HeadLoss(torch.autograd.Function):
             keep = ids != -100
             factor = 1.0 if weights is None else weights[rows]
             scale = keep * factor / count if needs_grad else None  # (n,)
-            losses, delta = cross_entropy_rows(x_here, W_here, ids, scale, room)  # (n,), (n, V)
+            losses, delta = cross_entropy_rows(x_here, W_here, ids, scale, room, bias)  # (n,), (n, V)
             loss += torch.where(keep, losses * factor, 0).sum()
             if needs_grad:
                 dx[rows] = delta @ W_here
                 if dW is not None:
                     dW.addmm_(delta.T, x_here, beta=float(a > 0))  # the first begins the sum
+                if db is not None:
+                    db += delta.sum(0)
         if needs_grad:
-            ctx.save_for_backward(dx, dW if dW is None else dW.to(W.dtype))
+            ctx.save_for_backward(dx, dW if dW is None else dW.to(W.dtype), db)
         return loss / count
 
     @staticmethod
     def backward(ctx, scale):
-        dx, dW = ctx.saved_tensors
-        return dx.mul_(scale), dW if dW is None else dW.mul_(scale), None, None, None, None, None
+        dx, dW, db = ctx.saved_tensors
+        dW, db = (d if d is None else d.mul_(scale) for d in (dW, db))
+        return dx.mul_(scale), dW, None, None, None, None, None, db
 
 
 class Attention(nn.Module):
@@ -579,6 +586,10 @@ class LLaMA(nn.Module):
         return rotary_tables(self.config, self.cos.device, T)
 
     @property
+    def head_begins(self):
+        return self.norm
+
+    @property
     def head(self):
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight  # (V, D)
 
@@ -592,6 +603,12 @@ class LLaMA(nn.Module):
                 module.reset_parameters(generator)
         self.set_block_size(self.config.block_size, device)
         return self
+
+    def at_step(self, step):
+        """The next forward is the first of this step. Nothing here depends on it."""
+
+    def new_cache(self, **kw):
+        return KVCache(self.config, device=self.head.device, dtype=self.activation_dtype, **kw)
 
     @property
     def activation_dtype(self):

@@ -161,7 +161,7 @@ def generate(model, ids, n, eot=None, temperature=1.0, top_k=0, top_p=1.0, gener
         if cache is None or cache.length == window:
             # Fill a new cache: at the start, and when the window is full, from its second half at new positions.
             fresh = ids[-window:] if not i else ids[-(window // 2) :]
-            cache = KVCache(model.config, device=device, dtype=model.activation_dtype)
+            cache = model.new_cache()
         x = model.hidden(torch.tensor([fresh], device=device), cache)  # (1, T, D)
         logits = penalised(model.logits(x[0, -1]).cpu(), ids, penalty)  # (V,)
         token = choose(logits, temperature, top_k, top_p, generator)

@@ -40,7 +40,7 @@ from data.tokenizer_files import files_of
 from memory import fit, trace
 from memory.measure import Measure
 from memory.record import LiveBytes
-from model import SIZES, ModelError
+from model import SIZES, ModelConfig, ModelError
 from plumbing import begin as start
 from plumbing import checkpoint, parallel, report
 from plumbing.build import SHAPE, build_model, build_on_meta, data_folder, layers_of, rows_of, shape_of, try_compile
@@ -72,6 +72,7 @@ n_kv_head = 0  # key and value heads, fewer than n_head for grouped-query attent
 n_embd = 0  # width
 n_inner = 0  # width of the SwiGLU layer, usually 8/3 of n_embd
 vocab_size = 0  # rows of embedding and head; 0: the size of the data set's tokenizer
+model_dropout = -1.0  # share that transformers' own models (GPT-2, OPT, Phi-2) drop; -1: as their config.json says
 
 # learning
 learning_rate = 1e-3  # peak; GaLore needs about ten times AdamW's, since its update is multiplied by scale
@@ -127,6 +128,7 @@ RANGES = {
     (0, 2**20): 'n_head n_kv_head n_embd n_inner sample_tokens',
     (0, 2**24): 'vocab_size',
     (0, 1e6): 'grad_clip',
+    (-1, 1): 'model_dropout',
 }
 MOST_TOKENS = 2**20  # in a micro-batch; a plan of more would take minutes
 
@@ -365,6 +367,7 @@ def main(config):
 
         # one step
         with measure.step(step - begin.step):
+            model.at_step(step)
             batches = batches_of(step, train_data, selection, model, config, here)
             loss = training_step(forward, optimizer, batches, learning_rate_at(step, config), here.device)
         log.note(loss, optimizer, *([selection.kept_share] if selection else []))
@@ -380,7 +383,8 @@ def check_size(config, here):
     anything is built, downloaded or overwritten."""
     if config.init_from == 'scratch' or os.path.isdir(config.init_from):
         dtype = str(here.dtype).removeprefix('torch.')
-        if too_much := fit.cannot_fit(config, shape_of(config), dtype, here.room):
+        shape = shape_of(config)
+        if isinstance(shape, ModelConfig) and (too_much := fit.cannot_fit(config, shape, dtype, here.room)):
             raise Stop(too_much)
 
 
@@ -391,7 +395,8 @@ def announce(config, model, folder, meta, begin, here, windows):
     report.print_times(config, eval_tokens_of(config), warmup_of(config))
     report.print_changes(config, begin, learning_rate_at)
     if here.on_cuda and plan.card > here.room:
-        advice = fit.memory_advice(config, model.config, problems, fixed(config) * bool(begin.saved_at))
+        shape = model.config if isinstance(model.config, ModelConfig) else None
+        advice = fit.memory_advice(config, shape, problems, fixed(config) * bool(begin.saved_at))
         print(f'warning: the plan is more than the {here.room / 1e9:.2f} GB of this card; try {advice}')
     return plan
 

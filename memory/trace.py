@@ -117,6 +117,7 @@ def watch(record, model, optimizer):
 
     def end_layer(layer):
         def hook(module, inputs, x):
+            x = x[0] if isinstance(x, tuple) else x  # as some of transformers' blocks return it
             if record.phase == 'forward again':
                 record.phase = 'backward'
             elif x.requires_grad and record.phase == 'forward':
@@ -137,7 +138,7 @@ def watch(record, model, optimizer):
         enter('forward', None)()
 
     model.register_forward_pre_hook(micro_batch)
-    model.norm.register_forward_pre_hook(head)
+    model.head_begins.register_forward_pre_hook(head)
     for i, layer in enumerate(model.layers):
         layer.register_forward_pre_hook(begin_layer(i))
         layer.register_forward_hook(end_layer(i))
@@ -210,23 +211,24 @@ def renewals(model, config, n_layer):
     updates of all others; and where a turn in between has larger matrices, these, as deep in the model as they can be
     and as near to its start."""
     matrices = [m for layer in model.layers for m in layer.modules() if hasattr(m, 'in_features')]
-    parts = turns(7 * n_layer, config.update_proj_gap) if getattr(config, 'stagger', False) else []
+    each = len(matrices) // len(model.layers)  # 7 in a LLaMA
+    parts = turns(each * n_layer, config.update_proj_gap) if getattr(config, 'stagger', False) else []
     if len(parts) < 2:
         return [matrices]
 
     def numbers(part):
-        return sum(matrices[i % 7].in_features * matrices[i % 7].out_features for i in part)
+        return sum(matrices[i % each].in_features * matrices[i % each].out_features for i in part)
 
     def with_larger(part, in_order):
         largest = max(in_order, key=numbers)  # the first of them in this order
         return [part, largest] if numbers(largest) > numbers(part) else [part]
 
     def at(layer, part):  # the layers in between are alike, and not all at hand: the first or the last stands for them
-        return [matrices[i] if len(matrices) == 7 * n_layer else layer[i % 7] for i in part]
+        return [matrices[i] if len(matrices) == each * n_layer else layer[i % each] for i in part]
 
-    found = [at(matrices[-7:], part) for part in with_larger(parts[-1], parts[::-1])]
+    found = [at(matrices[-each:], part) for part in with_larger(parts[-1], parts[::-1])]
     if config.gradient_accumulation_steps > 1:
-        found += [at(matrices[:7], part) for part in with_larger(parts[0], parts)]
+        found += [at(matrices[:each], part) for part in with_larger(parts[0], parts)]
     return found
 
 
@@ -246,8 +248,7 @@ def record_steps(run, model_config, n_layer):
         never.update_proj_gap = NEVER  # no layer is due by itself, so that layers are alike
     if getattr(never, 'merge_every', 0):
         never.merge_every = min(never.merge_every, 3)  # LoRA's merge, in the third step at the latest
-    with torch.device('meta'):
-        model = LLaMA(replace(model_config), dtype=run.dtype, linear=run.linear)
+    model = blank(model_config, run)
     with FakeTensorMode(allow_non_fake_inputs=True):
         record = Record()
         with record:
@@ -272,6 +273,14 @@ def record_steps(run, model_config, n_layer):
         states = relabel_resident(record, model, optimizer, extra_layers)
         del optimizer.take_gradient, optimizer.moments_at_hand, optimizer.step  # these wrappers hold the optimizer
         return record.chunks, weights, states
+
+
+def blank(shape, run):
+    """The model on the meta device: LLaMA, or transformers' own, which its shape builds."""
+    if hasattr(shape, 'blank'):
+        return shape.blank(run.dtype, run.linear)
+    with torch.device('meta'):
+        return LLaMA(replace(shape), dtype=run.dtype, linear=run.linear)
 
 
 def take_step(run, record, model, optimizer):
@@ -301,7 +310,7 @@ def build(record, run, model):
             yield module
         record.at(None)
 
-    if not run.pretrained:
+    if not run.pretrained and not hasattr(model, 'inner'):  # transformers' own is always read from a folder
         with mock.patch.object(models, 'tqdm', located):
             return model.materialise()
     for module in located(list(model.modules())):  # plumbing/hf.py reads one tensor after another
@@ -351,7 +360,7 @@ def trace_step(model_config, dtype, config, setup, step, compute_dtype=None, on_
     try:
         with mock.patch.object(quant, 'nf4_on_cpu', nf4_by_shapes), as_on_a_card(not on_cpu):
             try:
-                if getattr(config, 'stagger', False) and 7 * n_layer > 7 * config.update_proj_gap > 7:
+                if getattr(config, 'stagger', False) and n_layer > config.update_proj_gap > 1:
                     raise NotUniform('more than a layer is due at once, and less than all')
                 chunks, *sizes = traced(min(n_layer, 4))
                 chunks = deeper(chunks, n_layer) if n_layer > 4 else chunks

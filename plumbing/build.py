@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import torch
 
 from configurator import method_of
-from data import DataError, tokenizer
+from data import DataError, fields, tokenizer
 from data.batches import longest_of, of_task, read_meta
 from data.fields import check, text, whole
 from model import SIZES, Linear, LLaMA, ModelConfig, ModelError
-from plumbing import Stop
-from plumbing.families import ADVICE, read_config
+from plumbing import Stop, hf_models
+from plumbing.families import ADVICE, FAMILIES, read_config
 from plumbing.folder import AdapterError, read_adapter
 from plumbing.hf import PackedError, first_line, weights_folder
 from plumbing.parallel import device_and_dtype
@@ -60,12 +60,24 @@ def check_tokenizer(model_folder, data_folder):
         )
 
 
-def build_model(config, data, vocab_size, dtype, device, source=None, linear=Linear):
+def is_native(folder, labels=0):
+    """Is the model in a folder one of our own families, and not for transformers' modules to compute?"""
+    path = os.path.join(folder, 'config.json')
+    try:
+        family = fields.read(path, {}, ModelError, ADVICE).get('model_type')
+    except FileNotFoundError:
+        return True  # which says what is missing
+    return not labels and family in FAMILIES
+
+
+def build_model(config, data, vocab_size, dtype, device, source=None, linear=Linear, labels=0):
     """The model on `device`: loaded from the Hugging Face folder `source`, or new if that is None. linear: the class of
-    the blocks' linear layers."""
-    if source:
-        if device != 'meta':  # a plan needs no data
-            check_tokenizer(source, data)
+    the blocks' linear layers. labels: of a classifier, see hf_models.Shape."""
+    if source and device != 'meta':  # a plan needs no data
+        check_tokenizer(source, data)
+    if source and not is_native(source, labels):
+        built = hf_models.load(source, config, dtype, device, linear, labels)
+    elif source:
         if config.init_from != 'resume' and read_config(source)['packed_weights']:
             raise PackedError(source)
         built = LLaMA.from_pretrained(source, dtype=dtype, device=device, block_size=config.block_size, linear=linear)
@@ -180,6 +192,10 @@ def load_model(folder, device, factors=False):
 
     factors: load the packed weights even if the folder has dense ones, too. Raises CheckpointError if they cannot be
     read."""
+    if not is_native(folder):
+        if factors:
+            raise AdapterError(f'{folder} is of transformers\' own modules: use --save_to=DIR')
+        return hf_models.load(folder, SimpleNamespace(), device=device)
     stored = read_config(folder)
     if not (stored['packed_weights'] or factors):
         return LLaMA.from_pretrained(folder, device=device)

@@ -1,0 +1,107 @@
+"""
+transformers' own modules behind the names that model.LLaMA has, so that methods, CoLM, checkpoints and memest take them
+as they take ours: GPT-2, OPT, Phi-2, and whatever else AutoModelForCausalLM builds of a stack of blocks, and the
+encoders and decoders of AutoModelForSequenceClassification.
+
+    model = load('path/to/folder', config, torch.bfloat16, 'cuda', linear)            # tokens (B, T) -> logits, or loss
+    model = load('path/to/roberta', config, torch.float32, 'cpu', linear, labels=3)    # -> logits (B, 3), or loss
+
+hf_modules.py has the model; here it is read from a folder, and refused by name where it cannot be trained.
+"""
+
+import os
+
+import torch
+
+from data import fields
+from model import Linear, ModelError
+from plumbing.families import ADVICE
+from plumbing.hf_modules import Shape, Transformers, kind_of, quiet
+
+# Fields that change what stands between the last hidden state and the logits, and the values that change nothing.
+PLAIN_HEAD = {'final_logit_softcapping': (None,), 'logit_scale': (None, 1.0), 'logits_scaling': (None, 1.0)}
+EXPERTS = ('num_local_experts', 'num_experts', 'n_routed_experts', 'moe_num_experts')
+
+
+def load(folder, config, dtype=None, device='cpu', linear=Linear, labels=0):
+    """The model in a folder of transformers' layout. config: the run's, of which it takes block_size, seed, targets and
+    model_dropout; linear: the class of the blocks' linear layers, as in LLaMA; labels: see Shape.
+
+    dtype None keeps the file's. On the meta device config.json alone is enough. Weights pass through main memory in
+    their own dtype. A classifier that the folder has not is made anew, N(0, 0.02), by the seed. Raises ModelError."""
+    shape = read_shape(folder, config, labels)
+    if torch.device(device).type == 'meta':
+        return shape.blank(dtype or shape.hf.dtype, linear)
+    try:
+        with quiet():
+            inner, told = kind_of(shape).from_pretrained(
+                folder, config=shape.hf, dtype=dtype or 'auto', output_loading_info=True, local_files_only=True,
+                ignore_mismatched_sizes=bool(labels), use_safetensors=True,
+            )  # fmt: skip
+    except Exception as error:  # transformers has all kinds, for all a folder can hold
+        raise ModelError(f'{folder}: transformers cannot read its weights ({one_line(error)}): {ADVICE}') from None
+    fill_new_head(inner, told, folder, shape)
+    return Transformers(inner, shape, linear, device)
+
+
+def read_shape(folder, config, labels=0):
+    """The Shape that a folder's config.json says. Raises ModelError for what cannot be trained here."""
+    try:
+        from transformers import AutoConfig
+    except ImportError:
+        raise ModelError('this model is computed by transformers: pip install transformers') from None
+    path = os.path.join(folder, 'config.json')
+    given = fields.read(path, {'model_type': fields.text()}, ModelError, ADVICE)
+    try:
+        with quiet():
+            hf = AutoConfig.for_model(**given)
+    except Exception as error:
+        raise ModelError(f'{path} is not a config that this transformers knows: {one_line(error)}') from None
+    if getattr(hf, 'is_encoder_decoder', False) or not hasattr(hf, 'num_hidden_layers'):
+        raise ModelError(f'{path}: model_type={hf.model_type!r} is no single stack of blocks: use another model')
+    if any(getattr(hf, name, None) for name in EXPERTS):
+        what = f"model_type={hf.model_type!r} has experts, and which of them a token's step moves depends on the token"
+        raise ModelError(f'{path}: {what}: use a dense model')
+    for name, plain in PLAIN_HEAD.items():
+        if not labels and getattr(hf, name, None) not in plain:
+            raise ModelError(f'{path}: {name}={getattr(hf, name)!r} is not what this head computes: use another model')
+    if labels:
+        hf.num_labels = labels
+        hf.problem_type = 'regression' if labels == 1 else 'single_label_classification'
+    set_dropout(hf, getattr(config, 'model_dropout', -1.0))
+    shape = Shape(hf, labels, seed=getattr(config, 'seed', 0))
+    block_size = getattr(config, 'block_size', 0)
+    if block_size > shape.max_positions:
+        most = shape.max_positions
+        raise ModelError(f'{folder} is made for windows of {most} tokens: set block_size to at most that')
+    shape.block_size = block_size or shape.block_size
+    return shape
+
+
+def set_dropout(hf, share):
+    """All of a config's dropouts become `share`, if that is not negative; layerdrop, which skips whole blocks, 0."""
+    for name, value in list(vars(hf).items()):
+        if name == 'layerdrop':
+            hf.layerdrop = 0.0
+        elif share >= 0 and ('drop' in name or name.endswith('pdrop')) and type(value) in (int, float):
+            setattr(hf, name, share)
+
+
+@torch.no_grad()
+def fill_new_head(inner, told, folder, shape):
+    """Make what the folder has not of a classifier; raise ModelError for anything else that is missing."""
+    body = inner.base_model_prefix + '.'
+    odd = [key if isinstance(key, str) else key[0] for key in told['mismatched_keys']]
+    lost = sorted({*told['missing_keys'], *odd})
+    if wrong := [name for name in lost if not shape.labels or (name.startswith(body) and 'pooler' not in name)]:
+        raise ModelError(f"{folder} lacks {len(wrong)} of the model's tensors, the first {wrong[0]}: {ADVICE}")
+    generator = torch.Generator().manual_seed(shape.seed)
+    for name in lost:
+        p = inner.get_parameter(name)
+        p.copy_(torch.randn(p.shape, generator=generator) * 0.02 if p.dim() > 1 else torch.zeros(p.shape))
+    if lost:
+        print(f'{folder} has no {", ".join(sorted({name.rpartition(".")[0] for name in lost}))}: made anew')
+
+
+def one_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

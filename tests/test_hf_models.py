@@ -1,0 +1,191 @@
+"""plumbing/hf_models.py: transformers' own modules under our trainer, against themselves."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import values
+from hf_tiny import DECODERS, saved
+
+import configurator
+import train as training
+from configurator import method_of
+from model import ModelError
+from plumbing import hf_models, resume
+from plumbing.build import layers_of
+from train import training_step
+
+transformers.logging.disable_progress_bar()
+KEYS = dict(learning_rate=1e-2, max_iters=10, batch_size=4, block_size=24, init_from='folder', model_dropout=-1.0)
+
+
+def config_of(method='adamw', **changes):
+    """A namespace with train.py's keys and the method's options."""
+    return configurator.switch(SimpleNamespace(**KEYS), method, **changes)
+
+
+def batch(seed=0, rows=4, T=24, masked=True):
+    """tokens, targets (rows, T); rows of unequal length have no targets behind their end."""
+    ids = torch.randint(0, 301, (rows, T + 1), generator=torch.Generator().manual_seed(seed))
+    x, y = ids[:, :-1].contiguous(), ids[:, 1:].clone()
+    for row in range(rows if masked else 0):
+        y[row, : row + 1], y[row, T - 2 * row :] = -100, -100
+    return x, y
+
+
+def steps(folder, config, n=3, micro_batches=1, labels=0, resume=None):
+    """-> model, optimizer, losses after n steps on micro-batches of one batch each."""
+    model = hf_models.load(folder, config, torch.float32, 'cpu', layers_of(config), labels)
+    model.checkpointing = config.checkpointing
+    optimizer = method_of(config).setup(model, config)
+    losses = []
+    for step in range(n):
+        model.at_step(step)
+        rows = [(x[None], y[None]) for x, y in zip(*batch(step))]
+        part = len(rows) // micro_batches
+        batches = [tuple(torch.cat(some) for some in zip(*rows[a : a + part])) for a in range(0, len(rows), part)]
+        losses.append(training_step(model, optimizer, batches, config.learning_rate, 'cpu').item())
+    return model, optimizer, losses
+
+
+def largest_difference(one, other):
+    """Between the matrices of two models. A key's bias has no gradient but rounding, of which Adam makes steps."""
+    pairs = zip(one.dense_weights(), other.dense_weights(), strict=True)
+    return max((a() - b()).abs().max().item() for (_, shape, a), (_, _, b) in pairs if len(shape) == 2)
+
+
+@pytest.mark.parametrize('name', DECODERS)
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_loss_and_gradients_are_those_of_the_models_own_backward(tmp_path, name, checkpointing):
+    """Tied heads and heads with a bias, LayerNorms, learned and rotated positions, masked targets."""
+    theirs, (x, y) = saved(tmp_path, name), batch()
+    ours = hf_models.load(tmp_path, config_of())
+    ours.checkpointing = checkpointing
+    loss = F.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten())
+    loss.backward()
+    found = ours(x, y)
+    found.backward()
+    torch.testing.assert_close(found, loss, rtol=1e-6, atol=1e-6)
+    for (key, p), q in zip(theirs.named_parameters(), ours.inner.parameters(), strict=True):
+        grad = q.grad.T if name == 'gpt2' and 'c_' in key and p.dim() == 2 else q.grad
+        torch.testing.assert_close(grad, p.grad, rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize('name', DECODERS)
+def test_a_saved_folder_is_the_models_own_and_has_equal_logits(tmp_path, name):
+    theirs, (x, _) = saved(tmp_path / 'one', name), batch()
+    for method in ('adamw', 'lora'):
+        config = config_of(method, **dict(quantize='none') if method == 'lora' else {})
+        ours = hf_models.load(tmp_path / 'one', config, linear=layers_of(config))
+        assert ours.n_params() == sum(p.numel() for p in theirs.parameters())
+        ours.save_pretrained(tmp_path / 'two')
+        again, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'two', output_loading_info=True)
+        assert not any(told.values()), told
+        assert torch.equal(again(x).logits, theirs(x).logits)
+
+
+@pytest.mark.parametrize('name', DECODERS)
+def test_galore_of_full_rank_is_adamw(tmp_path, name):
+    saved(tmp_path, name)
+    adamw, _, _ = steps(tmp_path, config_of('adamw'), 2)
+    full = config_of('galore', rank=32, scale=1.0, update_proj_gap=100, refresh='svd')
+    galore, optimizer, _ = steps(tmp_path, full, 0)
+    for p, state in ((p, optimizer.state[p]) for p in optimizer.placeholder):  # P = 1: the same coordinates
+        state.update(P=torch.eye(min(p.shape)), next=100)
+    for step in range(2):
+        training_step(galore, optimizer, [batch(step)], full.learning_rate, 'cpu')
+    assert largest_difference(adamw, galore) < 1e-4
+
+
+METHODS = {
+    'adamw': {},
+    'galore': dict(rank=8, update_proj_gap=2),
+    'loqt': dict(rank=8, update_proj_gap=2, quantize='none'),
+    'lora': dict(rank=4, quantize='none', dropout=0.2),
+}
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('name', ['gpt2', 'phi'])
+def test_accumulation_per_layer_and_checkpointing_change_nothing(tmp_path, name, method):
+    saved(tmp_path, name)
+    options = METHODS[method] | (dict(dropout=0.0) if method == 'lora' else {})
+    plain, _, losses = steps(tmp_path, config_of(method, **options))
+    for change in (dict(per_layer=True), dict(checkpointing=True)):
+        other, _, found = steps(tmp_path, config_of(method, **options, **change))
+        assert largest_difference(plain, other) < 1e-6 and losses == pytest.approx(found, abs=1e-6), change
+    if method != 'galore' and method != 'loqt':  # whose first P comes from the first micro-batch
+        other, _, found = steps(tmp_path, config_of(method, **options), micro_batches=4)
+        assert losses == pytest.approx(found, rel=1e-5)
+
+
+def test_dropout_is_a_function_of_seed_step_micro_batch_and_block(tmp_path):
+    """Checkpointing draws the same masks again; other steps and micro-batches draw others; evaluation draws none."""
+    saved(tmp_path, 'gpt2', dropout=0.3)
+    _, _, plain = steps(tmp_path, config_of())
+    _, _, again = steps(tmp_path, config_of(checkpointing=True))
+    _, _, none = steps(tmp_path, config_of(model_dropout=0.0))
+    assert plain == again and plain != none
+    model, (x, y) = hf_models.load(tmp_path, config_of()), batch()
+    model.at_step(3)
+    first, second = model(x, y).item(), model(x, y).item()
+    model.at_step(3)
+    assert model(x, y).item() == first != second
+    with torch.no_grad():
+        assert model(x, y).item() == model(x, y).item()
+    assert model.inner.training is False and model.training
+
+
+@pytest.mark.parametrize('name', hf_models.PACKED)
+def test_packed_rows_are_as_their_pieces_alone(tmp_path, name):
+    saved(tmp_path, name)
+    model, (x, _) = hf_models.load(tmp_path, config_of()), batch(rows=2)
+    pieces = torch.tensor([0, 5, 24, 31, 48, 48], dtype=torch.int32)
+    packed = model(x, pieces=pieces).flatten(0, 1)
+    flat = x.flatten()
+    for a, b in ((0, 5), (5, 24), (24, 31), (31, 48)):
+        torch.testing.assert_close(packed[a:b], model(flat[None, a:b])[0], rtol=1e-5, atol=1e-5)
+
+
+def trained(capsys, *flags):
+    """Run train.py here. -> the lines at its end"""
+    training.cli(configurator.load(training.__file__, flags, training.problems, earlier=resume.settings))
+    return values(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, data, capsys, method):
+    """With the model's dropout; and the plan is within 0.1 % of what the run measured."""
+    saved(tmp_path / 'gpt2', 'gpt2', dropout=0.1)
+    options = [f'--{key}={value}' for key, value in METHODS[method].items()]
+    flags = [f'--method={method}', *options, f'--init_from={tmp_path / "gpt2"}', f'--dataset={data}', '--checkpointing']
+    flags += ['--block_size=24', '--batch_size=4', '--eval_interval=3', '--eval_tokens=512', '--lr_decay_iters=6']
+    said = trained(capsys, *flags, f'--out_dir={tmp_path / "whole"}', '--max_iters=6')
+    trained(capsys, *flags, f'--out_dir={tmp_path / "cut"}', '--max_iters=3')
+    trained(capsys, f'--out_dir={tmp_path / "cut"}', '--init_from=resume', '--max_iters=6')
+    one, two = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name / 'last') for name in ('whole', 'cut')
+    )
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters()))
+    assert int(said['peak_bytes_planned']) == pytest.approx(int(said['peak_bytes_measured']), rel=1e-3)
+
+
+def test_what_cannot_hold_is_refused_in_a_sentence(tmp_path):
+    config = transformers.MixtralConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    config.save_pretrained(tmp_path / 'moe')
+    with pytest.raises(ModelError, match=r'has experts, .*: use a dense model'):
+        hf_models.load(tmp_path / 'moe', config_of())
+    saved(tmp_path / 'opt', 'opt')
+    with pytest.raises(ModelError, match='made for windows of 64 tokens: set block_size'):
+        hf_models.load(tmp_path / 'opt', config_of(block_size=65))
+    (tmp_path / 'opt' / 'model.safetensors').write_bytes(b'broken')
+    with pytest.raises(ModelError, match='transformers cannot read its weights'):
+        hf_models.load(tmp_path / 'opt', config_of())
+    transformers.T5Config().save_pretrained(tmp_path / 't5')
+    with pytest.raises(ModelError, match='no single stack of blocks'):
+        hf_models.load(tmp_path / 't5', config_of())
+    transformers.Gemma2Config(final_logit_softcapping=30.0).save_pretrained(tmp_path / 'gemma')
+    with pytest.raises(ModelError, match='final_logit_softcapping=30'):
+        hf_models.load(tmp_path / 'gemma', config_of())
