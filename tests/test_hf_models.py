@@ -13,7 +13,7 @@ import configurator
 import train as training
 from configurator import method_of
 from model import ModelError
-from plumbing import hf_models, resume
+from plumbing import hf_models, hf_modules, resume
 from plumbing.build import layers_of
 from train import training_step
 
@@ -138,7 +138,7 @@ def test_dropout_is_a_function_of_seed_step_micro_batch_and_block(tmp_path):
     assert model.inner.training is False and model.training
 
 
-@pytest.mark.parametrize('name', hf_models.PACKED)
+@pytest.mark.parametrize('name', hf_modules.PACKED)
 def test_packed_rows_are_as_their_pieces_alone(tmp_path, name):
     saved(tmp_path, name)
     model, (x, _) = hf_models.load(tmp_path, config_of()), batch(rows=2)
