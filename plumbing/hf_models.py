@@ -18,8 +18,6 @@ from model import Linear, ModelError
 from plumbing.families import ADVICE
 from plumbing.hf_modules import Shape, Transformers, kind_of, quiet
 
-# Fields that change what stands between the last hidden state and the logits, and the values that change nothing.
-PLAIN_HEAD = {'final_logit_softcapping': (None,), 'logit_scale': (None, 1.0), 'logits_scaling': (None, 1.0)}
 EXPERTS = ('num_local_experts', 'num_experts', 'n_routed_experts', 'moe_num_experts')
 
 
@@ -41,6 +39,7 @@ def load(folder, config, dtype=None, device='cpu', linear=Linear, labels=0):
     except Exception as error:  # transformers has all kinds, for all a folder can hold
         raise ModelError(f'{folder}: transformers cannot read its weights ({one_line(error)}): {ADVICE}') from None
     fill_new_head(inner, told, folder, shape)
+    check_language_model(inner, folder, shape)
     return Transformers(inner, shape, linear, device)
 
 
@@ -62,9 +61,6 @@ def read_shape(folder, config, labels=0):
     if any(getattr(hf, name, None) for name in EXPERTS):
         what = f"model_type={hf.model_type!r} has experts, and which of them a token's step moves depends on the token"
         raise ModelError(f'{path}: {what}: use a dense model')
-    for name, plain in PLAIN_HEAD.items():
-        if not labels and getattr(hf, name, None) not in plain:
-            raise ModelError(f'{path}: {name}={getattr(hf, name)!r} is not what this head computes: use another model')
     if labels:
         hf.num_labels = labels
         hf.problem_type = 'regression' if labels == 1 else 'single_label_classification'
@@ -101,6 +97,24 @@ def fill_new_head(inner, told, folder, shape):
         p.copy_(torch.randn(p.shape, generator=generator) * 0.02 if p.dim() > 1 else torch.zeros(p.shape))
     if lost:
         print(f'{folder} has no {", ".join(sorted({name.rpartition(".")[0] for name in lost}))}: made anew')
+
+
+@torch.no_grad()
+def check_language_model(inner, folder, shape):
+    """Raise ModelError where a token sees what comes behind it, or logits are not the head's product with the hidden
+    states, on which `hidden` and HeadLoss rest."""
+    if shape.labels:
+        return
+    tokens = torch.tensor([[0, 1, 2], [0, 1, 3]]) % shape.vocab_size
+    logits = inner(input_ids=tokens, use_cache=False).logits
+    found = inner.get_output_embeddings()(inner.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
+    if not torch.allclose(logits[0, :2], logits[1, :2], rtol=1e-2, atol=1e-3):
+        raise ModelError(
+            f'{folder}: in {shape.family} a token sees those behind it, it is no language model: use another'
+        )
+    if found.shape != logits.shape or not torch.allclose(found, logits, rtol=1e-2, atol=1e-3):
+        what = 'makes more of its logits than a product with its head, as a soft cap does'
+        raise ModelError(f'{folder}: {shape.family} {what}, and its loss here would be another: use another model')
 
 
 def one_line(error):

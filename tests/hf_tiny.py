@@ -22,11 +22,14 @@ ENCODERS = {
         pooler_hidden_size=32,
     ),
 }  # fmt: skip
+OTHERS = {
+    'gemma2': lambda: transformers.Gemma2Config(**SMALL, head_dim=8, num_key_value_heads=2, final_logit_softcapping=0.5)
+}
 
 
-def saved(folder, name, labels=0, dropout=0.0, vocab_size=301, **changes):
+def saved(folder, name, labels=0, dropout=0.0, vocab_size=301, masked=True, **changes):
     """Write such a model to a folder. -> the model, in evaluation mode"""
-    config = (DECODERS | ENCODERS)[name]()
+    config = (DECODERS | ENCODERS | OTHERS)[name]()
     changes = dict(vocab_size=vocab_size, max_position_embeddings=64, bos_token_id=0, eos_token_id=2) | changes
     for key, value in changes.items():
         setattr(config, key, value)
@@ -35,7 +38,8 @@ def saved(folder, name, labels=0, dropout=0.0, vocab_size=301, **changes):
             setattr(config, key, dropout)
     if labels:
         config.num_labels = labels
-    kind = transformers.AutoModelForSequenceClassification if labels else transformers.AutoModelForCausalLM
+    kind = 'SequenceClassification' if labels else 'MaskedLM' if name in ENCODERS and masked else 'CausalLM'
+    kind = getattr(transformers, 'AutoModelFor' + kind)
     torch.manual_seed(0)
     model = kind.from_config(config)
     with torch.no_grad():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import values
-from hf_tiny import DECODERS, saved
+from hf_tiny import DECODERS, ENCODERS, saved
 
 import configurator
 import train as training
@@ -186,6 +186,77 @@ def test_what_cannot_hold_is_refused_in_a_sentence(tmp_path):
     transformers.T5Config().save_pretrained(tmp_path / 't5')
     with pytest.raises(ModelError, match='no single stack of blocks'):
         hf_models.load(tmp_path / 't5', config_of())
-    transformers.Gemma2Config(final_logit_softcapping=30.0).save_pretrained(tmp_path / 'gemma')
-    with pytest.raises(ModelError, match='final_logit_softcapping=30'):
+    saved(tmp_path / 'bert', 'bert', masked=False)
+    with pytest.raises(ModelError, match='a token sees those behind it, it is no language model'):
+        hf_models.load(tmp_path / 'bert', config_of())
+    saved(tmp_path / 'gemma', 'gemma2')
+    with pytest.raises(ModelError, match='makes more of its logits than a product with its head'):
         hf_models.load(tmp_path / 'gemma', config_of())
+
+
+# ---- classifiers -----------------------------------------------------------------------------------------------------
+
+LENGTHS = torch.tensor([24, 9, 17, 2])
+
+
+def pairs(labels, pad, seed=0):
+    """tokens (4, 24) padded on the right, types, and targets of a batch of sentence pairs."""
+    x, _ = batch(seed, masked=False)
+    x = torch.where(torch.arange(24) < LENGTHS[:, None], x.clamp_min(3), pad)
+    types = (torch.arange(24) >= LENGTHS[:, None] // 2).long()
+    targets = torch.tensor([0.5, 2.0, -1.0, 4.5]) if labels == 1 else torch.arange(4) % labels
+    return x, types, targets
+
+
+def own_logits(theirs, name, x, types):
+    """As transformers computes them; a decoder row by row, so that none has padding."""
+    if name in DECODERS:
+        rows = [theirs.base_model(row[None, :n]).last_hidden_state[0, -1] for row, n in zip(x, LENGTHS)]
+        return theirs.score(torch.stack(rows))
+    named = {'token_type_ids': types} if name == 'bert' else {}
+    return theirs(x, attention_mask=(torch.arange(24) < LENGTHS[:, None]).long(), **named).logits
+
+
+@pytest.mark.parametrize('name', [*ENCODERS, 'gpt2', 'opt', 'phi'])
+@pytest.mark.parametrize(('labels', 'checkpointing'), [(3, False), (3, True), (1, False)])
+def test_a_classifiers_loss_and_gradients_are_those_of_the_models_own(tmp_path, name, labels, checkpointing):
+    theirs = saved(tmp_path, name, labels)
+    x, types, targets = pairs(labels, theirs.config.pad_token_id or 0)
+    ours = hf_models.load(tmp_path, config_of(), labels=labels)
+    ours.checkpointing = checkpointing
+    logits = own_logits(theirs, name, x, types)
+    losses = (logits[:, 0] - targets) ** 2 if labels == 1 else F.cross_entropy(logits, targets, reduction='none')
+    weights = torch.tensor([0.5, 1.0, 2.0, 0.0])
+    (losses * weights).sum().div(7).backward()
+    found = ours(x, targets, lengths=LENGTHS, types=types, weights=weights, divisor=7)
+    found.backward()
+    torch.testing.assert_close(ours(x, lengths=LENGTHS, types=types), logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(x, targets, lengths=LENGTHS, types=types), losses.mean(), rtol=1e-5, atol=1e-5)
+    for (key, p), q in zip(theirs.named_parameters(), ours.inner.parameters(), strict=True):
+        if p.grad is None or q.grad is None:  # a pooler that nothing reads
+            assert p.grad is q.grad, key
+            continue
+        grad = q.grad.T if name == 'gpt2' and 'c_' in key and p.dim() == 2 else q.grad
+        torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize('name', [*ENCODERS, 'phi'])
+def test_a_head_that_is_missing_or_of_another_size_is_made_anew_by_the_seed(tmp_path, name, capsys):
+    theirs = saved(tmp_path / 'lm', name)
+    one, two, three = (
+        hf_models.load(tmp_path / 'lm', config_of(seed=seed), labels=3) for seed in (1, 1, 2)
+    )  # fmt: skip
+    assert 'made anew' in capsys.readouterr().out
+    weights = [{n: make() for n, _, make in model.dense_weights()} for model in (one, two, three)]
+    assert all(torch.equal(p, weights[1][n]) for n, p in weights[0].items())
+    differ = {n.partition('.')[0] for n, p in weights[0].items() if not torch.equal(p, weights[2][n])}
+    assert differ <= {'classifier', 'score', 'pooler', 'bert'} and differ
+    body = dict(theirs.base_model.named_parameters())
+    found = dict(one.inner.base_model.named_parameters())
+    assert all(torch.equal(p, found[n]) for n, p in body.items() if n in found)
+    one.save_pretrained(tmp_path / 'three')
+    again = hf_models.load(tmp_path / 'three', config_of(), labels=3)
+    assert 'made anew' not in capsys.readouterr().out
+    assert all(torch.equal(make(), weights[0][n]) for n, _, make in again.dense_weights())
+    hf_models.load(tmp_path / 'three', config_of(), labels=2)
+    assert 'made anew' in capsys.readouterr().out
