@@ -265,9 +265,9 @@ def slices_of(pieces):
 
 # On a CPU piece after piece, with torch's own kernel; forward and backward are an operation each, so that a trace sees
 # results whose size does not depend on the pieces, and torch.compile does not look inside.
-PACKED = torch.library.Library('nano24', 'FRAGMENT')
-PACKED.define('attend(Tensor q, Tensor k, Tensor v, Tensor pieces, float? scale) -> (Tensor, Tensor)')
-PACKED.define(
+OPERATIONS = torch.library.Library('nano24', 'FRAGMENT')
+OPERATIONS.define('attend(Tensor q, Tensor k, Tensor v, Tensor pieces, float? scale) -> (Tensor, Tensor)')
+OPERATIONS.define(
     'attend_backward(Tensor delta, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, Tensor pieces, float? scale)'
     ' -> (Tensor, Tensor, Tensor)'
 )
@@ -306,7 +306,7 @@ for name, on_cpu, room in (
     ('attend', attend_on_cpu, room_for_attention),
     ('attend_backward', attend_backward_on_cpu, room_for_gradients),
 ):
-    PACKED.impl(name, on_cpu, 'CPU')
+    OPERATIONS.impl(name, on_cpu, 'CPU')
     torch.library.register_fake(f'nano24::{name}', room)
 
 
@@ -419,6 +419,18 @@ def cross_entropy_rows(x, W, targets, scale=None, room=None, bias=None):
     logits *= (scale / total)[:, None]  # scale (softmax - one at the target)
     logits.scatter_add_(1, targets.clamp_min(0)[:, None], -scale[:, None])
     return losses, logits if logits.dtype == product.dtype else product.copy_(logits)
+
+
+# A trace, whose targets have no values, takes all for trained.
+OPERATIONS.define('trained_rows(Tensor targets) -> Tensor')
+OPERATIONS.impl('trained_rows', lambda targets: (targets.flatten() != -100).nonzero()[:, 0], 'CPU')
+torch.library.register_fake('nano24::trained_rows', lambda targets: targets.new_empty(targets.numel()))
+
+
+def trained_rows(targets):
+    """Where in the flat targets (B T), which are on the host, those stand that are not -100: (n,) int64, None if all."""
+    rows = torch.ops.nano24.trained_rows(targets)
+    return rows if len(rows) < targets.numel() else None
 
 
 class HeadLoss(torch.autograd.Function):

@@ -35,12 +35,12 @@ import sample
 from adam import average_
 from configurator import at_least, between, method_of, typed
 from data import DataError, tokenizer
-from data.batches import load, read_meta, trained_rows, trained_tokens
+from data.batches import load, read_meta, trained_tokens
 from data.tokenizer_files import files_of
 from memory import fit, trace
 from memory.measure import Measure
 from memory.record import LiveBytes
-from model import SIZES, ModelConfig, ModelError
+from model import SIZES, ModelConfig, ModelError, trained_rows
 from plumbing import begin as start
 from plumbing import checkpoint, parallel, report
 from plumbing.build import SHAPE, build_model, build_on_meta, data_folder, layers_of, rows_of, shape_of, try_compile

@@ -126,20 +126,6 @@ def trained_tokens(micro_batches):
     return count
 
 
-# Where in the flat targets (B T) those stand that are not -100, (n,) int64. The host knows it before a step begins; a
-# trace, whose targets have no values, takes all for trained.
-TRAINED = torch.library.Library('nano24', 'FRAGMENT')
-TRAINED.define('trained_rows(Tensor targets) -> Tensor')
-TRAINED.impl('trained_rows', lambda targets: (targets.flatten() != -100).nonzero()[:, 0], 'CPU')
-torch.library.register_fake('nano24::trained_rows', lambda targets: targets.new_empty(targets.numel()))
-
-
-def trained_rows(targets):
-    """These places, of targets on the host; None where all are trained."""
-    rows = torch.ops.nano24.trained_rows(targets)
-    return rows if len(rows) < targets.numel() else None
-
-
 def open_array(path, dtype, n):
     """A file of n numbers. Raises DataError if it is missing or has another length."""
     try:

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import model as model_module
-from data.batches import trained_rows
-from model import SIZES, HeadLoss, KVCache, LLaMA, ModelConfig, ModelError
+from model import SIZES, HeadLoss, KVCache, LLaMA, ModelConfig, ModelError, trained_rows
 from plumbing.families import config_from_hf
 
 LLAMA3 = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
