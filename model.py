@@ -428,7 +428,7 @@ torch.library.register_fake('nano24::trained_rows', lambda targets: targets.new_
 
 
 def trained_rows(targets):
-    """Where in the flat targets (B T), which are on the host, those stand that are not -100: (n,) int64, None if all."""
+    """Where in the flat targets (B T), on the host, those stand that are not -100: (n,) int64; None if all do."""
     rows = torch.ops.nano24.trained_rows(targets)
     return rows if len(rows) < targets.numel() else None
 
