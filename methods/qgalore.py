@@ -153,7 +153,7 @@ class Int8Linear(torch.nn.Linear):
         if self.bias is not None:
             torch.nn.init.zeros_(self.bias)
         if not self.weight.is_meta:
-            self.set_weight(torch.nn.init.normal_(self.weight.detach(), std=0.02, generator=generator))
+            self.set_weight(torch.nn.init.normal_(self.weight.detach().contiguous(), std=0.02, generator=generator))
 
     @torch.no_grad()
     def set_weight(self, W):
