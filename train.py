@@ -85,7 +85,8 @@ beta2 = 0.999  # decay rate of Adam's second moment
 grad_clip = 0.0  # maximum global gradient norm (of the projected gradients under GaLore); 0: no clipping
 
 # method
-method = 'galore'  # 'adamw' | 'galore' | 'loqt' | 'lora' | 'qgalore' | 'fira' | 'apollo': one file each
+method = 'galore'  # 'adamw' | 'galore' | 'loqt' | 'lora' | 'qgalore' | 'fira' | 'apollo' |
+#         'badam': one file each
 
 # memory and speed
 device = 'auto'  # 'auto' | 'cpu' | 'cuda': auto uses cuda if it is available

@@ -24,6 +24,7 @@ SCRIPT = str(ROOT / 'train.py')
 NAMES = configurator._layout(SCRIPT).trunk['method'].choices
 # Some of everything within a few steps of a tiny model, for the keys among these that a method has.
 SHORT = dict(rank=8, update_proj_gap=3, learning_rate=1e-3, warmup_iters=0, max_iters=40, lazy=0.0, quantize='none')
+SHORT |= dict(block_steps=3)
 COMMON = [{}, dict(state_bits=8), dict(weight_decay=0.1), dict(grad_clip=0.05)]
 RELORA = dict(dropout=0.3, merge_every=2, train_rest='no')
 MODES = {
@@ -39,6 +40,7 @@ MODES = {
         dict(state_bits=8, lazy=0.1, moments='rotate', weight_decay=0.1, grad_clip=0.05),
     ],
     'fira': [dict(basis_bits=8, state_bits=8, refresh='svd')],
+    'badam': [dict(choose='norm', offload=True)],
     'apollo': [dict(tensorwise=True, rank=1, scale=128**0.5)],
     'loqt': [
         dict(quantize='nf4', moments='reset'),

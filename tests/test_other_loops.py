@@ -13,6 +13,7 @@ from galore import GaLoreAdamW, on_the_right
 from loqt import LoQTAdamW, replace_linears
 from lora import LoRAAdamW, LoRALinear
 from methods.apollo import ApolloAdamW
+from methods.badam import BAdamW
 from methods.fira import FiraAdamW
 from methods.qgalore import QGaLoreAdamW
 
@@ -39,12 +40,17 @@ def lora(model, **more):
     return LoRAAdamW(model.parameters(), [model[0], model[2]], lr=1e-2, **more)
 
 
+def badam(model, **more):
+    return BAdamW([{'params': model[i].parameters(), 'block': i} for i in (0, 2)], lr=1e-2, block_steps=3, **more)
+
+
 METHODS = {
     'adamw': lambda model, **more: AdamW(model.parameters(), lr=1e-2, **more),
     'galore': lowrank(GaLoreAdamW),
     'qgalore': lowrank(QGaLoreAdamW),
     'fira': lowrank(FiraAdamW),
     'apollo': lowrank(ApolloAdamW),
+    'badam': badam,
     'loqt': loqt,
     'lora': lora,
 }
@@ -286,7 +292,8 @@ def test_frozen_parameters_stay_and_the_others_learn(method, per_layer):
     assert moved == [False, True, True, True]
 
 
-@pytest.mark.parametrize('method', [name for name in METHODS if name not in ('loqt', 'lora')])
+# badam's waiting weights have requires_grad=False already: who freezes one of them cannot be heard
+@pytest.mark.parametrize('method', [name for name in METHODS if name not in ('loqt', 'lora', 'badam')])
 def test_a_weight_frozen_after_attach_stays_where_it_is(method):
     model = net()
     optimizer = METHODS[method](model)
@@ -454,6 +461,7 @@ def test_a_shallow_copy_is_refused_since_two_optimizers_would_move_one_parameter
         'adam galore methods/qgalore',
         'adam galore methods/fira',
         'adam galore methods/apollo',
+        'adam methods/badam',
     ],
 )
 def test_a_method_file_works_in_a_folder_of_its_own_beside_the_files_it_names(files, tmp_path):

@@ -38,6 +38,8 @@ MODES = {
     'fira': dict(method='fira', per_layer=True),
     'apollo': dict(method='apollo'),
     'apollo mini': dict(method='apollo', tensorwise=True, rank=1, per_layer=True),
+    'badam': dict(method='badam'),
+    'badam by norm': dict(method='badam', choose='norm', per_layer=True, gradient_accumulation_steps=2),
     'loqt': dict(method='loqt'),
     'loqt without nf4': dict(method='loqt', quantize='none'),
     'loqt everything': dict(
