@@ -43,7 +43,7 @@ class BAdamW(AdamW):
         super().add_param_group(group)
         self.freeze()
 
-    def freeze(self):
+    def freeze(self, looks=False):
         """Only what is live needs a gradient; all does in a step that looks for the next block."""
         sizes = {group['block']: 0 for group in self.param_groups}
         for p, group in self.group_of.items():
@@ -51,7 +51,7 @@ class BAdamW(AdamW):
         self.blocks = sorted(sizes.keys() - {None})
         if self.blocks and not self.turn['taken'] and not self.turn['visits']:  # the first steps show the memory's peak
             self.turn['active'] = max(self.blocks, key=sizes.get)
-        looks = self.choose == 'norm' and self.turn['taken'] == self.block_steps - 1
+        looks |= self.choose == 'norm' and self.turn['taken'] == self.block_steps - 1
         for p in self.group_of:
             if p.requires_grad or p in self.waiting:
                 p.requires_grad_(looks or self.is_live(p))
@@ -96,9 +96,8 @@ class BAdamW(AdamW):
                 state.pop(name, None)
 
     def make_due(self, modules):
-        """The next step is the last one of its block."""
-        self.turn['taken'] = self.block_steps - 1
-        self.freeze()
+        """The next step looks at all gradients, if one ever does: a plan counts that."""
+        self.freeze(looks=self.choose == 'norm')
 
     def state_dict(self):
         return super().state_dict() | {'turn': self.turn | {'visits': dict(self.turn['visits'])}}
