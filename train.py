@@ -86,7 +86,7 @@ grad_clip = 0.0  # maximum global gradient norm (of the projected gradients unde
 
 # method
 method = 'galore'  # 'adamw' | 'galore' | 'loqt' | 'lora' | 'qgalore' | 'fira' | 'apollo' |
-#         'badam': one file each
+#         'badam' | 'grass': one file each
 
 # memory and speed
 device = 'auto'  # 'auto' | 'cpu' | 'cuda': auto uses cuda if it is available

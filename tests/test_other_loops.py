@@ -15,6 +15,7 @@ from lora import LoRAAdamW, LoRALinear
 from methods.apollo import ApolloAdamW
 from methods.badam import BAdamW
 from methods.fira import FiraAdamW
+from methods.grass import GrassAdamW
 from methods.qgalore import QGaLoreAdamW
 
 
@@ -51,6 +52,7 @@ METHODS = {
     'fira': lowrank(FiraAdamW),
     'apollo': lowrank(ApolloAdamW),
     'badam': badam,
+    'grass': lowrank(GrassAdamW),
     'loqt': loqt,
     'lora': lora,
 }
@@ -462,6 +464,7 @@ def test_a_shallow_copy_is_refused_since_two_optimizers_would_move_one_parameter
         'adam galore methods/fira',
         'adam galore methods/apollo',
         'adam methods/badam',
+        'adam galore methods/grass',
     ],
 )
 def test_a_method_file_works_in_a_folder_of_its_own_beside_the_files_it_names(files, tmp_path):
@@ -526,7 +529,7 @@ def test_an_attached_model_and_its_optimizer_pass_through_torch_save(method, tmp
 
 
 @pytest.mark.parametrize('per_layer', [False, True])
-@pytest.mark.parametrize('method', ['galore', 'qgalore', 'fira'])
+@pytest.mark.parametrize('method', ['galore', 'qgalore', 'fira', 'grass'])
 def test_a_layer_that_no_group_projects_is_attached_and_trains_as_by_adamw(method, per_layer):
     model, plain = net(), net()
     optimizer = type(METHODS[method](net()))([{'params': model.parameters(), 'rank': 0}], lr=1e-2, per_layer=per_layer)

@@ -9,7 +9,7 @@ from test_other_loops import METHODS, net, weights
 DROPS = ('optimizer', 'model', 'at the top', 'nothing')
 BAD = {0, 4}  # the batches that have a NaN: the very first, and one of a step in which layers are due
 KINDS = [(name, attach) for name in METHODS for attach in (False, True)]
-KINDS = [kind for kind in KINDS if not kind[1] or kind[0] in ('galore', 'qgalore', 'fira')]
+KINDS = [kind for kind in KINDS if not kind[1] or kind[0] in ('galore', 'qgalore', 'fira', 'grass')]
 
 
 def made(method, attach=False, dtype=torch.float32, **options):
@@ -93,7 +93,7 @@ def test_in_every_dtype(method, attach, dtype):
 
 
 @pytest.mark.parametrize('options', [dict(), dict(weight_decay=0.1), dict(state_bits=8)], ids=str)
-@pytest.mark.parametrize('method,attach', KINDS)
+@pytest.mark.parametrize('method,attach', [kind for kind in KINDS if kind[0] != 'grass'])  # whose rows may be finite
 def test_per_layer_leaves_weights_and_moments_as_they_are_where_a_gradient_is_not_finite(
     method, attach, options, small_8bit
 ):

@@ -246,6 +246,7 @@ def test_every_key_has_a_comment_and_the_design_names_are_there():
         'methods/qgalore.py': galore + ' weight_bits lazy',
         'methods/fira.py': galore,
         'methods/badam.py': 'block_steps choose',
+        'methods/grass.py': 'rank update_proj_gap scale choose stagger',
         'methods/apollo.py': 'rank update_proj_gap scale tensorwise',
         'loqt.py': 'rank scale update_proj_gap psi compensation refresh stagger moments quantize double_quant',
         'lora.py': 'rank scale rslora lora_plus quantize double_quant dropout merge_every train_rest lora_targets',
