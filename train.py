@@ -34,15 +34,15 @@ import coreset as colm
 import sample
 from adam import average_
 from configurator import at_least, between, method_of, typed
-from data import DataError, tokenizer
-from data.batches import load, read_meta, trained_tokens
+from data import DataError, agreement, tokenizer
+from data.batches import Labelled, keywords, load, read_meta, trained_tokens
 from data.tokenizer_files import files_of
 from memory import fit, trace
 from memory.measure import Measure
 from memory.record import LiveBytes
 from model import SIZES, ModelConfig, ModelError, trained_rows
 from plumbing import begin as start
-from plumbing import checkpoint, parallel, report
+from plumbing import checkpoint, classify, parallel, report
 from plumbing.build import SHAPE, build_model, build_on_meta, data_folder, layers_of, rows_of, shape_of, try_compile
 from plumbing.hf import AdapterError
 from plumbing.terminal import patience
@@ -58,6 +58,7 @@ eval_only = False  # measure val loss, of what init_from names or of a run to be
 dry_run = False  # resolve the configuration, build on the meta device, print the plan and stop
 
 # data
+task = 'lm'  # 'lm' | 'classify': predict the next token, or the label of a row (data/glue), by a head of transformers'
 dataset = 'pystdlib'  # folder in data/, or path to a folder, filled by prepare.py; pystdlib is prepared automatically
 block_size = 256  # tokens in a training window; attention time grows with its square
 batch_size = 8  # windows in a micro-batch: as many as fit, since activations take the memory
@@ -105,6 +106,7 @@ log_interval = 10  # steps between log lines
 eval_interval = 250  # steps between evaluations
 eval_tokens = 0  # tokens of the val split to evaluate on; 0: 65536, but at most a quarter of what the run trains on
 save_interval = 0  # steps between checkpoints in last/; 0: at each evaluation
+best_by = 'val_loss'  # 'val_loss' | 'metric': by which best/ is chosen; metric: of classify, the data's first metric
 save_best = 'all'  # 'all' | 'weights': what best/ holds; from weights alone, which are smaller, no run can go on
 save_merged = True  # checkpoints of loqt and lora also hold the blocks as dense weights; False: packed only, smaller
 sample_tokens = 48  # tokens of the sample printed at each evaluation; 0: no sample
@@ -112,7 +114,7 @@ tracker = 'none'  # 'none' | 'wandb' | 'trackio' | 'tensorboard': imported only 
 # ---- end of config ---------------------------------------------------------------------------------------------------
 
 # Keys that a resumed run must not change: they fix the shape or the meaning of the saved tensors.
-FIXED = ('model', *SHAPE, 'method', 'state_bits', 'dtype')
+FIXED = ('model', *SHAPE, 'method', 'state_bits', 'dtype', 'task', 'best_by')
 
 
 def fixed(config):
@@ -149,6 +151,25 @@ def without_effect(config):
     return found
 
 
+def problems_of_task(config):
+    """One sentence for each key that does not go with the task."""
+    c, found = config, []
+    if c.task == 'lm':
+        if c.best_by == 'metric':
+            found.append("best_by='metric' is of task='classify', and a language model has none: leave it out")
+        return found
+    if c.init_from == 'scratch':
+        found.append("task='classify' trains a model that knows a language: name its folder, --init_from=FOLDER")
+    if c.coreset != 'none':
+        found.append(
+            f"coreset='{c.coreset}' chooses by losses of tokens, and task='classify' has labels: leave it out"
+        )
+    for key in typed(c, 'packing', 'sample_tokens'):
+        if getattr(c, key):
+            found.append(f"{key} is of language models, and task='classify' pads rows and writes no text: leave it out")
+    return found
+
+
 def problems(config):
     """One sentence for each combination that cannot work, including what the method and coreset.py find."""
     c, world = config, int(os.environ.get('WORLD_SIZE', 1))
@@ -161,7 +182,7 @@ def problems(config):
             f'batch_size={c.batch_size} and block_size={c.block_size} are {c.batch_size * c.block_size:,} tokens at '
             f'once, over {MOST_TOKENS:,}: use a smaller batch_size, with more gradient_accumulation_steps'
         )
-    found += without_effect(c)
+    found += without_effect(c) + problems_of_task(c)
     found += [f'{key} is empty: say which' for key in ('out_dir', 'dataset', 'init_from') if not getattr(c, key)]
     for key in ('beta1', 'beta2'):
         if not 0 <= getattr(c, key) < 1:
@@ -212,7 +233,10 @@ def learning_rate_at(step, config):
     return low + (c.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def eval_tokens_of(config):
+def eval_tokens_of(config, labelled=0):
+    """labelled: tokens of all labelled examples of the val split, which are all judged unless eval_tokens says less."""
+    if config.task == 'classify':
+        return config.eval_tokens or labelled
     a_quarter = report.tokens_a_step(config) * config.max_iters // 4
     return config.eval_tokens or max(min(65536, a_quarter), config.block_size)
 
@@ -232,6 +256,22 @@ def evaluate(model, data, config, here):
     return (total[0] / total[1]).item()
 
 
+def measured(model, data, config, here):
+    """-> {'val_loss': mean loss}, and of labelled examples how well the predictions agree with them, val_accuracy."""
+    if not isinstance(data, Labelled):
+        return {'val_loss': evaluate(model, data, config, here)}
+    n = eval_tokens_of(config, len(data.tokens))
+    with patience(f'evaluating on {len(data.ends):,} examples') as tell:
+        batches = data.evaluation(n, config.batch_size)
+        some = classify.predictions(
+            model, data, batches, here.device, here.rank, here.world, lambda rows: tell(rows / len(data.ends))
+        )
+    found, notes = classify.judged(data, *some)
+    for note in notes:
+        here.say(f'note: {note}')
+    return {f'val_{name}': value for name, value in found.items()}
+
+
 def print_sample(model, tok, config):
     """Print one line of text that the model generates."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -241,10 +281,11 @@ def print_sample(model, tok, config):
 
 
 def loss_of(forward, micro_batch, divisor, device):
-    """The summed loss by the divisor of a micro-batch: (x, y), (x, y, weights) or (x, y, weights or None, pieces)."""
+    """The summed loss by the divisor of a micro-batch: (x, y), (x, y, weights), (x, y, weights or None, pieces), or of
+    labelled examples (x, y, weights or None, lengths, types)."""
     x, y, *more = micro_batch
-    given = dict(zip(('weights', 'pieces'), more))
-    if not hasattr(forward, '_orig_mod'):  # a compiled model would be compiled again for each number of them
+    given = keywords(y, more)
+    if y.dim() > 1 and not hasattr(forward, '_orig_mod'):  # a compiled model is compiled again for each number of them
         given['trained'] = trained_rows(y)
     given = {name: part.to(device) for name, part in given.items() if part is not None}
     return forward(x.to(device), y.to(device), divisor=divisor, **given)
@@ -300,24 +341,25 @@ def main(config):
     # ---- data, model, method ----
     folder = here.first(data_folder, config)  # the first process may have to prepare it
     meta = read_meta(folder)
-    if typed(config, 'packing') and not meta['examples']:
-        raise Stop(f'packing is of examples, and {folder} holds text: leave it out')
+    check_task(config, folder, meta)
     train_data, val_data = (load(folder, split, config.block_size, config.packing) for split in ('train', 'val'))
     tok = tokenizer.load(folder)
     check_size(config, here)
     begin = start.begin(config, fixed(config), colm.FIXED, here.rank == 0)
     with LiveBytes() as building, patience('building the model'):
         layers = layers_of(config)
-        model = build_model(config, folder, meta['vocab_size'], here.dtype, here.device, begin.weights, layers)
+        model = build_model(
+            config, folder, meta['vocab_size'], here.dtype, here.device, begin.weights, layers, **labels_of(meta)
+        )
         if not begin.weights:
             model.config.eos_token_id = tok.eot
         optimizer = setup(model, config)
     selection = colm.setup(config, train_data)
     begin.restore(model, optimizer, selection, train_data, config)
     if config.eval_only:
-        report.evaluated(evaluate(model, val_data, config, here), begin, config, here)
+        report.evaluated(measured(model, val_data, config, here), begin, config, here)
         return here.finish()
-    files = files_of(folder, begin.weights, tok=tok)
+    files = files_of(folder, begin.weights, tok=tok if config.task == 'lm' else None)
     plan = announce(config, model, folder, meta, begin, here, train_data.windows) if here.rank == 0 else None
     log = report.Log(config, model, plan, begin, here)
     measure = Measure(model, optimizer, here.on_cuda, building.peak, config.compile)
@@ -326,7 +368,7 @@ def main(config):
 
     # ---- the loop ----
     save_interval = config.save_interval or config.eval_interval
-    step, best_val_loss = begin.step, begin.run['best_val_loss']
+    step, best = begin.step, begin.run['best_val_loss']  # the lowest, or minus the highest metric
     log.start_clock()
     while True:
         last_step = here.any(step >= config.max_iters or stop.asked)  # all processes leave at the same step
@@ -342,10 +384,11 @@ def main(config):
         # once in a while: evaluate
         better = False
         if eval_now:
-            val_loss = evaluate(forward, val_data, config, here)
-            log.evaluation(step, val_loss)
-            better = step > begin.step and val_loss < best_val_loss
-            best_val_loss = val_loss if better else best_val_loss
+            found = measured(forward, val_data, config, here)
+            log.evaluation(step, found)
+            value = found['val_loss'] if config.best_by == 'val_loss' else -found[f'val_{val_data.metrics[0]}']
+            better = step > begin.step and value < best
+            best = value if better else best
         if log_now:
             log.write_row()
 
@@ -353,12 +396,12 @@ def main(config):
         if save_now or better:
             report.check_finite(model, optimizer, step, config)
             if here.rank == 0:
-                run = begin.position(step, config) | log.val | {'best_val_loss': best_val_loss}
+                run = begin.position(step, config) | log.val | {'best_val_loss': best}
                 run |= {'seconds': log.seconds()}
                 checkpoint.save_all(config, model, optimizer, selection, files, run, begin, save_now, better)
 
         # once in a while: print a sample
-        if eval_now and config.sample_tokens and step > 0 and here.rank == 0:
+        if eval_now and config.sample_tokens and config.task == 'lm' and step > 0 and here.rank == 0:
             print_sample(model, tok, config)
 
         if log_now:
@@ -379,6 +422,25 @@ def main(config):
     stop.exit()
 
 
+def check_task(config, folder, meta):
+    """Raise Stop if the data is not of the task, or has no use for a key."""
+    if meta['task'] != config.task:
+        if config.task == 'lm':
+            raise Stop(f'{folder} holds examples with labels: add --task=classify')
+        raise Stop(f"{folder} holds no labels, which task='classify' learns: python data/glue/prepare.py --help")
+    if typed(config, 'packing') and not meta['examples']:
+        raise Stop(f'packing is of examples, and {folder} holds text: leave it out')
+    if config.task == 'classify':
+        agreement.check()
+
+
+def labels_of(meta):
+    """What build_model has to know of the labels of data: how many, 1 for a number. No data yet: it plans for two."""
+    if meta and meta['task'] == 'classify':
+        return {'labels': len(meta['labels']) or 1}
+    return {}
+
+
 def check_size(config, here):
     """Raise what is wrong with the model's shape, or Stop if this machine is far too small for the run: at once, before
     anything is built, downloaded or overwritten."""
@@ -393,7 +455,7 @@ def announce(config, model, folder, meta, begin, here, windows):
     """Print what the run is about to do, what of it has changed since it was saved, and whether it fits. -> Plan"""
     plan = plan_memory(config, model.config, here.device, here.dtype, model.activation_dtype)
     report.print_plan(config, model, plan, folder, meta, here.device, windows)
-    report.print_times(config, eval_tokens_of(config), warmup_of(config))
+    report.print_times(config, eval_tokens_of(config, meta['val_tokens']), warmup_of(config))
     report.print_changes(config, begin, learning_rate_at)
     if here.on_cuda and plan.card > here.room:
         shape = model.config if isinstance(model.config, ModelConfig) else None

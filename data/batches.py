@@ -126,6 +126,12 @@ def trained_tokens(micro_batches):
     return count
 
 
+def keywords(y, more):
+    """What stands behind x and y in a micro-batch, by the names that a model's forward has for it; None is left out."""
+    names = ('weights', 'pieces') if y.dim() > 1 else ('weights', 'lengths', 'types')
+    return {name: part for name, part in zip(names, more) if part is not None}
+
+
 def open_array(path, dtype, n):
     """A file of n numbers. Raises DataError if it is missing or has another length."""
     try:

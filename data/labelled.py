@@ -7,8 +7,8 @@ Sentences, or pairs of them, with a label each -> token files that data/batches.
 
 Beside train.bin, val.bin, meta.json and SPLIT_ends.bin of a folder of examples (data/examples.py) stand, for each
 split, SPLIT_labels.bin (int64, or float32 where the label is a number) and SPLIT_pairs.bin (int64: where in each
-example its second sentence begins, its length if it has none). meta.json says "task": "classify", the names of the labels ([]:
-the label is a number), by which metrics predictions are judged, and which id fills the rows.
+example its second sentence begins, its length if it has none). meta.json says "task": "classify", the names of the
+labels ([]: the label is a number), by which metrics predictions are judged, and which id fills the rows.
 """
 
 import os

@@ -10,7 +10,7 @@ import torch
 
 from configurator import method_of
 from data import DataError, fields, tokenizer
-from data.batches import longest_of, of_task, read_meta
+from data.batches import keywords, longest_of, of_task, read_meta
 from data.fields import check, text, whole
 from model import SIZES, Linear, LLaMA, ModelConfig, ModelError
 from plumbing import Stop, hf_models
@@ -120,7 +120,7 @@ def try_compile(model, data, config, device):
     """The compiled model, tried on one batch. If that fails, print why and return the model as it is."""
     try:
         x, y, _, *more = data.batch(config.seed, 0, config.batch_size)
-        more = {name: t.to(device) for name, t in zip(['pieces'], more)}
+        more = {name: t.to(device) for name, t in keywords(y, [None, *more]).items()}
         compiled = torch.compile(model)
         with patience('compiling'):
             compiled(x.to(device), y.to(device), divisor=torch.ones((), device=device), **more)
@@ -163,7 +163,7 @@ def rows_of(config):
         return 0, 0
     if not meta['examples']:
         return 0, 0
-    if config.packing:
+    if config.packing and meta['task'] == 'lm':
         places = meta['train_tokens'] - meta['train_examples']
         return config.block_size * meta['train_examples'] // places + 2, 0
     return 0, min(longest_of(folder), config.block_size)

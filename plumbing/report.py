@@ -95,17 +95,19 @@ def print_plan(config, model, plan, folder, meta, device, windows=0):
         sources = count(len(meta['sources']), 'source')
         print(f'data: {folder}, {meta["train_tokens"]:,} train and {meta["val_tokens"]:,} val tokens, {sources}')
         if meta['examples']:
-            of = ' and '.join(
-                f'{meta[f"{split}_examples"]:,} {split} examples with {meta[f"{split}_trained"]:,} trained tokens'
-                for split in ('train', 'val')
-            )
-            print(f'data: {of}')
+            counts = [f'{meta[f"{split}_examples"]:,} {split} examples' for split in ('train', 'val')]
+            if meta['task'] == 'lm':
+                more = (f' with {meta[f"{split}_trained"]:,} trained tokens' for split in ('train', 'val'))
+                counts = [one + what for one, what in zip(counts, more)]
+            print(f'data: {" and ".join(counts)}')
+            if meta['task'] == 'classify':
+                print(f'data: each with a label, {", ".join(meta["labels"]) or "a number"}')
         epochs = f' = {total * c.max_iters / meta["train_tokens"]:.2f} epochs'
     else:
         needed = f' --tokens={total * c.max_iters}' if c.dataset == 'c4' else ''
         print(f'data: {folder} is not prepared yet: {prepare_command(folder)}{needed} does that')
     micro_batches = count(c.gradient_accumulation_steps, 'micro-batch').replace('batchs', 'batches')
-    if meta and meta['examples'] and (not c.packing or c.coreset != 'none'):
+    if meta and meta['examples'] and (not c.packing or c.coreset != 'none' or meta['task'] == 'classify'):
         total = c.batch_size * c.gradient_accumulation_steps
         rows = f'{count(c.batch_size, "example")} of up to {c.block_size} tokens'
         epochs, tokens = f' = {total * c.max_iters / meta["train_examples"]:.2f} epochs', 'examples'
@@ -136,9 +138,11 @@ def print_changes(config, begin, learning_rate_at):
         print(*[f'changed since {begin.saved_at} was saved:', *changes], sep='\n    ', flush=True)
 
 
-def evaluated(val_loss, begin, config, here):
-    """The lines of a run that only evaluates."""
-    here.say(f'val_loss: {val_loss:.4f}\nval_step: {begin.step}\nmethod: {config.method}\ndevice: {here.device}')
+def evaluated(found, begin, config, here):
+    """The lines of a run that only evaluates. found: {'val_loss': ..., and metrics}."""
+    for name, value in found.items():
+        here.say(f'{name}: {value:.4f}')
+    here.say(f'val_step: {begin.step}\nmethod: {config.method}\ndevice: {here.device}')
 
 
 # Columns of metrics.csv that are not the method's to write.
@@ -169,7 +173,8 @@ class Log:
         self.flops_per_token = model.flops_per_token(config.block_size)
         self.noted, self.rates, self.parts = [], [], []  # of the steps since the last log line
         self.numbers, self.row, self.busy = {}, None, 0.0
-        self.val = {name: begin.run.get(name) for name in ('val_loss', 'val_step')}  # the last that was measured
+        self.val = {'val_loss': None, 'val_step': None}  # the last that was measured
+        self.val |= {name: value for name, value in begin.run.items() if name.startswith('val_')}
         self.started = self.ticked = time.perf_counter()
         if here.rank == 0 and not config.eval_only:
             os.makedirs(config.out_dir, exist_ok=True)
@@ -233,11 +238,14 @@ class Log:
                 stop_not_finite(what, step - len(rows) + i, self.rates[i], self.config, more)
         return rows
 
-    def evaluation(self, step, val_loss):
-        c, self.row['val_loss'] = self.config, val_loss
-        self.val = {'val_loss': val_loss, 'val_step': step}
-        perplexity = math.exp(min(val_loss, 99))
-        self.here.say(f'step {step}/{c.max_iters} | val loss {val_loss:.4f} | perplexity {perplexity:.2f}')
+    def evaluation(self, step, found):
+        """found: {'val_loss': ..., and of labelled examples the metrics}."""
+        c, val_loss = self.config, found['val_loss']
+        self.row |= found
+        self.val = found | {'val_step': step}
+        parts = [f'{name.removeprefix("val_").replace("_", " ")} {found[name]:.4f}' for name in found][1:]
+        parts = parts or [f'perplexity {math.exp(min(val_loss, 99)):.2f}']
+        self.here.say(joined([f'step {step}/{c.max_iters}', f'val loss {val_loss:.4f}', *parts]))
         if not math.isfinite(val_loss):
             stop_not_finite(f'val loss {val_loss}', step, self.numbers.get('learning_rate', c.learning_rate), c)
 
@@ -267,6 +275,7 @@ class Log:
             'tokens': self.begin.position(step, c)['tokens'],
             'train_loss': f'{self.numbers["train_loss"]:.4f}' if self.numbers else 'N/A',
             'val_loss': f'{loss:.4f}' if loss is not None else 'N/A',
+            **{name: f'{x:.4f}' for name, x in self.val.items() if name not in ('val_loss', 'val_step')},
             'val_step': self.val['val_step'] if loss is not None else 'N/A',  # where that was measured
             'tokens_per_second': f'{new_tokens / self.busy:.0f}' if self.busy else 'N/A',
             'seconds': f'{self.seconds():.1f}',

@@ -27,7 +27,7 @@ OF_A_SESSION = ('out_dir', 'init_from', 'overwrite', 'dry_run', 'eval_only')
 # What run.json may hold. Old runs, and folders of weights, have some of it.
 RUN = {
     'step': fields.whole(0, 2**48),
-    'best_val_loss': fields.number(-1e30, 1e30),
+    'best_val_loss': fields.number(-1e30, 1e30),  # with best_by='metric' minus the best metric
     'seconds': fields.number(0, 1e12),
     'windows': fields.whole(0, 2**60),
     'tokens': fields.whole(0, 2**60),

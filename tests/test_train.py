@@ -217,7 +217,9 @@ def test_the_arithmetic_in_a_configs_docstring_is_that_of_its_values(name):
     path = ROOT / 'config' / name
     config = configurator.load(ROOT / 'train.py', [str(path)])
     c, text = config, path.read_text()
-    if c.init_from != 'scratch' and (c.coreset != 'none' or not c.packing):  # which count examples
+    if c.init_from != 'scratch' and (
+        c.coreset != 'none' or not c.packing or c.task == 'classify'
+    ):  # which count examples
         total = c.batch_size * c.gradient_accumulation_steps
         product = f'{c.batch_size} examples x {c.gradient_accumulation_steps} micro-batches = {total} examples a step'
         assert product in text and re.search(rf'{c.max_iters:,} steps = {total * c.max_iters:,} examples', text)
@@ -233,11 +235,11 @@ def test_every_key_has_a_comment_and_the_design_names_are_there():
         assert configurator.undocumented(ROOT / script) == []
     keys = set(configurator.keys(ROOT / 'train.py'))
     # Frozen, so that a new key is a decision: add it here, and say in its comment what it costs.
-    expected = """out_dir init_from overwrite seed max_iters eval_only dry_run dataset block_size batch_size packing
-        gradient_accumulation_steps model n_layer n_head n_kv_head n_embd n_inner vocab_size model_dropout
+    expected = """out_dir init_from overwrite seed max_iters eval_only dry_run task dataset block_size batch_size
+        packing gradient_accumulation_steps model n_layer n_head n_kv_head n_embd n_inner vocab_size model_dropout
         learning_rate warmup_iters lr_decay_iters min_lr weight_decay beta1 beta2 grad_clip method
         device dtype state_bits offload per_layer checkpointing compile coreset
-        log_interval eval_interval eval_tokens save_interval save_best save_merged sample_tokens tracker"""
+        log_interval eval_interval eval_tokens save_interval best_by save_best save_merged sample_tokens tracker"""
     assert keys == set(expected.split())
     galore = 'rank update_proj_gap scale refresh stagger moments basis_bits'
     for file, expected in {
