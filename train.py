@@ -43,7 +43,17 @@ from memory.record import LiveBytes
 from model import SIZES, ModelConfig, ModelError, trained_rows
 from plumbing import begin as start
 from plumbing import checkpoint, classify, parallel, report
-from plumbing.build import SHAPE, build_model, build_on_meta, data_folder, layers_of, rows_of, shape_of, try_compile
+from plumbing.build import (
+    SHAPE,
+    build_model,
+    build_on_meta,
+    data_folder,
+    labels_of,
+    layers_of,
+    rows_of,
+    shape_of,
+    try_compile,
+)
 from plumbing.hf import AdapterError
 from plumbing.terminal import patience
 
@@ -161,9 +171,7 @@ def problems_of_task(config):
     if c.init_from == 'scratch':
         found.append("task='classify' trains a model that knows a language: name its folder, --init_from=FOLDER")
     if c.coreset != 'none':
-        found.append(
-            f"coreset='{c.coreset}' chooses by losses of tokens, and task='classify' has labels: leave it out"
-        )
+        found.append(f"coreset='{c.coreset}' chooses by losses of tokens, and task='classify' has labels: leave it out")
     for key in typed(c, 'packing', 'sample_tokens'):
         if getattr(c, key):
             found.append(f"{key} is of language models, and task='classify' pads rows and writes no text: leave it out")
@@ -349,7 +357,7 @@ def main(config):
     with LiveBytes() as building, patience('building the model'):
         layers = layers_of(config)
         model = build_model(
-            config, folder, meta['vocab_size'], here.dtype, here.device, begin.weights, layers, **labels_of(meta)
+            config, folder, meta['vocab_size'], here.dtype, here.device, begin.weights, layers, labels_of(config, meta)
         )
         if not begin.weights:
             model.config.eos_token_id = tok.eot
@@ -432,13 +440,6 @@ def check_task(config, folder, meta):
         raise Stop(f'packing is of examples, and {folder} holds text: leave it out')
     if config.task == 'classify':
         agreement.check()
-
-
-def labels_of(meta):
-    """What build_model has to know of the labels of data: how many, 1 for a number. No data yet: it plans for two."""
-    if meta and meta['task'] == 'classify':
-        return {'labels': len(meta['labels']) or 1}
-    return {}
 
 
 def check_size(config, here):

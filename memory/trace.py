@@ -294,7 +294,12 @@ def take_step(run, record, model, optimizer):
 
     waiting = [tokens(2, *shape) for _ in range(micro_batches - 2)]
     pieces = [None, tokens(config.batch_size * run.pieces + 1).int()] if run.pieces else []
-    batches = [(tokens(*shape), tokens(*shape), *pieces) for _ in range(min(micro_batches, 2))]
+    if labels := getattr(model.config, 'labels', 0):  # (x, y, None, lengths, types), as data/batches.py has them
+        y = tokens(config.batch_size).to(torch.float32 if labels == 1 else torch.int64)
+        batches = [(tokens(*shape), y, None, tokens(config.batch_size), tokens(*shape)) for _ in range(2)]
+        batches = batches[:micro_batches]
+    else:
+        batches = [(tokens(*shape), tokens(*shape), *pieces) for _ in range(min(micro_batches, 2))]
     run.step(model, optimizer, batches, config.learning_rate, 'cpu')
     del waiting
 

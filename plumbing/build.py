@@ -137,11 +137,19 @@ def layers_of(config):
     return module.linear(config) if hasattr(module, 'linear') else Linear
 
 
+def labels_of(config, meta):
+    """How many labels the model is to tell apart, 1 for a number, 0 for none. Data not prepared yet: it plans for 2."""
+    if getattr(config, 'task', 'lm') == 'lm':
+        return 0
+    return len(meta['labels']) or 1 if meta and meta['task'] == 'classify' else 2
+
+
 def build_on_meta(config):
     """-> the model on the meta device, the data folder, and that folder's meta.json (None if it is not prepared)."""
     _, dtype = device_and_dtype(config)
     folder, meta, vocab_size, source = where_from(config)
-    return build_model(config, folder, vocab_size, dtype, 'meta', source, layers_of(config)), folder, meta
+    layers, labels = layers_of(config), labels_of(config, meta)
+    return build_model(config, folder, vocab_size, dtype, 'meta', source, layers, labels), folder, meta
 
 
 def shape_of(config):
