@@ -35,17 +35,39 @@ from quant import Packed
 
 
 class FrozenLinear(torch.autograd.Function):
-    """y = x @ W.T + b with W as it is kept: decoded in forward and again in backward, never in between."""
+    """y = x @ W.T + b with W as it is kept: decoded in forward and again in backward, never in between.
+
+    And + low @ B.T, where low (..., r) is scale * x_A @ A.T: added within the product, so that no second tensor of y's
+    size is made, or in backward, where x_A is x, of x's."""
 
     @staticmethod
-    def forward(ctx, x, bias, layer):
-        ctx.layer = layer
-        return F.linear(x, layer.read('W', x.dtype), None if bias is None else bias.to(x.dtype))  # (..., out)
+    def forward(ctx, x, bias, layer, A=None, B=None, x_A=None, scale=1.0):
+        y = F.linear(x, layer.read('W', x.dtype), None if bias is None else bias.to(x.dtype))  # (..., out)
+        ctx.layer, ctx.scale, ctx.dropped = layer, scale, x_A is not None
+        if A is not None:
+            x_A = x if x_A is None else x_A
+            low = (x_A @ A.T).mul_(scale)  # (..., r)
+            y.flatten(0, -2).addmm_(low.flatten(0, -2), B.T)
+            ctx.save_for_backward(x_A, low, A, B)
+        return y
 
     @staticmethod
     def backward(ctx, delta):
-        db = delta.flatten(0, -2).sum(0).to(ctx.layer.bias.dtype) if ctx.needs_input_grad[1] else None  # (out,)
-        return delta @ ctx.layer.read('W', delta.dtype), db, None  # (..., in)
+        needs_dx, needs_db, *_ = ctx.needs_input_grad
+        db = delta.flatten(0, -2).sum(0).to(ctx.layer.bias.dtype) if needs_db else None  # (out,)
+        dx = delta @ ctx.layer.read('W', delta.dtype) if needs_dx else None  # (..., in)
+        saved = ctx.saved_tensors  # once: under checkpointing each look computes the block again
+        if not saved:
+            return dx, db, None
+        x_A, low, A, B = saved
+        rows = delta.flatten(0, -2)  # (n, out)
+        dB = rows.T @ low.flatten(0, -2)  # (out, r)
+        d_low = (rows @ B).mul_(ctx.scale)  # (n, r)
+        dA = d_low.T @ x_A.flatten(0, -2)  # (r, in)
+        dx_A = (d_low @ A).view(x_A.shape) if ctx.dropped and needs_dx else None  # (..., in)
+        if needs_dx and not ctx.dropped:
+            dx.flatten(0, -2).addmm_(d_low, A)
+        return dx, db, None, dA, dB, dx_A, None
 
 
 class LoRALinear(Packed):
@@ -124,8 +146,8 @@ class LoRALinear(Packed):
         if not len(self.A):  # no adapter here
             return FrozenLinear.apply(x, self.bias, self)
         A, B, x_A = self.A.to(x.dtype), self.B.to(x.dtype), self.dropped(x)
-        scale = self.scale if x_A is x else self.scale / (1 - self.dropout)
-        return FrozenLinear.apply(x, self.bias, self) + (scale * (x_A @ A.T)) @ B.T  # (..., out)
+        x_A, scale = (None, self.scale) if x_A is x else (x_A, self.scale / (1 - self.dropout))
+        return FrozenLinear.apply(x, self.bias, self, A, B, x_A, scale)  # (..., out)
 
 
 class LoRAAdamW(AdamW):
