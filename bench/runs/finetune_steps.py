@@ -6,7 +6,8 @@ process: makes finetune_steps.md.
 
 Pairs: all weights, LoRA (rank 16 of all seven layers), QLoRA (NF4 by bitsandbytes there). In fp32, whose products are
 the same on both sides. The batch is of `--rows` examples of random tokens, with lengths as GSM8K's, padded to the
-longest, the last 58 % of each trained.
+longest, the last 58 % of each trained; and the same examples in one row without padding, as our trainer packs them.
+On one thread the seconds are of the processor's time, which is blind to what else runs on the machine.
 """
 
 from bench import parser
@@ -21,6 +22,7 @@ if __name__ == '__main__':
 import functools
 import os
 import sys
+import time
 
 import numpy as np
 import torch
@@ -50,13 +52,19 @@ def batch(rows, vocabulary):
     return tokens[:, :-1], y[:, 1:].contiguous(), (places < lengths)[:, :-1]
 
 
+def packed(x, y, mask):
+    """The same in one row: x, y (1, n), no weights, pieces."""
+    ends = mask.sum(1).cumsum(0).int()
+    return x[mask][None], y[mask][None], None, torch.cat([ends.new_zeros(1), ends])
+
+
 def ours(folder, flags):
-    """-> a function that takes one step on (x, y)."""
+    """-> a function that takes one step on a micro-batch."""
     words = [*flags.split(), f'--init_from={folder}', '--dtype=float32', '--block_size=1024', '--device=cpu']
     config = configurator.load(train.__file__, words)
     model = build_model(config, folder, 0, torch.float32, 'cpu', folder, layers_of(config))
     optimizer = method_of(config).setup(model, config)
-    return lambda x, y, mask: train.training_step(model, optimizer, [(x, y)], 1e-4, 'cpu')
+    return lambda *micro_batch: train.training_step(model, optimizer, [micro_batch], 1e-4, 'cpu')
 
 
 def theirs(folder, kind):
@@ -89,32 +97,36 @@ def theirs(folder, kind):
 def main(args):
     rows = []
     for name, (flags, kind) in PAIRS.items():
-        steps = {'ours': ours(args.model, flags), 'theirs': theirs(args.model, kind)}
         x, y, mask = batch(args.rows, 49_000)
+        one, other = ours(args.model, flags), theirs(args.model, kind)
+        steps = {'ours': functools.partial(one, x, y), 'theirs': functools.partial(other, x, y, mask)}
         losses, peaks = {}, {}
         for who, step in steps.items():
             with LiveBytes() as live:  # of what a step makes: weights, and what is made later, come on top
-                losses[who] = step(x, y, mask).item()
-                step(x, y, mask)
+                losses[who] = step().item()
+                step()
             peaks[who] = live.peak
-        again = {who: functools.partial(step, x, y, mask) for who, step in steps.items()}
-        seconds = interleaved(again, args.repeats)
-        ratio = seconds['ours'] / seconds['theirs']
+        steps['packed'] = functools.partial(one, *packed(x, y, mask))
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        seconds = interleaved(steps, args.repeats, clock=clock)
+        ratios = [f'{seconds[who] / seconds["theirs"]:.2f}' for who in ('ours', 'packed')]
         rows.append(
-            [name, f'{seconds["ours"]:.2f}', f'{seconds["theirs"]:.2f}', f'{ratio:.2f}']
-            + [f'{peaks[who] / 1e9:.2f}' for who in steps]
-            + [f'{losses[who]:.4f}' for who in steps]
+            [name, *(f'{seconds[who]:.2f}' for who in ('ours', 'packed', 'theirs')), *ratios]
+            + [f'{peaks[who] / 1e9:.2f}' for who in peaks]
+            + [f'{losses[who]:.4f}' for who in losses]
         )
         print(*rows[-1], flush=True)
-        del steps, step, again
+        del steps, step, one, other
         clear()
-    head = ['', 'ours, s', 'theirs, s', 'ratio', 'ours, GB', 'theirs, GB', 'loss, ours', 'theirs']
+    head = ['', 'ours, s', 'packed', 'theirs', 'ours / theirs', 'packed / theirs']
+    head += ['ours, GB', 'theirs', 'loss, ours', 'theirs']
     lines = [
         '# A fine-tuning step beside transformers and peft',
         '',
         f'Made by `python -m bench.runs.finetune_steps --rows={args.rows} --repeats={args.repeats}` in fp32 on '
         f'{torch.get_num_threads()} CPU thread(s), torch {torch.__version__.split("+")[0]}:',
-        'medians of the steps, in turns. GB: what a first and a second step make and hold at once, states with it,',
+        'medians of the steps, in turns, on one thread of processor time. Packed: our step on the same examples in one',
+        'row, as train.py packs them. GB: what a first and a second padded step make and hold at once, states with it,',
         'without the weights.',
         '',
         *table(head, rows),
