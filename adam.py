@@ -587,6 +587,20 @@ class AdamW(torch.optim.Optimizer):
 FIXED = ()
 
 
+def targeted(model, config, kind):
+    """{name: module} of those of this class in the blocks that config.targets says, by the ends of their names.
+    ValueError for one that ends no name."""
+    found = {name: module for name, module in model.layers.named_modules() if isinstance(module, kind)}
+    asked = getattr(config, 'targets', 'all')
+    if asked == 'all':
+        return found
+    ends = ['.' + end.strip() for end in asked.split(',')]
+    if any(not any(name.endswith(end) for name in found) for end in ends):
+        known = ','.join(dict.fromkeys(name.rpartition('.')[2] for name in found))
+        raise ValueError(f"targets='{asked}' names no such layers: use all, or some of {known}")
+    return {name: module for name, module in found.items() if any(name.endswith(end) for end in ends)}
+
+
 def split_decay(parameters):
     """Two groups: matrices, which decay, and vectors (norms), which do not."""
     parameters = list(parameters)
@@ -607,12 +621,19 @@ def common(config):
 
 def problems(config):
     """What does not go together, a sentence each."""
+    found = []
     if config.per_layer and config.grad_clip:
-        return [
+        found.append(
             f"per_layer=True cannot clip under method='{config.method}', whose global norm needs all gradients: "
             'set grad_clip=0 or per_layer=False'
-        ]
-    return []
+        )
+    return found + no_targets(config)
+
+
+def no_targets(config):
+    """Of methods that do the same with all layers."""
+    what = f"targets='{config.targets}' is of methods that treat some layers in their own way, unlike {config.method}"
+    return [] if config.targets == 'all' else [f'{what}: leave it out']
 
 
 def setup(model, config):

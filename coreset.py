@@ -28,17 +28,20 @@ near-duplicates 64 chosen examples reach a lower loss than all 256 (results/core
 """
 
 import contextlib
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.functional import normalize
+from torch.utils._pytree import tree_map
 
-from model import HeadLoss, cross_entropy_rows
+from model import HeadLoss, ModelError, cross_entropy_rows
 
 PIECE = 1 << 25  # numbers of all G_i that exist at a time
 EPS = 1e-3  # of 'zo'
+VALUES = ('v_proj', 'value', 'value_proj', 'v_lin')  # names of a value projection
 
 # ---- which examples: pure functions --------------------------------------------------------------------------------
 
@@ -185,52 +188,78 @@ def trained_input(v_proj, x):
     return v_proj.scale * (x @ v_proj.A.to(x.dtype).T) if hasattr(v_proj, 'A') else x  # (b, T, in)
 
 
-def example_losses(x, W, targets, needs_grad=False):
+def example_losses(x, W, targets, needs_grad=False, bias=None):
     """(b,) fp64: each example's mean cross-entropy in nats over its own targets that are not -100; and the gradient of
-    their sum by x, or None. x (b, T, D), W (V, D), targets (b, T)."""
+    their sum by x, or None. x (b, T, D), W (V, D), targets (b, T), bias (V,) or None: of the head."""
     keep = targets != -100
     share = (keep / keep.sum(1, keepdim=True).clamp_min(1)).flatten()  # (b T,): a token's part in its example's mean
     flat, ids, W = x.flatten(0, 1), targets.flatten(), W.detach().to(x.dtype)
     losses, dx = torch.empty_like(share), torch.empty_like(flat) if needs_grad else None
+    bias = None if bias is None else bias.detach()
     for a in range(0, len(flat), HeadLoss.ROWS):
         rows = slice(a, a + HeadLoss.ROWS)
-        losses[rows], delta = cross_entropy_rows(flat[rows], W, ids[rows], share[rows] if needs_grad else None)
+        losses[rows], delta = cross_entropy_rows(
+            flat[rows], W, ids[rows], share[rows] if needs_grad else None, bias=bias
+        )
         if needs_grad:
             torch.mm(delta, W, out=dx[rows])
         del delta  # not beside the next rows' logits
     return (share * losses).double().view(targets.shape).sum(1), dx.view_as(x) if needs_grad else None
 
 
+def value_layer(model, name='auto'):
+    """The last block's value projection: the layer of a name that it has in one family or another, or whose name ends
+    as `name` does. Raises ModelError where there is none."""
+    ends = VALUES if name == 'auto' else (name,)
+    linears = {n: m for n, m in model.layers[-1].named_modules() if hasattr(m, 'in_features')}
+    found = [module for n, module in linears.items() if f'.{n}'.endswith(tuple(f'.{end}' for end in ends))]
+    if not found:
+        asked = 'none of its layers is named as a value projection' if name == 'auto' else f'it has no layer {name}'
+        some = ', '.join(n.rpartition('.')[2] for n in linears)
+        raise ModelError(
+            f'CoLM compares gradients of a layer of the last block, and {asked}: use --coreset_layer= {some}'
+        )
+    if hasattr(found[-1], 'A') and not len(found[-1].A):
+        raise ModelError(
+            f'CoLM compares gradients of {name}, which targets leaves out: add it, or use --coreset=random'
+        )
+    return found[-1]
+
+
 @torch.no_grad()
-def zeroth_order(model, h, cos, sin, targets, directions=1, seed=0):
+def zeroth_order(model, h, rest, targets, directions=1, seed=0, layer='auto'):
     """p (b, m) fp32: derivatives of each example's loss along m random directions z of the last V projection, which are
-    the same in every call with this seed. h (b, T, D): what enters the last block.
+    the same in every call with this seed. h (b, T, D): what enters the last block, rest: what else does.
 
     In fp32 and without TF32: the rounding of lower precision is larger than the difference of two such losses."""
-    block, (h, cos, sin), p = model.layers[-1], (t.float() for t in (h, cos, sin)), []
-    v_proj, precision = block.self_attn.v_proj, torch.get_float32_matmul_precision()
+    h, rest = tree_map(lambda t: t.float() if torch.is_tensor(t) and t.is_floating_point() else t, (h, rest))
+    v_proj, precision = value_layer(model, layer), torch.get_float32_matmul_precision()
+    shape, p, kept = (v_proj.out_features, len(v_proj.A) if hasattr(v_proj, 'A') else v_proj.in_features), [], {}
     torch.set_float32_matmul_precision('highest')
+
+    def moved(z, eps, module, inputs, v):
+        if not kept:
+            kept['v'], kept['x'] = v, trained_input(module, inputs[0])  # (b, T, out), (b, T, in)
+        return kept['v'] + eps * (kept['x'] @ z.T)
+
     try:
-        x = block.input_layernorm(h)  # (b, T, D)
-        v, x = v_proj(x), trained_input(v_proj, x)  # (b, T, out), (b, T, in)
         for j in range(directions):
             generator = torch.Generator(h.device).manual_seed(100_003 * seed + j)
-            z = torch.randn(v.shape[-1], x.shape[-1], generator=generator, device=h.device)  # (out, in)
-            u, losses = x @ z.T, []  # (b, T, out)
+            z, losses = torch.randn(*shape, generator=generator, device=h.device), []  # (out, in)
             for eps in (EPS, -EPS):
-                with v_proj.register_forward_hook(lambda *_, eps=eps, u=u: v + eps * u):
-                    out = model.norm(block(h, cos, sin))
-                losses.append(example_losses(out, model.head, targets)[0])
+                with v_proj.register_forward_hook(partial(moved, z, eps)):
+                    out = model.last(h, rest)
+                losses.append(example_losses(out, model.head, targets, bias=model.head_bias)[0])
             p.append(((losses[0] - losses[1]) / (2 * EPS)).float())
     finally:
         torch.set_float32_matmul_precision(precision)
     return torch.stack(p, 1)
 
 
-def factors(model, h, cos, sin, targets):
+def factors(model, h, rest, targets, layer='auto'):
     """X (b, T, in), D (b, T, out): each example's gradient by the last V projection (LoRA: by its B) is D_i.T @ X_i."""
     block, kept = model.layers[-1], {}
-    v_proj = block.self_attn.v_proj
+    v_proj = value_layer(model, layer)
 
     def make_leaf(module, args, v):
         kept['X'], kept['v'] = trained_input(module, args[0]).detach(), v.detach().requires_grad_()
@@ -242,8 +271,8 @@ def factors(model, h, cos, sin, targets):
             if module is not v_proj and (isinstance(module, nn.Linear) or hasattr(module, 'dense_weight')):
                 frozen = module.register_forward_hook(lambda m, args, y: Through.apply(args[0], y.detach(), m))
                 hooks.enter_context(frozen)
-        out = model.norm(block(h, cos, sin))  # (b, T, D)
-        _, dx = example_losses(out.detach(), model.head, targets, needs_grad=True)
+        out = model.last(h, rest)  # (b, T, D)
+        _, dx = example_losses(out.detach(), model.head, targets, needs_grad=True, bias=model.head_bias)
         (D,) = torch.autograd.grad(out, kept['v'], dx)
     return kept['X'], D
 
@@ -255,7 +284,8 @@ def widths_of(targets, batch_size):
     return [max(int(some.max()), 1) for some in last.split(batch_size)]
 
 
-def features(model, tokens, targets, feature, batch_size, directions=1, seed=0, rank=0, world=1, widths=None):
+def features(model, tokens, targets, feature, batch_size, directions=1, seed=0, rank=0, world=1, widths=None,
+             layer='auto'):  # fmt: skip
     """{name: tensor} of a pool, tokens and targets (n, T): H (n, D), each example's mean hidden state, and for 'zo' p
     (n, m), for 'grad' X (n, T, in) and D (n, T, out). batch_size examples at a time; process `rank` of `world` fills in
     its share of these micro-batches and leaves zeros elsewhere. widths: `widths_of` the targets, to run no padding."""
@@ -266,15 +296,13 @@ def features(model, tokens, targets, feature, batch_size, directions=1, seed=0, 
         rows, T = slice(a, a + batch_size), widths[a // batch_size]
         x, y = tokens[rows, :T], targets[rows, :T]
         with torch.no_grad():
-            h, cos, sin = model.embed(x)  # (b, T, D)
-            for layer in model.layers[:-1]:
-                h = layer(h, cos, sin)
+            h, rest = model.before_last(x)  # (b, T, D)
             own = (y != -100)[:, :, None]
             part = {'H': (h * own).float().sum(1) / own.sum(1).clamp_min(1)}
         if feature == 'zo':
-            part['p'] = zeroth_order(model, h, cos, sin, y, directions, seed)
+            part['p'] = zeroth_order(model, h, rest, y, directions, seed, layer)
         elif feature == 'grad':
-            part['X'], part['D'] = factors(model, h, cos, sin, y)
+            part['X'], part['D'] = factors(model, h, rest, y, layer)
         for name, t in part.items():
             if name not in found:
                 found[name] = t.new_zeros(n, *([max(widths)] * (t.ndim == 3)), t.shape[-1])
@@ -299,10 +327,10 @@ class Coreset:
     chosen if each example has the weight of its cluster."""
 
     def __init__(self, feature='grad', norm='unit', small=(), weights='uniform', directions=16, clusters=0,
-                 remake=(), keep_small=1.0, sparsity=2560, betas=(0.9, 0.999), seed=0):  # fmt: skip
+                 remake=(), keep_small=1.0, sparsity=2560, betas=(0.9, 0.999), seed=0, layer='auto'):  # fmt: skip
         self.feature, self.norm, self.small, self.weights, self.directions = feature, norm, small, weights, directions
         self.clusters, self.remake, self.keep_small, self.sparsity = clusters, set(remake), keep_small, sparsity
-        self.betas, self.seed = betas, seed
+        self.betas, self.seed, self.layer = betas, seed, layer
         self.t, self.M, self.V, self.centres = 0, None, None, None
         self.kept_share, self.errors = 0.0, None
         known = dict(feature=('random', 'zo', 'grad'), norm=('unit', 'adam'), weights=('uniform', 'cluster'))
@@ -323,7 +351,7 @@ class Coreset:
         model.eval()  # no dropout, whose masks would advance the global generator
         try:
             found = features(
-                model, tokens, targets, self.feature, batch_size, self.directions, self.seed, *share, widths
+                model, tokens, targets, self.feature, batch_size, self.directions, self.seed, *share, widths, self.layer
             )
         finally:
             for module in training:
@@ -452,11 +480,12 @@ class Options:
     coreset_sparsity = 2560  # h: coordinates that adam compares, those where a source's mean step is largest; 0: all
     coreset_weights = 'uniform'  # 'uniform' | 'cluster': cluster weighs each window by how many it stands for
     coreset_clusters = 0  # 0: sources are the data set's; else so many clusters of hidden states, found anew five times
+    coreset_layer = 'auto'  # the layer of the last block whose gradients are compared; auto: its value projection
     keep_small = 0.5  # share of the batch within which sources below average size are taken whole; 0: all in proportion
     zo_directions = 16  # random directions of zo; the paper's 1 leaves a single number a window
 
 
-FIXED = ('coreset', 'coreset_norm', 'coreset_clusters', 'zo_directions')  # what a saved history means
+FIXED = ('coreset', 'coreset_norm', 'coreset_clusters', 'zo_directions', 'coreset_layer')  # what a saved history means
 
 MOST_WINDOWS = 2**16  # in a pool, of which each is compared with each: 17 GB
 
@@ -482,11 +511,13 @@ def problems(config):
             "coreset='zo' in one direction keeps only a sign at unit length: "
             'use --coreset_norm=adam, or more --zo_directions'
         )
-    targets = getattr(c, 'lora_targets', 'all')
-    if c.coreset != 'random' and not {'all', 'v_proj'} & set(targets.split(',')):
+    targets, own = c.targets if c.method == 'lora' else 'all', c.coreset_layer
+    names = {'all', own} if own != 'auto' else {'all', *VALUES}
+    if c.coreset != 'random' and not names & set(targets.split(',')):
+        own = 'v_proj' if own == 'auto' else own
         found.append(
-            f"coreset='{c.coreset}' compares gradients of v_proj, which lora_targets leaves out: "
-            'add v_proj, or use --coreset=random'
+            f"coreset='{c.coreset}' compares gradients of {own}, which targets leaves out: "
+            f'add {own}, or use --coreset=random'
         )
     if c.coreset_weights == 'cluster' and c.compile:
         found.append('compile=True compiles a loss without weights: use --compile=False or --coreset_weights=uniform')
@@ -503,7 +534,8 @@ def setup(config, data=None):
     remake = (20, *(c.max_iters * i // 5 for i in range(1, 5)))  # after 20 random steps, then four times (CoLM, 5.4)
     return Coreset(feature=c.coreset, norm=c.coreset_norm, small=small, weights=c.coreset_weights,
                    directions=c.zo_directions, clusters=c.coreset_clusters, remake=remake, keep_small=c.keep_small,
-                   sparsity=c.coreset_sparsity, betas=(c.beta1, c.beta2), seed=c.seed)  # fmt: skip
+                   sparsity=c.coreset_sparsity, betas=(c.beta1, c.beta2), seed=c.seed,
+                   layer=c.coreset_layer)  # fmt: skip
 
 
 def chosen_batches(selection, model, data, config, step, device, rank=0, world=1):

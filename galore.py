@@ -491,9 +491,9 @@ def problems(config):
     return between(config, 1, 10**9, 'rank', 'update_proj_gap') + between(config, 1e-6, 1e4, 'scale')
 
 
-def linears_of(model):
-    """What the papers project: the nn.Linear modules of the blocks."""
-    return [module for module in model.layers.modules() if isinstance(module, torch.nn.Linear)]
+def linears_of(model, config):
+    """What the papers project: the nn.Linear modules of the blocks, or those that config.targets says."""
+    return [*adam.targeted(model, config, torch.nn.Linear).values()]
 
 
 def groups(model, linears):
@@ -511,7 +511,7 @@ def arguments(config):
 
 def setup(model, config):
     """What train.py calls for method='galore'."""
-    linears = linears_of(model)
+    linears = linears_of(model, config)
     optimizer = GaLoreAdamW(groups(model, linears), **arguments(config))
     # torch.compile has its own backward, in which layers cannot change from R to G and back without compiling anew.
     if not config.compile:

@@ -391,12 +391,13 @@ class LoQTAdamW(AdamW):
             layer.collect = flags[1]
 
 
-def replace_linears(model, **options):
-    """Put a LoQTLinear in the place of each nn.Linear inside `model`, one after another, and return them as a list."""
-    layers = []
+def replace_linears(model, some=None, **options):
+    """Put a LoQTLinear in the place of each nn.Linear inside `model`, one after another, and return them as a list.
+    some: of these modules alone."""
+    layers, some = [], None if some is None else {id(module) for module in some}
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and (some is None or id(module) in some):
                 setattr(parent, name, LoQTLinear.from_linear(module, **options))
                 layers.append(getattr(parent, name))
     return layers
@@ -455,8 +456,9 @@ def setup(model, config):
     """What train.py calls for method='loqt': the blocks' layers become LoQTLinears, where they are not yet."""
     if config.compile:
         raise ValueError("method='loqt' merges inside backward, which compile=True cannot follow: use compile=False")
-    replace_linears(model.layers, **layer_options(config))
-    layers = [module for module in model.layers.modules() if isinstance(module, LoQTLinear)]
+    named = adam.targeted(model, config, (LoQTLinear, nn.Linear))
+    replace_linears(model.layers, named.values(), **layer_options(config))
+    layers = [*adam.targeted(model, config, LoQTLinear).values()]
     factors = {id(layer.B): layer.B for layer in layers}
     others = split_decay(p for p in model.parameters() if id(p) not in factors)
     return LoQTAdamW(

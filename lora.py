@@ -235,12 +235,10 @@ class Options:
     dropout = 0.0  # share of the adapters' inputs that is zero in training; 0.05 is usual for small data
     merge_every = 0  # steps between two merges of B A into the weights (ReLoRA); 0: never
     train_rest = 'auto'  # 'auto' | 'yes' | 'no' | 'tables': all else, too, or embedding and head; auto: in a new model
-    lora_targets = 'all'  # layers of a block that get an adapter, such as q_proj,v_proj; the others stay as they are
 
 
-FIXED = ('rank', 'scale', 'rslora', 'quantize', 'double_quant', 'train_rest', 'lora_targets', 'merge_every')
+FIXED = ('rank', 'scale', 'rslora', 'quantize', 'double_quant', 'train_rest', 'merge_every')
 FIXED += ('lora_plus',)  # B's in a group of their own
-LINEARS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')  # of a block
 
 
 def problems(config):
@@ -255,8 +253,6 @@ def problems(config):
         found.append(f'dropout={c.dropout} is not a share of the inputs: use at least 0 and less than 1')
     if c.dropout and c.compile:
         found.append('dropout draws its masks where compile=True cannot follow: set --compile=False or --dropout=0')
-    if c.lora_targets != 'all' and not set(c.lora_targets.split(',')) <= set(LINEARS):
-        found.append(f"lora_targets='{c.lora_targets}' names no such layers: use all, or some of {','.join(LINEARS)}")
     return found
 
 
@@ -288,8 +284,9 @@ def setup(model, config):
     if config.train_rest == 'tables':
         for name, p in model.named_parameters():
             p.requires_grad_(name in ('embed_tokens.weight', 'lm_head.weight'))
-    for i, (name, layer) in enumerate(layers.items()):
-        if config.lora_targets != 'all' and name.rpartition('.')[2] not in config.lora_targets.split(','):
+    adapted = {id(layer) for layer in adam.targeted(model, config, LoRALinear).values()}
+    for i, layer in enumerate(layers.values()):
+        if id(layer) not in adapted:
             layer.A.data, layer.B.data = layer.A.data[:0].clone(), layer.B.data[:, :0].clone()  # rank 0: W alone
         elif not scratch and not layer.A.is_meta:  # a weight that was given made each A from its shape alone
             layer.new_factors(torch.Generator(layer.A.device).manual_seed(zlib.crc32(f'{config.seed} 0 {i}'.encode())))

@@ -616,6 +616,10 @@ class LLaMA(nn.Module):
         self.set_block_size(self.config.block_size, device)
         return self
 
+    @property
+    def head_bias(self):
+        return None  # (V,) in some of transformers' models
+
     def at_step(self, step):
         """The next forward is the first of this step. Nothing here depends on it."""
 
@@ -669,6 +673,17 @@ class LLaMA(nn.Module):
             else:
                 x = layer(x, cos, sin, cache, i, pieces)
         return self.norm(x)
+
+    def before_last(self, tokens):
+        """tokens (B, T) -> what the last block reads: x (B, T, D), and the rest, for `last`."""
+        x, *rest = self.embed(tokens)
+        for layer in self.layers[:-1]:
+            x = layer(x, *rest)
+        return x, rest
+
+    def last(self, x, rest):
+        """-> what the head reads, (B, T, D)."""
+        return self.norm(self.layers[-1](x, *rest))
 
     def logits(self, x):
         return F.linear(x, self.head.to(x.dtype))  # (..., V)

@@ -96,6 +96,7 @@ beta2 = 0.999  # decay rate of Adam's second moment
 grad_clip = 0.0  # maximum global gradient norm (of the projected gradients under GaLore); 0: no clipping
 
 # method
+targets = 'all'  # layers of a block that the method works on, by the ends of their names, such as q_proj,v_proj
 method = 'galore'  # 'adamw' | 'galore' | 'loqt' | 'lora' | 'qgalore' | 'fira' | 'apollo' |
 #         'badam' | 'grass': one file each
 
@@ -124,7 +125,7 @@ tracker = 'none'  # 'none' | 'wandb' | 'trackio' | 'tensorboard': imported only 
 # ---- end of config ---------------------------------------------------------------------------------------------------
 
 # Keys that a resumed run must not change: they fix the shape or the meaning of the saved tensors.
-FIXED = ('model', *SHAPE, 'method', 'state_bits', 'dtype', 'task', 'best_by')
+FIXED = ('model', *SHAPE, 'method', 'state_bits', 'dtype', 'targets', 'task', 'best_by')
 
 
 def fixed(config):

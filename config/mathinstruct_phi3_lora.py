@@ -25,5 +25,5 @@ rank = 128
 scale = 4.0  # alpha 512
 dropout = 0.05
 quantize = 'none'
-lora_targets = 'q_proj,k_proj,v_proj,o_proj'  # the paper's, of which the official code finds o_proj alone in Phi-3
+targets = 'q_proj,k_proj,v_proj,o_proj'  # the paper's, of which the official code finds o_proj alone in Phi-3
 eval_interval = 256

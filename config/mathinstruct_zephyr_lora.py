@@ -24,5 +24,5 @@ rank = 128
 scale = 4.0  # alpha 512
 dropout = 0.05
 quantize = 'none'
-lora_targets = 'q_proj,k_proj,v_proj,o_proj'  # the paper's
+targets = 'q_proj,k_proj,v_proj,o_proj'  # the paper's
 eval_interval = 256

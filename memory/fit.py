@@ -14,7 +14,7 @@ from memory.formula import Plan, UnknownMethod, estimate
 
 # What a run can be turned into; a way says all options that it stands for, whatever the run had. Learning rates are not
 # touched, since each method wants its own (see its config files).
-LORA = dict(method='lora', rank=16, scale=2.0, dropout=0.0, merge_every=0, train_rest='auto', lora_targets='all')
+LORA = dict(method='lora', rank=16, scale=2.0, dropout=0.0, merge_every=0, train_rest='auto', targets='all')
 LOQT = dict(method='loqt', scale=0.5, quantize='nf4', double_quant=False)
 WAYS = {
     'AdamW': dict(method='adamw'),

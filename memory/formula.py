@@ -90,6 +90,8 @@ class Run:
         c, s = config, shape
         if c.method not in METHODS:
             raise UnknownMethod(f"no formula knows method='{c.method}', only a trace does: leave out --instant, --gpus")
+        if c.targets != 'all' and c.method != 'lora':
+            raise UnknownMethod(f"no formula knows targets='{c.targets}', only a trace: leave out --instant, --gpus")
         self.config, self.shape = c, s
         self.a = self.w = 4 if c.dtype == 'float32' else 2
         self.a_logit = 4 if self.a == 4 else 4 + self.a  # in fp32, and in the activations' dtype

@@ -172,7 +172,7 @@ def loqt(run, name, out, into):
 def lora(run, name, out, into):
     c, a = run.config, run.a
     m, n = sorted((out, into))
-    adapted = c.lora_targets == 'all' or name + '_proj' in c.lora_targets.split(',')
+    adapted = c.targets == 'all' or name + '_proj' in c.targets.split(',')
     r, trained = (c.rank, [c.rank * into, out * c.rank]) if adapted else (0, [0])  # A and B, fp32
     packed = c.quantize == 'nf4'
     return Matrix(

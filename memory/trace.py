@@ -210,7 +210,7 @@ def renewals(model, config, n_layer):
     are alive; where gradients accumulate the first, whose full gradients of earlier micro-batches wait beside the
     updates of all others; and where a turn in between has larger matrices, these, as deep in the model as they can be
     and as near to its start."""
-    matrices = [m for layer in model.layers for m in layer.modules() if hasattr(m, 'in_features')]
+    matrices = [*adam.targeted(model, config, (torch.nn.Linear, quant.Packed)).values()]
     each = len(matrices) // len(model.layers)  # 7 in a LLaMA
     parts = turns(each * n_layer, config.update_proj_gap) if getattr(config, 'stagger', False) else []
     if len(parts) < 2:

@@ -79,4 +79,4 @@ def problems(config):
 def setup(model, config):
     """What train.py calls for method='apollo'."""
     own = {name: getattr(config, name) for name in vars(Options) if not name.startswith('_')}
-    return ApolloAdamW(groups(model, linears_of(model)), **adam.common(config), **own)
+    return ApolloAdamW(groups(model, linears_of(model, config)), **adam.common(config), **own)

@@ -126,7 +126,7 @@ def problems(config):
     from configurator import between
 
     slow = ['compile=True would compile anew for each block of badam: set --compile=False'] * config.compile
-    return between(config, 1, 10**9, 'block_steps') + slow
+    return between(config, 1, 10**9, 'block_steps') + slow + adam.no_targets(config)
 
 
 def setup(model, config):

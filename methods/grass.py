@@ -100,7 +100,7 @@ problems = galore.problems
 
 def setup(model, config):
     """What train.py calls for method='grass'."""
-    linears = linears_of(model)
+    linears = linears_of(model, config)
     own = {name: getattr(config, name) for name in vars(Options) if not name.startswith('_')}
     optimizer = GrassAdamW(galore.groups(model, linears), **own, **adam.common(config))
     if not config.compile:

@@ -221,7 +221,7 @@ def linear(config):
 
 def setup(model, config):
     """What train.py calls for method='qgalore'."""
-    linears = linears_of(model)
+    linears = linears_of(model, config)
     # One after another, so that no second copy of the model exists.
     packed = [getattr(m, 'packed', None) or pack(m) for m in linears] if config.weight_bits == 8 else []
     optimizer = QGaLoreAdamW(galore.groups(model, linears), lazy=config.lazy, **galore.arguments(config))

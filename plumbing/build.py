@@ -80,8 +80,10 @@ def build_model(config, data, vocab_size, dtype, device, source=None, linear=Lin
     elif source:
         if config.init_from != 'resume' and read_config(source)['packed_weights']:
             raise PackedError(source)
+        check_targets(config)
         built = LLaMA.from_pretrained(source, dtype=dtype, device=device, block_size=config.block_size, linear=linear)
     else:
+        check_targets(config)
         with torch.device('meta'):
             built = LLaMA(new_shape(config, vocab_size), dtype=dtype, linear=linear)
         if device != 'meta':
@@ -90,6 +92,15 @@ def build_model(config, data, vocab_size, dtype, device, source=None, linear=Lin
         check_vocabulary(built.config, vocab_size)
     built.checkpointing = config.checkpointing
     return built
+
+
+def check_targets(config):
+    """Raise Stop where a method makes the layers of our own families itself, all of them."""
+    if config.targets != 'all' and config.method != 'lora' and layers_of(config) is not Linear:
+        what = (
+            f"targets='{config.targets}' leaves layers as they are, and method='{config.method}' makes all of a LLaMA's"
+        )
+        raise Stop(f'{what} anew: leave it out, or use --method=galore or lora')
 
 
 def new_shape(config, vocab_size):

@@ -261,7 +261,7 @@ def load_adapter(model, folder):
     tables = {name: tensors.pop('base_model.model.' + name, None) for name in TABLES.values()}
     tensors = split_adapters(tensors, model.config, stored['parts'], folder)
     targets, root = ','.join(sorted({name.split('.')[-3] for name in tensors})), ' --rslora' * stored['use_rslora']
-    options = f'--rank={stored["r"]} --scale={stored["lora_alpha"] / stored["r"]:g}{root} --lora_targets={targets}'
+    options = f'--rank={stored["r"]} --scale={stored["lora_alpha"] / stored["r"]:g}{root} --targets={targets}'
     for name, tensor in tensors.items():
         if name not in ours or ours[name].shape != tensor.shape or not math.isclose(stored['scale'], layer.scale):
             raise AdapterError(f'{folder} does not fit this model at {name}: use its base, and {options}')

@@ -65,7 +65,10 @@ def read_shape(folder, config, labels=0):
         hf.num_labels = labels
         hf.problem_type = 'regression' if labels == 1 else 'single_label_classification'
     set_dropout(hf, getattr(config, 'model_dropout', -1.0))
-    shape = Shape(hf, labels, seed=getattr(config, 'seed', 0))
+    targets = (
+        getattr(config, 'targets', 'all') if getattr(config, 'method', '') != 'lora' else 'all'
+    )  # whose others freeze
+    shape = Shape(hf, labels, seed=getattr(config, 'seed', 0), targets=targets)
     block_size = getattr(config, 'block_size', 0)
     if block_size > shape.max_positions:
         most = shape.max_positions

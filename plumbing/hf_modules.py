@@ -32,7 +32,6 @@ from model import HeadLoss, Linear, ModelError, positions_of
 # Families whose blocks see nothing of other tokens than through a mask that they take as it is: rows may be packed.
 PACKED = ('gpt2', 'gpt_neox', 'opt', 'phi')
 NORMS = ('final_layer_norm', 'final_layernorm', 'ln_f', 'norm', 'project_out')  # what may follow the last block
-VALUES = ('v_proj', 'value', 'value_proj', 'v_lin')  # names of a value projection
 
 
 @dataclass
@@ -44,6 +43,7 @@ class Shape:
     labels: int = 0
     block_size: int = 0
     seed: int = 0
+    targets: str = 'all'
     n_layer: int = 0
     eos_token_id: object = field(init=False)
     bos_token_id: object = field(init=False)
@@ -128,6 +128,25 @@ def blocks_of(inner):
     return max(lists, key=lambda some: sum(p.numel() for p in some.parameters()))
 
 
+class Reached(Exception):
+    """The last block is reached, with these arguments."""
+
+
+class Tail(nn.Module):
+    """A block, and what follows it."""
+
+    def __init__(self, block, after):
+        super().__init__()
+        self.block, self.after = block, nn.ModuleList(after)
+
+    def forward(self, *inputs, **named):
+        x = self.block(*inputs, **named)
+        x = x[0] if isinstance(x, tuple) else x
+        for part in self.after:
+            x = part(x)
+        return x
+
+
 class Transformers(nn.Module):
     """A model of transformers, `inner`, with the names of LLaMA, whose docstring says what they mean."""
 
@@ -140,7 +159,8 @@ class Transformers(nn.Module):
         for name in found:
             parent, _, last = name.rpartition('.')
             owner = self.layers.get_submodule(parent)
-            setattr(owner, last, converted(getattr(owner, last), linear, device))
+            apart = shape.targets != 'all' and not name.endswith(tuple(f'.{end}' for end in shape.targets.split(',')))
+            setattr(owner, last, converted(getattr(owner, last), Linear if apart else linear, device))
         if torch.device(device).type != 'meta':
             inner.to(device)
         for i, block in enumerate(self.layers):
@@ -164,16 +184,18 @@ class Transformers(nn.Module):
         return (self.inner.get_output_embeddings() or self.embed_tokens).weight
 
     @property
+    def head_bias(self):
+        return self.inner.get_output_embeddings().bias
+
+    @property
     def activation_dtype(self):
         return self.head.dtype
 
-    def norm(self, x):
-        """What the base model does after its last block: x (B, T, D) -> (B, T, D)."""
+    @property
+    def after_blocks(self):
+        """The modules that the base model calls after its last block, in that order."""
         parent = next(m for m in self.inner.modules() if any(child is self.layers for child in m.children()))
-        for name in NORMS:
-            if getattr(parent, name, None) is not None:
-                x = getattr(parent, name)(x)
-        return x
+        return [part for name in NORMS if (part := getattr(parent, name, None)) is not None]
 
     @property
     def head_begins(self):
@@ -240,6 +262,32 @@ class Transformers(nn.Module):
 
         return SimpleNamespace(kept=DynamicCache(config=self.config.hf), length=0)
 
+    def before_last(self, tokens):
+        """As LLaMA's; the rest are the last block's other arguments."""
+
+        def stop(module, inputs, named):
+            raise Reached(inputs, named)
+
+        hook = self.layers[-1].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with no_search_for_pieces():
+                self.inner.base_model(input_ids=tokens, **self.inputs(tokens, None, None, None))
+        except Reached as reached:
+            (x, *inputs), named = reached.args
+            return x, (inputs, named)
+        finally:
+            hook.remove()
+
+    def last(self, x, rest):
+        """As LLaMA's. An x of another dtype than the weights' finds small ones, of norms and the like, in its own."""
+        tail = Tail(self.layers[-1], self.after_blocks)
+        own = {name: p.to(x.dtype) for name, p in tail.named_parameters() if p.dim() == 1 and p.dtype != x.dtype}
+        self.again = True  # computed once, whatever checkpointing says
+        try:
+            return torch.func.functional_call(tail, own, (x, *rest[0]), rest[1])
+        finally:
+            self.again = False
+
     def inputs(self, tokens, pieces, lengths, types):
         """The base model's keywords."""
         B, T = tokens.shape
@@ -300,8 +348,7 @@ class Transformers(nn.Module):
         if weights is not None:
             weights = weights.float().view(len(tokens), -1).expand(tokens.shape).reshape(-1)  # (B T,)
         x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # (B T, D), (B T,)
-        bias = self.inner.get_output_embeddings().bias
-        return HeadLoss.apply(x, self.head, targets, torch.is_grad_enabled(), weights, divisor, trained, bias)
+        return HeadLoss.apply(x, self.head, targets, torch.is_grad_enabled(), weights, divisor, trained, self.head_bias)
 
     # ---- weights
 

@@ -99,6 +99,8 @@ def in_todays_keys(c):
     """A run's configuration, changed in place where it was written before methods had options of their own.
 
     Raises CheckpointError for what no method of today does."""
+    if 'lora_targets' in c:
+        c['targets'] = c.pop('lora_targets')
     if 'residual' not in c:
         return
     packed = c['weight_bits'] == 8 or bool(c['lazy'])

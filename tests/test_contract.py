@@ -52,7 +52,7 @@ MODES = {
     'lora': [
         dict(quantize='nf4', double_quant=True),
         RELORA,
-        dict(RELORA, quantize='nf4', state_bits=8, offload=True, lora_targets='q_proj,v_proj'),
+        dict(RELORA, quantize='nf4', state_bits=8, offload=True, targets='q_proj,v_proj'),
     ],
 }
 CASES = [(name, mode) for name in NAMES for mode in (*COMMON, *MODES.get(name, ()))]

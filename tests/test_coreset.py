@@ -33,7 +33,7 @@ from plumbing import build, checkpoint
 
 TINY = dict(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_inner=56, vocab_size=61, block_size=32)
 CONFIG = LOQT | GALORE | dict(learning_rate=1e-3, moments='keep', update_proj_gap=4)
-CONFIG |= dict(dropout=0.0, merge_every=0, train_rest='auto', lora_targets='all', init_from='scratch')
+CONFIG |= dict(dropout=0.0, merge_every=0, train_rest='auto', targets='all', init_from='scratch')
 CONFIG |= dict(rslora=False, lora_plus=1.0)
 METHODS = {'adamw': adam, 'galore': galore, 'loqt': loqt, 'lora': lora}
 
@@ -557,7 +557,7 @@ IMPOSSIBLE = {
     '--coreset=random --coreset_norm=adam': "leave it out with coreset='random'",
     '--coreset=grad --coreset_sparsity=10': 'leave it out, or use --coreset_norm=adam',
     '--coreset=grad --coreset_norm=adam --coreset_sparsity=-1': 'coreset_sparsity=-1 is too small: use 0 or more',
-    '--coreset=grad --method=lora --lora_targets=q_proj': 'add v_proj, or use --coreset=random',
+    '--coreset=grad --method=lora --targets=q_proj': 'add v_proj, or use --coreset=random',
     '--coreset_norm=adam': "leave it out with coreset='none'",
     '--coreset_weights=cluster': 'or use --coreset=grad',
     '--coreset=grad --coreset_weights=cluster --compile': 'use --compile=False or --coreset_weights=uniform',

@@ -476,11 +476,10 @@ def test_coresets_features_are_gradients_of_the_last_v_projection(name, made):
     x, y = X.repeat(2, 1)[:3, :20], X.roll(-1, 1).repeat(2, 1)[:3, :20].clone()
     y[0, 5:] = -100
     with torch.no_grad():
-        h, cos, sin = model.embed(x)
-        h = model.layers[0](h, cos, sin)
-    inputs, D = coreset.factors(model, h, cos, sin, y)
+        h, rest = model.before_last(x)
+    inputs, D = coreset.factors(model, h, rest, y)
     W = model.layers[-1].self_attn.v_proj.weight
-    p = coreset.zeroth_order(model, h, cos, sin, y, directions=1, seed=1)
+    p = coreset.zeroth_order(model, h, rest, y, directions=1, seed=1)
     z = torch.randn(W.shape, generator=torch.Generator().manual_seed(100_003))
     for i in range(3):
         (G,) = torch.autograd.grad(model(x[i : i + 1], y[i : i + 1]), W)
@@ -506,7 +505,7 @@ def with_adapter(folder, adapter=None, **changes):
 def test_our_adapters_are_read_by_peft(name, rslora, targets, made, tmp_path):
     peft = pytest.importorskip('peft')
     theirs, folder = made(name)
-    ours = with_adapter(folder, lora_targets=targets, rslora=rslora)
+    ours = with_adapter(folder, targets=targets, rslora=rslora)
     generator = torch.Generator().manual_seed(3)
     for _, p in hf.adapters(ours):
         torch.nn.init.normal_(p, std=0.2, generator=generator)
@@ -516,7 +515,7 @@ def test_our_adapters_are_read_by_peft(name, rslora, targets, made, tmp_path):
         logits = ours(X)
         close(reference(X).logits, logits)
         assert (logits - theirs(X).logits).abs().max() > 0.1
-    assert torch.equal(with_adapter(folder, tmp_path, lora_targets=targets, rslora=rslora)(X), logits)
+    assert torch.equal(with_adapter(folder, tmp_path, targets=targets, rslora=rslora)(X), logits)
     merged = tmp_path / 'merged'
     ours.save_pretrained(merged)
     with torch.no_grad():
@@ -538,7 +537,7 @@ def test_adapters_that_peft_trained_are_read(name, targets, made, tmp_path):
     ours = {'qkv_proj': ['q_proj', 'k_proj', 'v_proj'], 'gate_up_proj': ['gate_proj', 'up_proj']}
     wanted = [part for target in targets for part in ours.get(target, [target])]
     with torch.no_grad():
-        close(with_adapter(folder, tmp_path, lora_targets=','.join(wanted))(X), model(X).logits)
+        close(with_adapter(folder, tmp_path, targets=','.join(wanted))(X), model(X).logits)
 
 
 def test_an_adapter_of_a_fused_matrix_that_is_not_of_blocks_is_refused(made, tmp_path):

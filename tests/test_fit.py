@@ -43,7 +43,7 @@ def test_what_fits_a_card_fits_it_runs_and_twice_the_windows_do_not_fit():
     [
         'config/galore_7b_4090.py --basis_bits=8 --rank=512',  # a typed option stays where the method has it
         'config/loqt_7b_4090.py --double_quant=False',
-        'config/loqt_7b_4090.py --method=lora --scale=3 --lora_targets=q_proj,v_proj',
+        'config/loqt_7b_4090.py --method=lora --scale=3 --targets=q_proj,v_proj',
         'config/galore_7b_4090.py --method=qgalore',
         'config/galore_7b.py --method=apollo',
         '--model=1b --method=adamw --dtype=bfloat16',

@@ -10,6 +10,7 @@ from conftest import values
 from hf_tiny import DECODERS, ENCODERS, saved
 
 import configurator
+import coreset
 import train as training
 from configurator import method_of
 from model import ModelError
@@ -260,3 +261,35 @@ def test_a_head_that_is_missing_or_of_another_size_is_made_anew_by_the_seed(tmp_
     assert all(torch.equal(make(), weights[0][n]) for n, _, make in again.dense_weights())
     hf_models.load(tmp_path / 'three', config_of(), labels=2)
     assert 'made anew' in capsys.readouterr().out
+
+
+# ---- CoLM ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('name', 'layer'), [('opt', 'auto'), ('phi', 'auto'), ('gpt2', 'c_attn'), ('phi', 'fc2')])
+@pytest.mark.parametrize('method', ['adamw', 'lora'])
+def test_coresets_features_are_gradients_of_a_layer_of_the_last_block(tmp_path, name, layer, method):
+    saved(tmp_path, name)
+    config = config_of(method, **dict(quantize='none', rank=4) if method == 'lora' else {})
+    model, (x, y) = hf_models.load(tmp_path, config, linear=layers_of(config)), batch()
+    for module in coreset.value_layer(model, layer).modules() if method == 'lora' else ():
+        torch.nn.init.normal_(module.B)
+    model.checkpointing = True
+    model.eval()
+    found = coreset.features(model, x, y, 'grad', 2, layer=layer)
+    p = coreset.features(model, x, y, 'zo', 2, directions=1, seed=1, layer=layer)['p']
+    module = coreset.value_layer(model, layer)
+    W = module.B if method == 'lora' else module.weight
+    z = torch.randn(W.shape, generator=torch.Generator().manual_seed(100_003))
+    for i in range(len(x)):
+        (G,) = torch.autograd.grad(model(x[i : i + 1], y[i : i + 1]), W)
+        torch.testing.assert_close(found['D'][i].T @ found['X'][i], G, atol=1e-5, rtol=1e-3)
+        assert abs(p[i, 0] - (G * z).sum()) < 0.02 * G.norm() * z.norm() ** 0.5
+    half = hf_models.load(tmp_path, config, torch.bfloat16, linear=layers_of(config))
+    assert half.eval() and coreset.features(half, x, y, 'zo', 2, layer=layer)['p'].dtype == torch.float32
+
+
+def test_a_last_block_without_such_a_layer_is_told_with_the_names_it_has(tmp_path):
+    saved(tmp_path, 'gpt2')
+    with pytest.raises(ModelError, match='use --coreset_layer= c_attn, c_proj, c_fc, c_proj'):
+        coreset.value_layer(hf_models.load(tmp_path, config_of()))

@@ -22,7 +22,7 @@ from quant import decode, encode
 
 CONFIG = dict(learning_rate=1e-2, beta1=0.9, beta2=0.999, weight_decay=0.0, rank=4, scale=2.0, state_bits=32, seed=0)
 CONFIG |= dict(grad_clip=0.0, per_layer=False, offload=False, quantize='none', double_quant=False)
-CONFIG |= dict(dropout=0.0, merge_every=0, train_rest='auto', lora_targets='all', init_from='scratch')
+CONFIG |= dict(dropout=0.0, merge_every=0, train_rest='auto', targets='all', init_from='scratch')
 CONFIG |= dict(rslora=False, lora_plus=1.0)
 RELORA = dict(dropout=0.3, merge_every=2, train_rest='no')
 
@@ -64,8 +64,13 @@ def test_frozen_weights_do_not_move_and_all_else_learns():
     assert not any(torch.equal(before[name], after[name]) for name in before if name not in frozen)
 
 
+def test_targets_that_name_no_layer_are_refused_with_the_names_there_are():
+    with pytest.raises(ValueError, match=r"targets='q_prj' names no such layers: use all, or some of q_proj,k_proj"):
+        model_and_optimizer(init_from='path/to/folder', targets='q_prj')
+
+
 def test_fine_tuning_trains_the_factors_of_the_chosen_layers_and_nothing_else():
-    model, optimizer = model_and_optimizer(init_from='path/to/folder', lora_targets='q_proj,down_proj')
+    model, optimizer = model_and_optimizer(init_from='path/to/folder', targets='q_proj,down_proj')
     before = {name: t.clone() for name, t in model.state_dict().items()}
     train(model, optimizer, 3)
     moved = {name for name, t in model.state_dict().items() if not torch.equal(before[name], t)}
@@ -131,7 +136,7 @@ ALL = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_pro
 def test_logits_loss_and_gradients_equal_pefts_after_reading_its_folder(targets, base, tmp_path):
     reference = peft_model(base, targets)
     reference.save_pretrained(tmp_path)
-    model, _ = ours(base, tmp_path, lora_targets=','.join(targets))
+    model, _ = ours(base, tmp_path, targets=','.join(targets))
     x = torch.randint(0, 61, (3, 16), generator=torch.Generator().manual_seed(0))
     expected = reference(x, labels=x)
     torch.testing.assert_close(model(x), expected.logits, atol=1e-5, rtol=1e-5)
@@ -178,7 +183,7 @@ def test_an_adapter_that_trains_a_tied_head_apart_is_refused(base, tmp_path):
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / 'base')
     peft_model(tmp_path / 'base', ['q_proj'], modules_to_save=['lm_head']).save_pretrained(tmp_path / 'adapter')
     with pytest.raises(hf.AdapterError, match='trains embedding and head apart, which are one matrix in its base'):
-        ours(tmp_path / 'base', tmp_path / 'adapter', lora_targets='q_proj')
+        ours(tmp_path / 'base', tmp_path / 'adapter', targets='q_proj')
 
 
 def test_lora_plus_is_a_learning_rate_of_B_alone(base):
@@ -211,14 +216,14 @@ def test_merged_logits_are_told_apart_from_the_adapters(base):
 @pytest.mark.parametrize('targets', ['all', 'q_proj,v_proj'])
 def test_peft_reads_our_folder_and_computes_the_same(targets, base, tmp_path):
     peft = pytest.importorskip('peft')
-    model, optimizer = ours(base, lora_targets=targets)
+    model, optimizer = ours(base, targets=targets)
     train(model, optimizer, 5)
     hf.save_adapter(model, str(tmp_path), str(base))
     reference = peft.PeftModel.from_pretrained(theirs(base), tmp_path)
     x = torch.randint(0, 61, (3, 16), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(reference(x).logits, model(x), atol=1e-5, rtol=1e-5)
     assert (model(x) - LLaMA.from_pretrained(base)(x)).abs().max() > 0.1, 'it has learnt something'
-    again, _ = ours(base, tmp_path, lora_targets=targets)
+    again, _ = ours(base, tmp_path, targets=targets)
     assert torch.equal(again(x), model(x))
 
 
@@ -441,7 +446,7 @@ def test_a_runs_adapter_goes_to_peft_and_back(tuned, data, capsys):
     here(training, *flags)
     began = float(capsys.readouterr().out.split('val loss ')[1].split()[0])
     assert abs(began - json.loads((tuned / 'run/best/run.json').read_text())['best_val_loss']) < 1e-4
-    expected = '--rank=8 --scale=2 --lora_targets=down_proj,gate_proj,'
+    expected = '--rank=8 --scale=2 --targets=down_proj,gate_proj,'
     with pytest.raises(hf.AdapterError, match=expected):
         here(training, *flags, '--rank=4', '--overwrite')
     with pytest.raises(training.Stop, match='is an adapter: use --method=lora'):
@@ -481,14 +486,10 @@ def test_impossible_combinations_are_refused_in_a_sentence_each():
         ('--method=lora', '--dropout=1.5'): 'dropout=1.5 is not a share of the inputs',
         ('--method=lora', '--merge_every=-1'): 'merge_every=-1 is too small: use 0 or more',
         ('--method=lora', '--dropout=0.1', '--compile'): 'set --compile=False or --dropout=0',
-        (
-            '--method=lora',
-            '--lora_targets=q_prj',
-        ): "lora_targets='q_prj' names no such layers: use all, or some of q_proj,",
     }.items():
         found = problems(*flags)
         assert len(found) == 1 and expected in found[0], found
-    assert problems('--method=lora', '--dropout=0.05', '--merge_every=100', '--lora_targets=q_proj,v_proj') == []
+    assert problems('--method=lora', '--dropout=0.05', '--merge_every=100', '--targets=q_proj,v_proj') == []
 
 
 def test_impossible_arguments_name_the_thing_and_what_to_type():

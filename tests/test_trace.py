@@ -50,7 +50,7 @@ MODES = {
     'lora': dict(method='lora', gradient_accumulation_steps=2),
     'lora fine-tuning': dict(method='lora', train_rest='no', dropout=0.1, checkpointing=True, state_bits=8),
     'lora, merged': dict(
-        method='lora', merge_every=1, quantize='none', lora_targets='q_proj,v_proj', per_layer=True
+        method='lora', merge_every=1, quantize='none', targets='q_proj,v_proj', per_layer=True
     ),
 }  # fmt: skip
 

@@ -45,7 +45,7 @@ TURNS = {
     ],
     'lora': [
         '--quantize=none', '--checkpointing', '--train_rest=no', '--train_rest=no --checkpointing --double_quant=True',
-        '--per_layer --state_bits=8', '--lora_targets=q_proj,v_proj',
+        '--per_layer --state_bits=8', '--targets=q_proj,v_proj',
         '--dropout=0.05 --train_rest=no',
     ],
     'apollo': [

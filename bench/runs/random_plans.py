@@ -50,7 +50,7 @@ METHODS = {  # method: its options to choose among
     ),
     'lora': dict(
         quantize=['nf4', 'none'], double_quant=[True, False], dropout=[0.0, 0.1], merge_every=[0, 2, 50],
-        train_rest=['yes', 'no'], lora_targets=['all', 'q_proj,v_proj', 'down_proj'],
+        train_rest=['yes', 'no'], targets=['all', 'q_proj,v_proj', 'down_proj'],
     ),
 }  # fmt: skip
 SHARED = dict(
