@@ -1,11 +1,13 @@
 """
-Score checkpoints: loss per source, exact answers by GSM8K's and MATH's rules, multiple choice; several side by side.
+Score checkpoints: loss per source, exact answers by GSM8K's and MATH's rules, multiple choice, GLUE's metrics of a
+classifier; several side by side.
 
     python eval.py out/run --data=data/instruct                           # loss of a prepared folder's val split
     python eval.py out/run path/to/base --data=gsm8k:test.jsonl           # before and after: answers are generated
     python eval.py out/run --data=gsm8k:test.jsonl --limit=200 --answers=out/answers.jsonl
     python eval.py path/to/base --data=math:val.jsonl --shots=4 --shots_from=train.jsonl
     python eval.py out/run --data=choice:sst2.jsonl,data/text --json
+    python eval.py out/cola,out/cola_lora --data=glue/cola                # of runs with --task=classify
 
 A share comes with its 95 % interval (Wilson): 30 % of 100 questions may be 22 to 40 % of all there are. Nothing that a
 model writes is run.
@@ -31,13 +33,13 @@ from tqdm import tqdm
 
 import sample
 from data import DataError, chat, questions, tokenizer
-from data.batches import Examples, Tokens, longest_of, read_meta
+from data.batches import Examples, Labelled, Tokens, longest_of, of_task, read_meta
 from data.tasks import TASKS
 from model import HeadLoss, ModelError, cross_entropy_rows
-from plumbing import Stop
+from plumbing import Stop, classify
 from plumbing.build import ROOT, check_tokenizer, data_sets, meant
 from plumbing.hf import AdapterError
-from plumbing.scores import ANSWERS, LOSSES, Tally, table, with_totals
+from plumbing.scores import ANSWERS, LABELS, LOSSES, LabelTally, Tally, table, with_totals
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 checkpoints = ''  # folders of runs (best/, else last/), of weights or of adapters, or names on the hub, with commas
@@ -172,6 +174,45 @@ def examples(data, some):
         yield source, data.tokens[rows].astype(np.int64), data.trained[rows].astype(bool)
 
 
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+
+def labels_of(paths):
+    """How many labels the examples of these folders have, 1 for a number, 0 for none: None is a file, and has none.
+
+    Raises Stop where one model cannot be judged by all of them."""
+    metas = {path: read_meta(place) if place else {'task': 'lm'} for path, place in paths.items()}
+    counts = {path: len(m['labels']) or 1 if m['task'] == 'classify' else 0 for path, m in metas.items()}
+    for path, n in counts.items():
+        if n != (first := next(iter(counts.values()))):
+            raise Stop(f'{path} has {n or "no"} labels, {next(iter(counts))} {first or "none"}: score them apart')
+    return first
+
+
+def score_labelled(config, path, place, checkpoint, model, tok, folder, tallies, out):
+    """What a classifier says of a prepared folder of labelled examples."""
+    check_tokenizer(folder, place)
+    data = Labelled(place, config.split, longest_of(place, config.split))
+    some = np.array(questions.drawn(range(len(data.ends)), config.limit, config.seed))
+    some = some[np.argsort(-data.lengths[some], kind='stable')]  # neighbours of one length need no padding
+    parts = [some[a : a + config.batch_size] for a in range(0, len(some), config.batch_size)]
+    bar = tqdm(map(data.read, parts), path, len(parts), delay=3, leave=False, disable=None)
+    logits, targets, sources = classify.predictions(model, data, bar, model.head.device)
+    if not logits.isfinite().all():
+        raise ModelError(sample.NO_NUMBERS)
+    logits = classify.in_order(model, data, logits)
+    for i in sources.unique().tolist():
+        mine, name = sources == i, data.sources[i]
+        tallies[path, name] = LabelTally(checkpoint, path, name, data, logits[mine], targets[mine])
+    shown = (lambda value: data.labels[int(value)]) if data.labels else float
+    for at in np.argsort(some, kind='stable').tolist() if config.answers else ():
+        said = logits[at].argmax() if data.labels else logits[at, 0]
+        ids = data.tokens[data.starts[some[at]] : data.ends[some[at]]]
+        where = {'checkpoint': checkpoint, 'data': path, 'source': data.sources[int(sources[at])]}
+        row = {'text': tok.decode(ids), 'reference': shown(targets[at]), 'answer': shown(said)}
+        print(dumps(where | row | {'logits': logits[at].tolist()}, ensure_ascii=False), file=out, flush=True)
+
+
 # ---- questions -------------------------------------------------------------------------------------------------------
 
 
@@ -304,7 +345,7 @@ def report(config, tallies):
     if config.json:
         print(dumps(found))
         return
-    lines = [part for part in (table(found, LOSSES), table(found, ANSWERS)) if part]
+    lines = [part for part in (table(found, columns) for columns in (LOSSES, ANSWERS, LABELS)) if part]
     if lines:
         print('\n\n'.join('\n'.join(part) for part in lines))
     if any('strict' in one for one in found):
@@ -317,7 +358,7 @@ def prepared(path):
     word, colon, file = path.partition(':')
     if os.path.exists(path) or word in questions.RULES:
         return path if os.path.isdir(path) else None
-    if os.path.isdir(ours := os.path.join(ROOT, 'data', path)):
+    if os.path.isdir(ours := os.path.join(ROOT, 'data', path)) or of_task(ours):
         return ours
     if near := meant(word, [*questions.RULES, *data_sets()]):
         what = 'name a prepared folder, a file of questions (.jsonl, .parquet), or a rule and its file'
@@ -330,17 +371,20 @@ def main(config):
     # What cannot be scored is said at once, not after hours of what can.
     places = {name: sample.located(name) for name in map(str.strip, config.checkpoints.split(','))}
     paths = {path: prepared(path) for path in map(str.strip, config.data.split(','))}
+    labels = labels_of(paths)
     sets = {path: None if place else questions.find(path) for path, place in paths.items()}
     sets = {path: rows and questions.drawn(rows, config.limit, config.seed) for path, rows in sets.items()}
     tallies = {}
     try:
         with open(config.answers or os.devnull, 'x' if config.answers else 'w', encoding='utf-8') as out:
             for checkpoint, place in places.items():
-                model, tok, folder = sample.load(place, device)
+                model, tok, folder = sample.load(place, device, labels=labels)
                 here = tallies[checkpoint] = {}
                 with sample.decoded(model):
                     for path, rows in sets.items():
-                        if rows is None:
+                        if labels:
+                            score_labelled(config, path, paths[path], checkpoint, model, tok, folder, here, out)
+                        elif rows is None:
                             score_folder(config, paths[path], checkpoint, model, tok, folder, here)
                         else:
                             score_questions(config, path, rows, checkpoint, model, tok, folder, here, out)

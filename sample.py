@@ -269,11 +269,11 @@ def located(checkpoint):
     return checkpoint
 
 
-def load(checkpoint, device, factors=False):
+def load(checkpoint, device, factors=False, labels=0):
     """-> the model of a run, of a Hugging Face folder or of an adapter; its tokenizer; the folder its files are in.
     A model that is no folder here, ORGANISATION/NAME, is downloaded from the hub.
 
-    factors: for LoRA's A and B, which a run's folder keeps beside dense weights."""
+    factors: for LoRA's A and B, which a run's folder keeps beside dense weights. labels: of a classifier, else 0."""
     checkpoint = located(checkpoint)
     folder = weights_folder(checkpoint)
     verify(folder, weights_alone=not factors)
@@ -285,7 +285,7 @@ def load(checkpoint, device, factors=False):
     else:
         if factors:
             base_of(folder)  # raises here, before the model is loaded, if there is no adapter
-        model = load_model(folder, device, factors)
+        model = load_model(folder, device, factors, labels)
     return model, tokenizer.load(folder), folder
 
 

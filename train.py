@@ -275,7 +275,7 @@ def measured(model, data, config, here):
         some = classify.predictions(
             model, data, batches, here.device, here.rank, here.world, lambda rows: tell(rows / len(data.ends))
         )
-    found, notes = classify.judged(data, *some)
+    found, notes = classify.judged_by_source(data, *some)
     for note in notes:
         here.say(f'note: {note}')
     return {f'val_{name}': value for name, value in found.items()}
@@ -362,6 +362,8 @@ def main(config):
         )
         if not begin.weights:
             model.config.eos_token_id = tok.eot
+        if config.task == 'classify' and (note := classify.name_labels(model, meta['labels'])):
+            here.say(f'note: {note}')
         optimizer = setup(model, config)
     selection = colm.setup(config, train_data)
     begin.restore(model, optimizer, selection, train_data, config)

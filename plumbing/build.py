@@ -13,7 +13,7 @@ from data import DataError, fields, tokenizer
 from data.batches import keywords, longest_of, of_task, read_meta
 from data.fields import check, text, whole
 from model import SIZES, Linear, LLaMA, ModelConfig, ModelError
-from plumbing import Stop, hf_models
+from plumbing import Stop, classify, hf_models
 from plumbing.families import ADVICE, FAMILIES, read_config
 from plumbing.folder import AdapterError, read_adapter
 from plumbing.hf import PackedError, first_line, weights_folder
@@ -206,15 +206,17 @@ def where_from(config):
     return folder, meta, vocab_size, source
 
 
-def load_model(folder, device, factors=False):
+def load_model(folder, device, factors=False, labels=0):
     """The model in a folder. If its weights are packed, it has the layers of the method that packed them.
 
-    factors: load the packed weights even if the folder has dense ones, too. Raises CheckpointError if they cannot be
-    read."""
-    if not is_native(folder):
+    factors: load the packed weights even if the folder has dense ones, too. labels: of a classifier, else 0. Raises
+    CheckpointError if they cannot be read."""
+    if labels:
+        classify.check_head(folder, labels)
+    if not is_native(folder, labels):
         if factors:
             raise AdapterError(f'{folder} is of transformers\' own modules: use --save_to=DIR')
-        return hf_models.load(folder, SimpleNamespace(), device=device)
+        return hf_models.load(folder, SimpleNamespace(), device=device, labels=labels)
     stored = read_config(folder)
     if not (stored['packed_weights'] or factors):
         return LLaMA.from_pretrained(folder, device=device)

@@ -2,15 +2,19 @@
 Examples with a label each (data/labelled.py) under a model that classifies: what it predicts, and how good that is.
 
     logits, targets, sources = predictions(model, data, data.evaluation(n, 16), 'cpu')       # (n, labels), (n,), (n,)
-    judged(data, logits, targets, sources)     # {'loss': 0.61, 'matthews': 0.41}, and a sentence for what is undefined
+    judged(data, logits, targets)     # {'loss': 0.61, 'matthews': 0.41}, and a sentence for what is not defined
 """
+
+import os
 
 import torch
 import torch.nn.functional as F
 
 from adam import average_
-from data import agreement
+from data import agreement, fields
 from data.batches import keywords
+from model import ModelError
+from plumbing.families import ADVICE
 
 
 @torch.no_grad()
@@ -32,18 +36,60 @@ def predictions(model, data, batches, device, rank=0, world=1, tell=lambda rows:
     return logits.cpu(), torch.cat(targets), torch.cat(sources)
 
 
-def judged(data, logits, targets, sources):
-    """-> {'loss': mean in nats, or squared error of numbers; the metrics of the data by name}, and sentences. Where
-    there are several sources (MNLI's dev splits) each metric comes again of each alone, as accuracy_matched."""
+def judged(data, logits, targets):
+    """-> {'loss': mean in nats, or squared error of numbers; the metrics of the data by name}, and a sentence for each
+    that is not defined. data: Labelled."""
     if data.labels:
         loss, predicted = F.cross_entropy(logits.double(), targets), logits.argmax(1)
     else:
         loss, predicted = F.mse_loss(logits[:, 0].double(), targets.double()), logits[:, 0]
     found, notes = agreement.scores(data.metrics, predicted.numpy(), targets.numpy())
+    return {'loss': loss.item(), **found}, notes
+
+
+def judged_by_source(data, logits, targets, sources):
+    """The same, and where there are several sources, as MNLI's dev splits, each metric of each alone, too:
+    accuracy_matched."""
+    found, notes = judged(data, logits, targets)
     present = sources.unique().tolist()
     for i in present if len(present) > 1 else ():
-        mine = (sources == i).numpy()
-        alone, more = agreement.scores(data.metrics, predicted.numpy()[mine], targets.numpy()[mine])
-        found |= {f'{name}_{data.sources[i]}': value for name, value in alone.items()}
+        alone, more = judged(data, logits[sources == i], targets[sources == i])
+        found |= {f'{name}_{data.sources[i]}': alone[name] for name in data.metrics}
         notes += [f'of {data.sources[i]}: {note}' for note in more]
-    return {'loss': loss.item(), **found}, notes
+    return found, notes
+
+
+def named(model):
+    """The names of the labels that a model's config has, in its order; None where it has only numbers."""
+    names = [str(name).lower() for _, name in sorted(model.inner.config.id2label.items())]
+    return None if any(name.startswith('label_') for name in names) else names
+
+
+def name_labels(model, labels):
+    """Write the names of the labels into the model's config. -> a sentence if its head has them in another order."""
+    old, config = named(model), model.inner.config
+    if labels:
+        config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
+    if old and old != [*labels] and sorted(old) == sorted(labels):
+        return f'the head was trained with the labels in another order ({", ".join(old)}), and has to learn this one'
+
+
+def in_order(model, data, logits):
+    """logits (n, labels) in the order that the data has the labels in. Raises ModelError if the model has others."""
+    names = named(model)
+    if not (data.labels and names):
+        return logits
+    if sorted(names) != sorted(data.labels):
+        raise ModelError(f'the model tells {", ".join(names)} apart, the data {", ".join(data.labels)}: name its own')
+    return logits[:, [names.index(name) for name in data.labels]]
+
+
+def check_head(folder, labels):
+    """Raise ModelError if a folder has no classifier, or one of another number of labels."""
+    path = os.path.join(folder, 'config.json')
+    table = {'architectures': fields.maybe(fields.several(fields.text())), 'id2label': fields.maybe(fields.table())}
+    config = fields.read(path, table, ModelError, ADVICE)
+    if not any(name.endswith('ForSequenceClassification') for name in config['architectures'] or ()):
+        raise ModelError(f'{folder} has no classifier: train one, train.py --task=classify --init_from={folder}')
+    if (has := len(config['id2label'] or '12')) != labels:  # transformers leaves out what it takes for granted
+        raise ModelError(f'the classifier of {folder} has {has} outputs, the data {labels}: name the data of its task')

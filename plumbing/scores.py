@@ -8,7 +8,11 @@ What eval.py counts and how it is shown: a Tally for each source of a data set u
 import math
 from itertools import groupby
 
+import torch
+
+from data.agreement import METRICS
 from data.tasks import wilson
+from plumbing.classify import judged
 
 
 class Tally:
@@ -35,6 +39,33 @@ class Tally:
             found |= {'cut': self.cut / n, 'no_answer': self.no_answer / n}
         return found
 
+    def add(self, some):
+        """Take in what these Tallies counted."""
+        for name in ('examples', 'tokens', 'bytes', 'questions', 'cut', 'no_answer', 'nats'):
+            setattr(self, name, sum(getattr(tally, name) for tally in some))
+        rules = [rule for rule in RULES if all(rule in tally.right for tally in some if tally.questions)]
+        self.right = {rule: sum(tally.right.get(rule, 0) for tally in some) for rule in rules}
+
+
+class LabelTally(Tally):
+    """What a classifier said of the examples of one source of a Labelled `of`: logits (n, labels), targets (n,)."""
+
+    def __init__(self, checkpoint, data, source, of=None, logits=None, targets=None):
+        super().__init__(checkpoint, data, source)
+        self.of, self.logits, self.targets = of, logits, targets
+
+    def add(self, some):
+        self.of = some[0].of
+        self.logits, self.targets = (torch.cat([getattr(one, name) for one in some]) for name in ('logits', 'targets'))
+
+    def summary(self):
+        found = {'checkpoint': self.checkpoint, 'data': self.data, 'source': self.source, 'labelled': len(self.targets)}
+        scores, self.notes = judged(self.of, self.logits, self.targets)
+        if 'accuracy' in scores:
+            low, high = wilson(round(scores['accuracy'] * len(self.targets)), len(self.targets))
+            found |= {'low': low, 'high': high}
+        return found | scores
+
 
 def shortened(text, width):
     return text if len(text) <= width else '\u2026' + text[1 - width :]
@@ -59,11 +90,23 @@ ANSWERS = {
 }
 
 
+LABELS = {
+    'labelled': ('examples', '{:,}'),
+    'loss': ('loss', '{:.4f}'),
+    'accuracy': ('accuracy', '{:.1%}'),
+    'interval': ANSWERS['interval'],
+    **{name: (name, '{:.4f}') for name in METRICS if name != 'accuracy'},
+}
+
+
 def table(found, columns):
     """Lines of a table of at most 100 columns, a line for each dict that has the first of the columns."""
     found = [one for one in found if next(iter(columns)) in one]
     if not found:
         return []
+    if columns is LABELS:  # of which each task has some
+        has = {name for one in found for name in one} | ({'interval'} if any('low' in one for one in found) else set())
+        columns = {name: column for name, column in columns.items() if name in has}
     names = ('checkpoint', 'data', 'source')
     lines = [[*names, *(title for title, _ in columns.values())]]
     for one in found:
@@ -86,9 +129,6 @@ def with_totals(tallies):
         some = list(some)
         yield from some
         if len(some) > 1:
-            total = Tally(some[0].checkpoint, some[0].data, 'all sources')
-            for name in ('examples', 'tokens', 'bytes', 'questions', 'cut', 'no_answer', 'nats'):
-                setattr(total, name, sum(getattr(tally, name) for tally in some))
-            rules = [rule for rule in RULES if all(rule in tally.right for tally in some if tally.questions)]
-            total.right = {rule: sum(tally.right.get(rule, 0) for tally in some) for rule in rules}
+            total = type(some[0])(some[0].checkpoint, some[0].data, 'all sources')
+            total.add(some)
             yield total
