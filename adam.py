@@ -73,10 +73,10 @@ def adam_direction(G, state, betas, eps, state_bits=32, seed=None):
     return N
 
 
-def make_moments(state, G, state_bits):
+def make_moments(state, G, state_bits, names=('M', 'V')):
     """Zero moments for G where there are none: M and V of G's shape, with 8 bits also M_absmax and V_absmax."""
     eight = state_bits == 8 and G.numel() >= SMALLEST_8BIT
-    for name in ('M', 'V') if 'M' not in state else ():
+    for name in names if 'M' not in state else ():
         state[name] = torch.zeros(G.shape, dtype=torch.uint8 if eight else at_least_fp32(G), device=G.device)
         if eight:
             state[name + '_absmax'] = torch.zeros(-(-G.numel() // BLOCK), device=G.device)
@@ -86,7 +86,7 @@ def read_state(state, name):
     """A tensor of the state: the state's own, to be changed in place, or, of one in 8 bits, a decoded copy in fp32."""
     if name + '_absmax' not in state:
         return state[name]
-    code, absmax = code_of(name, state[name].device), state[name + '_absmax']
+    code, absmax = code_of(name if 'V' in state else 'P', state[name].device), state[name + '_absmax']
     return kernels().dequantize_blockwise(state[name], absmax=absmax, code=code, blocksize=BLOCK)
 
 
@@ -98,7 +98,7 @@ def write_state(state, name, changed, seed=None):
     that of fp32 moments, with stochastic rounding 0.35 %). M changes by a tenth a step and needs no such noise."""
     if name + '_absmax' not in state:
         return
-    code = code_of(name, changed.device)
+    code = code_of(name if 'V' in state else 'P', changed.device)
     quantised, how = kernels().quantize_blockwise(changed, code=code, blocksize=BLOCK)
     if seed is not None:
         # Noise as wide as the distance between neighbouring codes at each number: look the distances up as if they
@@ -111,6 +111,17 @@ def write_state(state, name, changed, seed=None):
         quantised, how = kernels().quantize_blockwise(noisy, code=code, blocksize=BLOCK)
     for part, new in ((name, quantised), (name + '_absmax', how.absmax)):
         state[part].copy_(torch.where(state['skip'] > 0, state[part], new) if 'skip' in state else new)
+
+
+def heavy_ball(state, G, keep, state_bits=32):
+    """M <- keep M + G, a momentum without a V. -> M, or a decoded copy, not to be changed. It is of methods for which
+    M's direction alone counts, so it needs no factor 1 - keep and no bias correction. state['skip'] is as in `adam_`;
+    G is of zeros then."""
+    make_moments(state, G, state_bits, ('M',))
+    M = read_state(state, 'M')
+    M.mul_(torch.where(state['skip'] > 0, 1.0, keep) if 'skip' in state else keep).add_(G)
+    write_state(state, 'M', M)
+    return M
 
 
 def pieces(W, G, state):
@@ -143,7 +154,8 @@ _codes = {}  # the 256 values of a code, made once a device
 
 def code_of(name, device):
     """The 256 values that 8 bits stand for. For moments they are dynamic, within some per cent over seven decades, and
-    for V all positive. For anything else, such as a basis, whose numbers are of one size, they are evenly spaced."""
+    for V all positive. For anything else they are evenly spaced: a basis, whose numbers are of one size, or an M
+    without a V that would be divided by small ones (8-bit Muon, 2509.23106): 2.2 % off where dynamic is 3.5 %."""
     if (name, device) not in _codes:
         make = kernels().create_dynamic_map if name in ('M', 'V') else kernels().create_linear_map
         _codes[name, device] = make(signed=name != 'V').to(device)

@@ -142,6 +142,17 @@ def apollo(run, name, out, into):
     return Matrix(m, n, r, weight=whole, trained=[r * n], grad=whole, backward=whole, update=update, extra_state=norm)
 
 
+def muon(run, name, out, into):
+    m, n = sorted((out, into))
+    x, w, bits, gathers = adamw(run, name, out, into), run.w, run.config.state_bits, run.config.per_layer
+    x.trained, x.extra_state = [], adam_moments(m * n, bits) // 2  # M alone
+    x.grad *= not (gathers and run.config.gradient_accumulation_steps > 1)
+    # M decoded and its new codes; X, the next one, and A, its square and their sum; O, and W moves in pieces.
+    M = 5 * m * n * (bits == 8)
+    x.update = max(M + w * m * n, 2 * w * m * n + 2 * w * m * m, w * m * n + 12 * min(m * n, PIECE) * (w < 4))
+    return x
+
+
 def loqt(run, name, out, into):
     c, a, w = run.config, run.a, run.w
     m, n = sorted((out, into))
@@ -189,3 +200,4 @@ def lora(run, name, out, into):
 
 
 METHODS = dict(adamw=adamw, galore=galore, qgalore=qgalore, fira=fira, apollo=apollo, loqt=loqt, lora=lora)
+METHODS['muon'] = muon

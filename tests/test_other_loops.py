@@ -16,6 +16,7 @@ from methods.apollo import ApolloAdamW
 from methods.badam import BAdamW
 from methods.fira import FiraAdamW
 from methods.grass import GrassAdamW
+from methods.muon import MuonAdamW
 from methods.qgalore import QGaLoreAdamW
 
 
@@ -53,6 +54,7 @@ METHODS = {
     'apollo': lowrank(ApolloAdamW),
     'badam': badam,
     'grass': lowrank(GrassAdamW),
+    'muon': lambda model, **more: MuonAdamW(model.parameters(), lr=1e-2, **more),
     'loqt': loqt,
     'lora': lora,
 }
@@ -465,6 +467,7 @@ def test_a_shallow_copy_is_refused_since_two_optimizers_would_move_one_parameter
         'adam galore methods/apollo',
         'adam methods/badam',
         'adam galore methods/grass',
+        'adam galore methods/muon',
     ],
 )
 def test_a_method_file_works_in_a_folder_of_its_own_beside_the_files_it_names(files, tmp_path):

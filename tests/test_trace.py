@@ -41,6 +41,9 @@ MODES = {
     'badam': dict(method='badam'),
     'grass': dict(method='grass', per_layer=True, gradient_accumulation_steps=2),
     'badam by norm': dict(method='badam', choose='norm', per_layer=True, gradient_accumulation_steps=2),
+    'muon 8 bits, per layer, accumulated': dict(
+        method='muon', state_bits=8, per_layer=True, gradient_accumulation_steps=2, row_norm=True
+    ),
     'loqt': dict(method='loqt'),
     'loqt without nf4': dict(method='loqt', quantize='none'),
     'loqt everything': dict(

@@ -250,6 +250,7 @@ def test_every_key_has_a_comment_and_the_design_names_are_there():
         'methods/badam.py': 'block_steps choose',
         'methods/grass.py': 'rank update_proj_gap scale choose stagger',
         'methods/apollo.py': 'rank update_proj_gap scale tensorwise',
+        'methods/muon.py': 'momentum row_norm',
         'loqt.py': 'rank scale update_proj_gap psi compensation refresh stagger moments quantize double_quant',
         'lora.py': 'rank scale rslora lora_plus quantize double_quant dropout merge_every train_rest',
         'coreset.py': 'coreset_from coreset_norm coreset_weights coreset_clusters keep_small zo_directions '
@@ -456,6 +457,7 @@ IMPOSSIBLE = {
     '--method=adamw --per_layer --grad_clip=1': 'set grad_clip=0 or per_layer=False',
     '--method=fira --per_layer --grad_clip=1': 'set grad_clip=0 or per_layer=False',
     '--method=apollo --per_layer --grad_clip=1': 'set grad_clip=0 or per_layer=False',
+    '--method=muon --per_layer --grad_clip=1': 'set grad_clip=0 or per_layer=False',
     '--lr_decay_iters=1': 'ends before warmup_iters=2',
     '--device=cuda': 'torch sees no CUDA device',
     '--seed=-1': 'seed=-1 is too small: use 0 or more',
