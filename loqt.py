@@ -417,11 +417,12 @@ class Options:
     refresh = 'subspace'  # 'subspace' | 'svd': one step of subspace iteration from the old basis, or the slow SVD
     stagger = True  # layers merge in turns, so that no step stalls; False: all in the same step, as in the paper
     moments = 'keep'  # 'keep' | 'rotate' | 'reset': what becomes of Adam's moments when the subspace turns
+    train_rest = 'yes'  # 'yes' | 'no': all that is not in these layers, too, or of it a classifier's head alone
     quantize = 'nf4'  # 'nf4' | 'none': the blocks' weights and bases in 4 bits, or as dtype says
     double_quant = False  # the scales of nf4 in 8 bits, too: 0.37 bits a weight less
 
 
-FIXED = ('rank', 'scale', 'quantize', 'double_quant')
+FIXED = ('rank', 'scale', 'quantize', 'double_quant', 'train_rest')
 
 
 def problems(config):
@@ -460,7 +461,11 @@ def setup(model, config):
     replace_linears(model.layers, named.values(), **layer_options(config))
     layers = [*adam.targeted(model, config, LoQTLinear).values()]
     factors = {id(layer.B): layer.B for layer in layers}
-    others = split_decay(p for p in model.parameters() if id(p) not in factors)
+    if config.train_rest == 'no':
+        model.requires_grad_(False)
+        for part in (*factors.values(), *(p for head in model.head_modules().values() for p in head.parameters())):
+            part.requires_grad_(True)
+    others = split_decay(p for p in model.parameters() if id(p) not in factors and p.requires_grad)
     return LoQTAdamW(
         [{'params': list(factors.values()), 'weight_decay': 0.0}, *others],
         layers,

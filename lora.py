@@ -281,7 +281,11 @@ def setup(model, config):
         config.train_rest = 'yes' if scratch else 'no'
     if config.train_rest in ('no', 'tables'):
         model.requires_grad_(False)
+        for head in model.head_modules().values():  # of a classifier, which nobody has trained yet
+            head.requires_grad_(True)
     if config.train_rest == 'tables':
+        if hasattr(model, 'inner'):
+            raise ValueError("train_rest='tables' is of our own families: use yes or no with transformers' models")
         for name, p in model.named_parameters():
             p.requires_grad_(name in ('embed_tokens.weight', 'lm_head.weight'))
     adapted = {id(layer) for layer in adam.targeted(model, config, LoRALinear).values()}

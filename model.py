@@ -620,6 +620,10 @@ class LLaMA(nn.Module):
     def head_bias(self):
         return None  # (V,) in some of transformers' models
 
+    def head_modules(self):
+        """{name: module} of what a task adds to the model; of a classifier, in transformers' models, its head."""
+        return {}
+
     def at_step(self, step):
         """The next forward is the first of this step. Nothing here depends on it."""
 

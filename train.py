@@ -89,6 +89,7 @@ model_dropout = -1.0  # share that transformers' own models (GPT-2, OPT, Phi-2) 
 learning_rate = 1e-3  # peak; GaLore needs about ten times AdamW's, since its update is multiplied by scale
 warmup_iters = -1  # steps of linear warm-up; -1: a tenth of max_iters, at most 100
 lr_decay_iters = 0  # step at which the cosine decay reaches min_lr and stays there; 0: max_iters
+decay = 'cosine'  # 'cosine' | 'linear': the way from learning_rate down to min_lr
 min_lr = -1.0  # final learning rate; -1: a tenth of learning_rate
 weight_decay = 0.0  # decoupled, applied to matrices only, multiplied by the learning rate
 beta1 = 0.9  # decay rate of Adam's first moment
@@ -229,7 +230,7 @@ def warmup_of(config):
 
 
 def learning_rate_at(step, config):
-    """Linear warm-up, cosine decay to min_lr, constant afterwards. A function of the step alone. Already the first step
+    """Linear warm-up, decay to min_lr, constant afterwards. A function of the step alone. Already the first step
     moves: with a rate of 0 a run of five would be one of four."""
     c, warmup = config, warmup_of(config)
     low = c.min_lr if c.min_lr >= 0 else c.learning_rate / 10
@@ -239,7 +240,8 @@ def learning_rate_at(step, config):
     if step >= end:
         return low
     progress = (step - warmup) / (end - warmup)
-    return low + (c.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - progress if c.decay == 'linear' else 0.5 * (1 + math.cos(math.pi * progress))
+    return low + (c.learning_rate - low) * left
 
 
 def eval_tokens_of(config, labelled=0):

@@ -213,15 +213,18 @@ def load_model(folder, device, factors=False, labels=0):
     CheckpointError if they cannot be read."""
     if labels:
         classify.check_head(folder, labels)
+    labels = labels or hf_models.labels_of(folder) * factors
     if not is_native(folder, labels):
-        if factors:
-            raise AdapterError(f'{folder} is of transformers\' own modules: use --save_to=DIR')
-        return hf_models.load(folder, SimpleNamespace(), device=device, labels=labels)
-    stored = read_config(folder)
-    if not (stored['packed_weights'] or factors):
-        return LLaMA.from_pretrained(folder, device=device)
-    dtype = getattr(torch, stored['torch_dtype'] or stored['dtype'] or 'float32')
-    model = LLaMA.from_pretrained(folder, dtype, device, linear=layers_of_run(folder))
+        linear = layers_of_run(folder) if factors else Linear
+        model = hf_models.load(folder, SimpleNamespace(), None, device, linear, labels)
+        if not factors:
+            return model
+    else:
+        stored = read_config(folder)
+        if not (stored['packed_weights'] or factors):
+            return LLaMA.from_pretrained(folder, device=device)
+        dtype = getattr(torch, stored['torch_dtype'] or stored['dtype'] or 'float32')
+        model = LLaMA.from_pretrained(folder, dtype, device, linear=layers_of_run(folder))
     file = os.path.join(folder, 'optimizer.pt')
     try:
         packed = torch.load(file, map_location='cpu', weights_only=True, mmap=True)

@@ -189,12 +189,27 @@ def is_lora(module):
     return hasattr(module, 'dense_weight') and hasattr(module, 'A')  # recognises a lora.LoRALinear without importing it
 
 
-def adapters(model, prefix='base_model.model.model.'):
-    """Yield (PEFT's name, parameter) for each A and B. prefix: what PEFT and LlamaForCausalLM add before our names."""
+PEFT = 'base_model.model.'  # what peft adds before the names of a model's layers
+
+
+def adapters(model):
+    """Yield (PEFT's name, parameter) for each A and B. LlamaForCausalLM has `model.` before our names, and the names in
+    one of transformers' own models, `inner`, are its own."""
     for name, layer in model.named_modules():
         if is_lora(layer) and len(layer.A):
-            yield f'{prefix}{name}.lora_A.weight', layer.A
-            yield f'{prefix}{name}.lora_B.weight', layer.B
+            name = name.removeprefix('inner.') if hasattr(model, 'inner') else f'model.{name}'
+            yield f'{PEFT}{name}.lora_A.weight', layer.A
+            yield f'{PEFT}{name}.lora_B.weight', layer.B
+
+
+def target_modules(model, names):
+    """What adapter_config.json says of the layers with these names (PEFT's, of an A or a B): their last parts; where
+    another layer's name ends so, too, such as that of a head, the whole names."""
+    layers = {name.removeprefix(PEFT).rpartition('.lora_')[0] for name in names}
+    last = {name.rpartition('.')[2] for name in layers}
+    linears = [n.removeprefix('inner.') for n, m in model.named_modules() if hasattr(m, 'in_features')]
+    alone = not hasattr(model, 'inner') or all(n in layers for n in linears if n.rpartition('.')[2] in last)
+    return sorted(last if alone else layers)
 
 
 def save_adapter(model, folder, base, tables=False):
@@ -209,7 +224,7 @@ def save_adapter(model, folder, base, tables=False):
     r, root = len(layer.A), math.sqrt if layer.rslora else float
     stored = dict(peft_type='LORA', task_type='CAUSAL_LM', base_model_name_or_path=base, bias='none')
     stored |= dict(r=r, lora_alpha=layer.scale * root(r), lora_dropout=layer.dropout, use_rslora=layer.rslora)
-    stored |= dict(target_modules=sorted({name.split('.')[-3] for name in tensors}), inference_mode=True)
+    stored |= dict(target_modules=target_modules(model, tensors), inference_mode=True)
     stored['rank_pattern'] = {matrix: r * len(names) for matrix, names in parts.items()}
     stored['alpha_pattern'] = {m: stored['lora_alpha'] * root(len(names)) for m, names in parts.items()}
     quantize, double_quant = layer.how
@@ -222,6 +237,9 @@ def save_adapter(model, folder, base, tables=False):
         stored['modules_to_save'] = list(TABLES)
         for name, W in zip(TABLES.values(), (model.embed_tokens.weight, model.head)):
             tensors['base_model.model.' + name] = W
+    if heads := model.head_modules():
+        stored |= dict(task_type='SEQ_CLS', modules_to_save=[*heads])
+        tensors |= {f'{PEFT}{head}.{n}': p for head, module in heads.items() for n, p in module.named_parameters()}
     tensors = {name: p.detach().to('cpu', copy=True).contiguous() for name, p in tensors.items()}
     os.makedirs(folder, exist_ok=True)
     names = ('adapter_config.json', 'adapter_model.safetensors', 'README.md')

@@ -77,6 +77,16 @@ def read_shape(folder, config, labels=0):
     return shape
 
 
+def labels_of(folder):
+    """How many labels the classifier in a folder has, 1 for a number; 0 where it holds another model."""
+    path = os.path.join(folder, 'config.json')
+    stored = fields.read(path, {}, ModelError, ADVICE) if os.path.exists(path) else {}
+    kinds, names = stored.get('architectures'), stored.get('id2label')
+    if not isinstance(kinds, list) or not any(str(kind).endswith('ForSequenceClassification') for kind in kinds):
+        return 0
+    return len(names) if isinstance(names, dict) and names else 2  # transformers' default
+
+
 def set_dropout(hf, share):
     """All of a config's dropouts become `share`, if that is not negative; layerdrop, which skips whole blocks, 0."""
     for name, value in list(vars(hf).items()):

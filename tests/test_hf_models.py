@@ -14,7 +14,7 @@ import coreset
 import train as training
 from configurator import method_of
 from model import ModelError
-from plumbing import hf_models, hf_modules, resume
+from plumbing import hf, hf_models, hf_modules, resume
 from plumbing.build import layers_of
 from train import training_step
 
@@ -293,3 +293,46 @@ def test_a_last_block_without_such_a_layer_is_told_with_the_names_it_has(tmp_pat
     saved(tmp_path, 'gpt2')
     with pytest.raises(ModelError, match='use --coreset_layer= c_attn, c_proj, c_fc, c_proj'):
         coreset.value_layer(hf_models.load(tmp_path, config_of()))
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('name', 'labels'), [('roberta', 3), ('deberta-v2', 1), ('bert', 2), ('gpt2', 0), ('phi', 0)])
+def test_an_adapter_is_read_by_peft_with_the_trained_head_as_one_of_its_modules_to_save(tmp_path, name, labels):
+    peft = pytest.importorskip('peft')
+    saved(tmp_path / 'base', name, labels)
+    config = config_of('lora', rank=4, quantize='none', train_rest='no')
+    model = hf_models.load(tmp_path / 'base', config, torch.float32, 'cpu', layers_of(config), labels)
+    optimizer = method_of(config).setup(model, config)
+    named = dict(lengths=LENGTHS) if labels else {}
+    x, y = pairs(labels, 1)[::2] if labels else batch()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    for _ in range(3):
+        optimizer.lr = 1e-2
+        model(x, y, **named).backward()
+        optimizer.step()
+    moved = {n.removeprefix('inner.') for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert all(n[-2:] in ('.A', '.B') or n.startswith(('classifier', 'pooler', 'score')) for n in moved)
+    assert (len([n for n in moved if n[-2:] not in ('.A', '.B')]) > 0) == bool(labels)
+    hf.save_adapter(model, tmp_path / 'adapter', str(tmp_path / 'base'))
+    kind = transformers.AutoModelForSequenceClassification if labels else transformers.AutoModelForCausalLM
+    theirs = peft.PeftModel.from_pretrained(kind.from_pretrained(tmp_path / 'base'), tmp_path / 'adapter').eval()
+    mask = dict(attention_mask=(torch.arange(24) < LENGTHS[:, None]).long()) if labels else {}
+    with torch.no_grad():
+        expected = model(x, **named)
+        torch.testing.assert_close(theirs(x, **mask).logits, expected, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / 'merged')  # W + B A, as a plain folder
+    merged = kind.from_pretrained(tmp_path / 'merged').eval()
+    torch.testing.assert_close(merged(x, **mask).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_loqt_may_train_the_head_alone_beside_its_layers(tmp_path):
+    saved(tmp_path, 'deberta-v2', 3)
+    config = config_of('loqt', rank=8, train_rest='no', targets='query_proj,value_proj')
+    model = hf_models.load(tmp_path, config, torch.float32, 'cpu', layers_of(config), 3)
+    method_of(config).setup(model, config)
+    trained = {n.removeprefix('inner.') for n, p in model.named_parameters() if p.requires_grad}
+    assert {n.rpartition('.')[2] for n in trained if n.startswith('deberta')} == {'B'}
+    assert {n.split('.')[-2] for n in trained} == {'query_proj', 'value_proj', 'dense', 'classifier'}
+    assert {n.partition('.')[0] for n in trained} == {'deberta', 'pooler', 'classifier'}

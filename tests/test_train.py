@@ -237,7 +237,7 @@ def test_every_key_has_a_comment_and_the_design_names_are_there():
     # Frozen, so that a new key is a decision: add it here, and say in its comment what it costs.
     expected = """out_dir init_from overwrite seed max_iters eval_only dry_run task dataset block_size batch_size
         packing gradient_accumulation_steps model n_layer n_head n_kv_head n_embd n_inner vocab_size model_dropout
-        learning_rate warmup_iters lr_decay_iters min_lr weight_decay beta1 beta2 grad_clip method targets
+        learning_rate warmup_iters lr_decay_iters decay min_lr weight_decay beta1 beta2 grad_clip method targets
         device dtype state_bits offload per_layer checkpointing compile coreset
         log_interval eval_interval eval_tokens save_interval best_by save_best save_merged sample_tokens tracker"""
     assert keys == set(expected.split())
@@ -251,7 +251,8 @@ def test_every_key_has_a_comment_and_the_design_names_are_there():
         'methods/grass.py': 'rank update_proj_gap scale choose stagger',
         'methods/apollo.py': 'rank update_proj_gap scale tensorwise',
         'methods/muon.py': 'momentum row_norm',
-        'loqt.py': 'rank scale update_proj_gap psi compensation refresh stagger moments quantize double_quant',
+        'loqt.py': 'rank scale update_proj_gap psi compensation refresh stagger moments quantize double_quant '
+        'train_rest',
         'lora.py': 'rank scale rslora lora_plus quantize double_quant dropout merge_every train_rest',
         'coreset.py': 'coreset_from coreset_norm coreset_weights coreset_clusters keep_small zo_directions '
         'coreset_sparsity coreset_layer',
