@@ -40,6 +40,7 @@ MODES = {
         dict(state_bits=8, lazy=0.1, moments='rotate', weight_decay=0.1, grad_clip=0.05),
     ],
     'fira': [dict(basis_bits=8, state_bits=8, refresh='svd')],
+    'adalomo': [dict(adaptive=False)],
     'badam': [dict(choose='norm', offload=True)],
     'grass': [dict(choose='norm', stagger=False, offload=True)],
     'apollo': [dict(tensorwise=True, rank=1, scale=128**0.5)],
@@ -58,6 +59,7 @@ MODES = {
 }
 CASES = [(name, mode) for name in NAMES for mode in (*COMMON, *MODES.get(name, ()))]
 ADDED_APART = ('muon',)  # per layer each micro-batch goes into the momentum: the same sum in another order
+CASES.remove(('adalomo', dict(state_bits=8)))  # which keeps no moments
 ACCUMULATED = [(*case, 2) for case in CASES] + [(name, {}, steps) for name in NAMES for steps in (1, 8)]
 
 

@@ -12,6 +12,7 @@ from adam import AdamW, add_up_, split_decay
 from galore import GaLoreAdamW, on_the_right
 from loqt import LoQTAdamW, replace_linears
 from lora import LoRAAdamW, LoRALinear
+from methods.adalomo import AdaLomo
 from methods.apollo import ApolloAdamW
 from methods.badam import BAdamW
 from methods.fira import FiraAdamW
@@ -53,6 +54,7 @@ METHODS = {
     'fira': lowrank(FiraAdamW),
     'apollo': lowrank(ApolloAdamW),
     'badam': badam,
+    'adalomo': lambda model, **more: AdaLomo(model.parameters(), lr=1e-1, **more),
     'grass': lowrank(GrassAdamW),
     'muon': lambda model, **more: MuonAdamW(model.parameters(), lr=1e-2, **more),
     'loqt': loqt,
@@ -466,6 +468,7 @@ def test_a_shallow_copy_is_refused_since_two_optimizers_would_move_one_parameter
         'adam galore methods/fira',
         'adam galore methods/apollo',
         'adam methods/badam',
+        'adam methods/adalomo',
         'adam galore methods/grass',
         'adam galore methods/muon',
     ],

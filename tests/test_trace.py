@@ -39,6 +39,7 @@ MODES = {
     'apollo': dict(method='apollo'),
     'apollo mini': dict(method='apollo', tensorwise=True, rank=1, per_layer=True),
     'badam': dict(method='badam'),
+    'adalomo': dict(method='adalomo', per_layer=True),
     'grass': dict(method='grass', per_layer=True, gradient_accumulation_steps=2),
     'badam by norm': dict(method='badam', choose='norm', per_layer=True, gradient_accumulation_steps=2),
     'muon 8 bits, per layer, accumulated': dict(
