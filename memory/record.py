@@ -180,8 +180,10 @@ class Record(LiveBytes):
         self.chunks, self.phase = [Chunk(None)], ''
         self.place = weakref.WeakKeyDictionary()  # storage -> [chunk, i], the list that its finalizer holds
         self.births = {}  # (chunk, i) -> index of the event
+        self.leaving = False
 
     def at(self, layer):
+        self.leaving = False
         if layer != self.chunks[-1].layer:
             self.chunks.append(Chunk(layer))
 
@@ -190,6 +192,10 @@ class Record(LiveBytes):
         super().add(storage, tensor, function)
         if new:
             self.place[storage] = self.latest
+
+    def leave(self):
+        """What is made next is of no layer; what is dropped before that still is of this one."""
+        self.leaving = True
 
     def relabel(self, storages, what):
         """Write into the record what these storages are."""
@@ -214,6 +220,8 @@ class Record(LiveBytes):
             self.place[storage][:] = self.born(birth)
 
     def made(self, size, tensor, function):
+        if self.leaving:
+            self.at(None)
         operation = function.overloadpacket.__name__ if function is not None else ''
         shape = tuple(tensor.shape) if tensor is not None else ()
         self.latest = self.born(('+', size, self.phase, operation, shape, self.phase))
@@ -243,7 +251,8 @@ LAST = 3  # of the four layers that are traced, 0 to 3
 
 class Sweeps:
     """The record of four layers as sweeps: forward, backward and each walk of the optimizer go through the layers one
-    by one, up or down. Layers 1 and 2 must do the same in a sweep, to the byte; else NotUniform is raised.
+    by one, up or down; CoLM's choice leaves out the last. Layers 1 and 2 must do the same in a sweep, to the byte; else
+    NotUniform is raised.
 
     layers: a dict for each sweep, layer -> index of its chunk. of: index of a chunk -> index of its sweep."""
 
@@ -263,7 +272,7 @@ class Sweeps:
             self.of[i] = len(self.layers) - 1
             expected = chunk.layer + step if 0 <= chunk.layer + step <= LAST else None
         for layers in self.layers:
-            if len(layers) not in (1, LAST + 1):  # 1: something is done with the first or the last layer alone
+            if list(layers) not in ([0], [LAST], [0, 1, 2], [0, 1, 2, LAST], [LAST, 2, 1, 0]):
                 raise NotUniform('a sweep leaves layers out')
             if len(layers) > 1 and not self.alike(layers):
                 raise NotUniform('layers 1 and 2 differ')
@@ -276,6 +285,11 @@ class Sweeps:
             return event[:4] if event[0] == '+' else self.origin(event, layer)[:2]
 
         return len(one) == len(two) and all(seen(a, 1) == seen(b, 2) for a, b in zip(one, two))
+
+    def handed_on(self, event):
+        """Does each layer drop what the one before made in this place, so that only the last one's is dropped here?"""
+        layers = self.layers[self.of[event[1]]]
+        return layers.get(2) == event[1] and ('-', layers.get(1), event[2]) in self.chunks[event[1]].events
 
     def origin(self, event, layer):
         """Where a storage that this layer drops was made: the sweep, how many layers up, and its place there."""
@@ -309,7 +323,8 @@ def deeper(chunks, n_layer):
                 yield '-', where[event[1]], event[2]
             else:
                 s, layer = sweeps.of[event[1]], chunks[event[1]].layer
-                yield from (('-', where[s, j], event[2]) for j in copies(layer))
+                alive = copies(layer)[-1:] if sweeps.handed_on(event) else copies(layer)
+                yield from (('-', where[s, j], event[2]) for j in alive)
 
     def inside(s, j):
         """The events of deep layer j in sweep s."""
@@ -332,7 +347,7 @@ def deeper(chunks, n_layer):
             new.append(Chunk(None, list(outside(chunk.events))))
             continue
         s = sweeps.of[i]
-        upwards = sweeps.layers[s].get(0, 0) <= sweeps.layers[s].get(LAST, 0)
+        upwards = next(iter(sweeps.layers[s])) == 0
         for j in copies(chunk.layer) if upwards else reversed(copies(chunk.layer)):
             where[s, j] = len(new)
             new.append(Chunk(j, list(inside(s, j))))

@@ -10,9 +10,11 @@ which layers are due for a new basis or a merge.
 """
 
 import contextlib
+import copy
 import gc
 import os
 import sys
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -122,6 +124,8 @@ def watch(record, model, optimizer):
                 record.phase = 'backward'
             elif x.requires_grad and record.phase == 'forward':
                 x.register_hook(enter('backward', layer))
+            elif record.phase == 'data' and layer >= len(model.layers) - 2:  # a choice handles the last by itself
+                record.leave()
 
         return hook
 
@@ -403,16 +407,19 @@ def plan_memory(config, shape, dtype, device, method, training_step, selection=N
     linear = method.linear(run) if hasattr(method, 'linear') else Linear
     pretrained = config.init_from not in ('scratch', 'resume')
 
+    choices = weakref.WeakKeyDictionary()  # each traced model's own: what one choice leaves behind, the next finds
+
     def step(model, optimizer, batches, learning_rate, device):
         if selection and selection.feature != 'random':  # two micro-batches of its pool, and the tensors for all of it
             pool_size = config.batch_size * config.gradient_accumulation_steps * config.coreset_from
             pool = torch.zeros(pool_size, run.block_size, dtype=torch.int64)
-            found = selection.look(model, pool, pool, config.batch_size, plan=True)
-            gram = selection.compare(found)
-            if selection.norm == 'adam':
+            choice = choices.setdefault(model, copy.copy(selection))
+            found = choice.look(model, pool, pool, config.batch_size, plan=True)
+            gram = choice.compare(found)
+            if choice.norm == 'adam':
                 with torch.no_grad():
-                    selection.adam_distance(found, None)
-                    selection.remember(found, range(pool_size // config.coreset_from))
+                    choice.adam_distance(found, None)
+                    choice.remember(found, range(pool_size // config.coreset_from))
             del pool, found, gram
         return training_step(model, optimizer, batches, learning_rate, device)
 

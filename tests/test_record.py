@@ -82,6 +82,7 @@ def test_layers_in_the_middle_that_differ_are_not_repeated():
 
     deep = deeper(record_of(lambda layer: 8 + (layer in (1, 2))), 6)
     assert [(chunk.layer, chunk.events[0][1]) for chunk in deep] == [(0, 8), (1, 9), (2, 9), (3, 9), (4, 9), (5, 8)]
-    for chunks in (record_of(lambda layer: layer), record_of(lambda layer: 8)[:3], record_of(lambda layer: 8)[1:]):
+    assert [chunk.layer for chunk in deeper(record_of(lambda layer: 8)[:3], 6)] == [0, 1, 2, 3, 4], 'all but the last'
+    for chunks in (record_of(lambda layer: layer), record_of(lambda layer: 8)[:2], record_of(lambda layer: 8)[1:]):
         with pytest.raises(NotUniform):
             deeper(chunks, 6)

@@ -17,7 +17,7 @@ from memory.matrices import turns
 from memory.record import LiveBytes
 from model import LLaMA, ModelConfig
 from plumbing.build import rows_of
-from train import training_step
+from train import plan_memory, training_step
 
 TINY = dict(n_layer=3, n_head=4, n_kv_head=2, n_embd=64, n_inner=176, vocab_size=301, block_size=32)
 KEYS = dict(learning_rate=1e-3, max_iters=10, batch_size=4, block_size=32)
@@ -167,12 +167,22 @@ DEEP = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize('mode', DEEP)
+COLM = {
+    'gradients': dict(coreset='grad'),
+    'zeroth order': dict(coreset='zo', zo_directions=2, coreset_norm='adam', checkpointing=True, batch_size=2),
+    'clusters of hidden states': dict(method='lora', coreset='zo', coreset_clusters=3, gradient_accumulation_steps=2),
+}
+
+
+@pytest.mark.parametrize('mode', [*DEEP, *COLM])
 def test_a_record_of_four_layers_repeated_equals_that_of_all_layers(mode, monkeypatch):
-    config, shape = config_of(**MODES[mode]), ModelConfig(**TINY | dict(n_layer=7))
+    config, shape = config_of(**(MODES | COLM)[mode]), ModelConfig(**TINY | dict(n_layer=7))
 
     def plan():
-        made = plan_of(config, shape, torch.bfloat16, torch.bfloat16)
+        if mode in COLM:
+            made = plan_memory(config, shape, 'cpu', torch.bfloat16, torch.bfloat16)
+        else:
+            made = plan_of(config, shape, torch.bfloat16, torch.bfloat16)
         peak = made.peak
         assert peak.layer in (None, 0, 6)
         sizes = made.weights, made.states, made.total, made.allocated, made.reserved
