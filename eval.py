@@ -231,7 +231,10 @@ def template_of(config, folder, tok):
 
 def score_questions(config, path, rows, checkpoint, model, tok, folder, tallies, out):
     """The loss of the right answers, the likeliest choices, the answers that the model writes."""
-    (template, stop), solved = template_of(config, folder, tok), []
+    plain = all(q.literal for q in rows)  # prompts, which the choices go on from as they stand
+    if plain and config.shots:
+        raise DataError(f'shots are of questions, and {path} holds prompts: leave them out')
+    (template, stop), solved = (None, '') if plain else template_of(config, folder, tok), []
     for q in questions.drawn(questions.find(config.shots_from), config.shots, config.seed) if config.shots else ():
         if q.rule == 'choice':
             raise DataError(f'{config.shots_from} holds choices: shots are questions with written answers')

@@ -226,7 +226,7 @@ def test_processes_share_the_dev_split(models, folders):
 
 def test_a_collapsed_model_scores_0_and_it_is_said(models, folders, tmp_path, capsys):
     data = Labelled(folders['bert'], 'val', 32)
-    found, notes = classify.judged(data, torch.tensor([[0.0, 9.0]]).expand(24, 2), torch.from_numpy(data.targets))
+    found, notes = classify.judged(data, torch.tensor([[0.0, 9.0]]).expand(24, 2), torch.tensor(data.targets))
     assert found['matthews'] == 0 and not notes
     data.labels, data.metrics = [], ['pearson']
     found, notes = classify.judged(data, torch.zeros(24, 1), torch.arange(24.0))
