@@ -98,7 +98,7 @@ grad_clip = 0.0  # maximum global gradient norm (of the projected gradients unde
 
 # method
 targets = 'all'  # layers of a block that the method works on, by the ends of their names, such as q_proj,v_proj
-method = 'galore'  # 'adamw' | 'galore' | 'loqt' | 'lora' | 'qgalore' | 'fira' | 'apollo' | 'muon' |
+method = 'galore'  # 'adamw' | 'galore' | 'loqt' | 'lora' | 'qgalore' | 'fira' | 'apollo' | 'muon' | 'scale' |
 #         'badam' | 'grass' | 'adalomo': one file each
 
 # memory and speed

@@ -44,6 +44,7 @@ MODES = {
     'badam': [dict(choose='norm', offload=True)],
     'grass': [dict(choose='norm', stagger=False, offload=True)],
     'apollo': [dict(tensorwise=True, rank=1, scale=128**0.5)],
+    'scale': [dict(momentum=0.0)],
     'muon': [dict(row_norm=True, momentum=0.8, offload=True)],
     'loqt': [
         dict(quantize='nf4', moments='reset'),

@@ -19,6 +19,7 @@ from methods.fira import FiraAdamW
 from methods.grass import GrassAdamW
 from methods.muon import MuonAdamW
 from methods.qgalore import QGaLoreAdamW
+from methods.scale import ScaleAdamW
 
 
 def net(seed=0):
@@ -56,6 +57,7 @@ METHODS = {
     'badam': badam,
     'adalomo': lambda model, **more: AdaLomo(model.parameters(), lr=1e-1, **more),
     'grass': lowrank(GrassAdamW),
+    'scale': lambda model, **more: ScaleAdamW(model.parameters(), lr=1e-2, **more),
     'muon': lambda model, **more: MuonAdamW(model.parameters(), lr=1e-2, **more),
     'loqt': loqt,
     'lora': lora,
@@ -471,6 +473,7 @@ def test_a_shallow_copy_is_refused_since_two_optimizers_would_move_one_parameter
         'adam methods/adalomo',
         'adam galore methods/grass',
         'adam galore methods/muon',
+        'adam methods/scale',
     ],
 )
 def test_a_method_file_works_in_a_folder_of_its_own_beside_the_files_it_names(files, tmp_path):
