@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from memory import record
-from memory.record import Allocator, Chunk, NotUniform, deeper
+from memory.depth import NotUniform, deeper
+from memory.record import Allocator, Chunk
 
 
 def test_allocator_rounds_splits_and_joins_as_torchs_does_by_hand():
