@@ -1,8 +1,7 @@
 """Phi-2 on MathInstruct with CoLM as published: LoRA, each step on 64 of 128 examples (arXiv 2407.19580).
 
 4 examples x 16 micro-batches = 64 examples a step; 1,024 steps = 65,536 examples.
-Phi-2 is computed by transformers' own modules, its dropout of 0.0 included: pip install transformers.
-PLANNED
+Phi-2 runs through transformers' own modules (pip install transformers), with the dropout of its config.json.
     python data/mathinstruct/prepare.py --tokenizer=microsoft/phi-2 --too_long=truncate --max_tokens=512
     python train.py config/mathinstruct_phi2_colm.py
 """
