@@ -55,7 +55,8 @@ def tiny(*flags):
     method = next((flag.partition('=')[2] for flag in flags if flag.startswith('--method=')), 'galore')
     given = any(flag.startswith('--init_from=') and flag != '--init_from=resume' for flag in flags)
     common = [flag for flag in TINY if not (given and flag.startswith(('--model=', '--n_')))]
-    own = dict.fromkeys(('adamw', 'muon', 'scale', 'badam', 'adalomo'), []) | {'lora': ['--rank=8']}
+    own = {name: [] for name in ('adamw', 'muon', 'scale', 'badam', 'adalomo')}
+    own |= {name: ['--rank=8'] for name in ('lora', 'ldadam')}
     own = own.get(method, ['--rank=8', '--update_proj_gap=5'])
     return [*common, *own, *flags]
 

@@ -41,6 +41,7 @@ MODES = {
     ],
     'fira': [dict(basis_bits=8, state_bits=8, refresh='svd')],
     'adalomo': [dict(adaptive=False)],
+    'ldadam': [dict(feedback=False, offload=True)],
     'badam': [dict(choose='norm', offload=True)],
     'grass': [dict(choose='norm', stagger=False, offload=True)],
     'apollo': [dict(tensorwise=True, rank=1, scale=128**0.5)],

@@ -17,6 +17,7 @@ from methods.apollo import ApolloAdamW
 from methods.badam import BAdamW
 from methods.fira import FiraAdamW
 from methods.grass import GrassAdamW
+from methods.ldadam import LDAdamW
 from methods.muon import MuonAdamW
 from methods.qgalore import QGaLoreAdamW
 from methods.scale import ScaleAdamW
@@ -55,6 +56,7 @@ METHODS = {
     'fira': lowrank(FiraAdamW),
     'apollo': lowrank(ApolloAdamW),
     'badam': badam,
+    'ldadam': lambda model, **more: LDAdamW(model.parameters(), lr=1e-2, rank=4, **more),
     'adalomo': lambda model, **more: AdaLomo(model.parameters(), lr=1e-1, **more),
     'grass': lowrank(GrassAdamW),
     'scale': lambda model, **more: ScaleAdamW(model.parameters(), lr=1e-2, **more),
@@ -471,6 +473,7 @@ def test_a_shallow_copy_is_refused_since_two_optimizers_would_move_one_parameter
         'adam galore methods/apollo',
         'adam methods/badam',
         'adam methods/adalomo',
+        'adam galore methods/ldadam',
         'adam galore methods/grass',
         'adam galore methods/muon',
         'adam methods/scale',
@@ -538,7 +541,7 @@ def test_an_attached_model_and_its_optimizer_pass_through_torch_save(method, tmp
 
 
 @pytest.mark.parametrize('per_layer', [False, True])
-@pytest.mark.parametrize('method', ['galore', 'qgalore', 'fira', 'grass'])
+@pytest.mark.parametrize('method', ['galore', 'qgalore', 'fira', 'grass', 'ldadam'])
 def test_a_layer_that_no_group_projects_is_attached_and_trains_as_by_adamw(method, per_layer):
     model, plain = net(), net()
     optimizer = type(METHODS[method](net()))([{'params': model.parameters(), 'rank': 0}], lr=1e-2, per_layer=per_layer)
