@@ -80,6 +80,32 @@ def choose_tokenizer(spec, texts, vocab_size):
     )
 
 
+SLOW = ('spm.model', 'tokenizer.model', 'sentencepiece.bpe.model', 'vocab.json', 'vocab.txt')
+
+
+def model_folder(spec):
+    """The folder of a model that --tokenizer names, or of ORGANISATION/NAME on the hub the one in its cache, without
+    the weights. What names none, as 'bytes', comes back as it is. Raises DataError for a tokenizer in old files."""
+    if not os.path.isdir(spec) and re.fullmatch(r'\w[\w.-]*/[\w.-]+', spec):
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = snapshot_download(spec, allow_patterns=['*.json', '*.jinja', '*.model', '*.txt'])
+        except Exception as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise DataError(f'{spec} is no folder here and the hub did not give it ({said}): name a folder') from None
+    else:
+        folder = spec
+    has = set(os.listdir(folder)) if os.path.isdir(folder) else {'tokenizer.json'}
+    if not has & {'tokenizer.json', 'meta.json'} and has & {*SLOW}:
+        code = f"AutoTokenizer.from_pretrained('{spec}').save_pretrained('FOLDER')"
+        raise DataError(
+            f'{spec} has its tokenizer in files of an old kind: python -c "from transformers import AutoTokenizer; '
+            f'{code}" writes it to a FOLDER, which --tokenizer=FOLDER reads'
+        )
+    return folder
+
+
 class Writer:
     """Collects documents in a hidden subfolder, and moves the files into place only when all documents are written.
 

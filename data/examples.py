@@ -202,7 +202,7 @@ def prepare(out_dir, rows, made_by, model, template='own', names=None, val_share
     rows(): yields (place, split or None, row, name of its file); names: as formats.conversation; model: a folder with a
     tokenizer.json, or a tokenizer that needs none; how: train_on, too_long, max_tokens. Raises DataError."""
     common.check_val_share(val_share)
-    names = names or {}
+    names, model = names or {}, common.model_folder(model)
     tok = common.choose_tokenizer(model, None, None)
     folder = model if os.path.isdir(model) else None
     if folder and os.path.realpath(folder) == os.path.realpath(out_dir):

@@ -159,6 +159,32 @@ def test_rows_are_filled_with_the_models_own_pad_id_and_are_as_long_as_it_reads(
         labelled.encode(tokenizer.Bytes(), [('a', 'b')], 8)
 
 
+def test_a_name_on_the_hub_is_fetched_without_weights_and_old_files_are_refused_with_what_to_type(
+    folders, tmp_path, monkeypatch
+):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        if name == 'some/where':
+            raise OSError('no network')
+        return str(folders['bert'])
+
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot_download)
+    meta, _ = made('cola', cola(tmp_path), tmp_path / 'out', 'google-bert/bert-tiny')
+    assert asked[0][0] == 'google-bert/bert-tiny' and not any('safetensors' in kind for kind in asked[0][1])
+    assert meta['pad'] == 0 and meta['vocab_size'] < 100
+    with pytest.raises(DataError, match=r'hub did not give it \(no network\)'):
+        common.model_folder('some/where')
+    assert common.model_folder('bytes') == 'bytes' and common.model_folder(str(folders['bert'])) == str(folders['bert'])
+    (tmp_path / 'old').mkdir()
+    (tmp_path / 'old/spm.model').write_text('')
+    with pytest.raises(DataError, match=r'AutoTokenizer.from_pretrained.* writes it to a FOLDER'):
+        common.model_folder(str(tmp_path / 'old'))
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 HEADS = {

@@ -200,6 +200,7 @@ def from_hub(name):
 
 def prepare(name, rows, out_dir, model, block_size, made_by, drops):
     """Write the folder of a task. rows: (place, split, source, texts, label). -> its meta.json, the Report."""
+    model = common.model_folder(model)
     task, tok = TASKS[name], common.choose_tokenizer(model, None, None)
     folder = model if os.path.isdir(model) else None
     if folder and os.path.realpath(folder) == os.path.realpath(out_dir):
@@ -271,7 +272,7 @@ class Report:
 def main():
     parser = common.parser(__doc__)
     parser.add_argument('--task', required=True, choices=[*TASKS], help='of GLUE')
-    parser.add_argument('--tokenizer', required=True, help="the model's folder, for its tokenizer.json")
+    parser.add_argument('--tokenizer', required=True, help="the model's folder, or its name on the hub")
     parser.add_argument('--input', default=None, help="GLUE's folder of .tsv files, or the task's own in it")
     parser.add_argument(
         '--block_size', type=examples.positive, default=None, help='longest example; 512 or what the model reads'

@@ -185,6 +185,7 @@ def cut(tok, ids, longest):
 
 def prepare(name, rows, out_dir, folder, made_by, max_tokens=None, limit=1000, clusters=0, model=None, seed=1):
     """Write the folder, and val.jsonl beside it. rows: (place, split, row). -> meta, the report."""
+    folder = common.model_folder(folder)
     task, tok = TASKS[name], common.choose_tokenizer(folder, None, None)
     folder = folder if os.path.isdir(folder) else None
     if folder and os.path.realpath(folder) == os.path.realpath(out_dir):
@@ -221,7 +222,7 @@ def prepare(name, rows, out_dir, folder, made_by, max_tokens=None, limit=1000, c
 def main():
     parser = common.parser(__doc__)
     parser.add_argument('--task', required=True, choices=[*TASKS], help='of GLUE or SuperGLUE')
-    parser.add_argument('--tokenizer', required=True, help="the model's folder, for its tokenizer.json")
+    parser.add_argument('--tokenizer', required=True, help="the model's folder, or its name on the hub")
     parser.add_argument(
         '--input', default=None, help="the task's folder with train.jsonl and val.jsonl (SST-2: or .tsv)"
     )
