@@ -25,11 +25,11 @@ if __name__ == '__main__':
 
 import json
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from bench import plot
+from bench.runs import jobs
 from plumbing.build import ROOT
 
 OUT = os.path.join('out', 'gsm8k')
@@ -45,18 +45,7 @@ RUNS = {  # name: (config, learning rates, flags)
 
 
 def do(words, log):
-    """Run `python WORDS` unless its log is there. -> what it printed. An interrupted run starts again."""
-    path = os.path.join(ROOT, log)
-    if not os.path.exists(path):
-        if args.finished:
-            return None
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        print('python', *words, flush=True)
-        with open(path + '.part', 'w') as f:
-            subprocess.run([sys.executable, *words], cwd=ROOT, stdout=f, check=True)
-        os.rename(path + '.part', path)
-    with open(path) as f:
-        return f.read()
+    return jobs.do(words, log, args.finished)
 
 
 def score(folder, data, log):
