@@ -13,6 +13,8 @@ import configurator
 import coreset
 import train as training
 from configurator import method_of
+from memory import trace
+from memory.measure import Measure
 from model import ModelError
 from plumbing import hf, hf_models, hf_modules, resume
 from plumbing.build import layers_of
@@ -336,3 +338,42 @@ def test_loqt_may_train_the_head_alone_beside_its_layers(tmp_path):
     assert {n.rpartition('.')[2] for n in trained if n.startswith('deberta')} == {'B'}
     assert {n.split('.')[-2] for n in trained} == {'query_proj', 'value_proj', 'dense', 'classifier'}
     assert {n.partition('.')[0] for n in trained} == {'deberta', 'pooler', 'classifier'}
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('name', 'labels', 'options'),
+    [
+        ('roberta', 3, dict(method='galore', rank=8, update_proj_gap=2)),
+        ('roberta', 3, dict(method='lora', rank=4, train_rest='no', checkpointing=True)),
+        ('deberta-v2', 1, dict(method='loqt', rank=8, update_proj_gap=2, train_rest='no', per_layer=True)),
+        ('phi', 0, dict(method='lora', rank=4, quantize='none', targets='q_proj,k_proj,v_proj,fc1,fc2', dropout=0.1)),
+        ('phi', 0, dict(method='adamw', gradient_accumulation_steps=2, grad_clip=1.0)),
+        ('opt', 0, dict(method='galore', rank=8, update_proj_gap=2, state_bits=8, per_layer=True, checkpointing=True)),
+        ('gpt2', 0, dict(method='loqt', rank=8, update_proj_gap=2)),
+        ('gpt2', 0, dict(method='galore', rank=8, update_proj_gap=2, targets='c_attn,mlp.c_proj')),
+    ],
+)
+def test_planned_bytes_are_those_of_a_real_run(tmp_path, name, labels, options):
+    """One trace for ours and for transformers' modules; six blocks, of which it traces four."""
+    saved(tmp_path, name, labels, dropout=0.1, num_hidden_layers=6, vocab_size=701)
+    config = config_of(**options)
+    shape, method = hf_models.read_shape(tmp_path, config, labels), method_of(config)
+    plan = trace.plan_memory(config, shape, torch.float32, 'cpu', method, training_step, None, torch.float32)
+    model = hf_models.load(tmp_path, config, torch.float32, 'cpu', layers_of(config), labels)
+    model.checkpointing = config.checkpointing
+    optimizer = method.setup(model, config)
+    measure, (x, types, targets) = Measure(model, optimizer, False), pairs(labels or 3, 1)
+    for step in range(8):
+        with measure.step(step):
+            model.at_step(step)
+            row = (
+                (x.clone(), targets.clone(), None, LENGTHS.clone(), types.clone())
+                if labels
+                else batch(step, masked=False)
+            )
+            batches = [row, *(batch(step, masked=False) for _ in range(config.gradient_accumulation_steps - 1))]
+            training_step(model, optimizer, batches, config.learning_rate, 'cpu')
+    assert plan.total == pytest.approx(measure.peak, rel=1e-3)
