@@ -68,6 +68,13 @@ def answer(argv, own, config):
     flags.for_a_card(own, config)
     configurator.check_or_exit(config, train.__file__, train.problems)
     shape = native_shape(config)
+    if not isinstance(shape, models.ModelConfig) and (
+        asked := [n for n in ('fit', 'llmem', 'gpus', 'instant') if n in own]
+    ):
+        what = (
+            f"--{asked[0]} is of formulas, which know our own families: leave it out for a trace of transformers' model"
+        )
+        raise ModelError(f'{what}, or use python memest.py --hf={config.init_from} --{asked[0]}')
     if 'fit' in own:
         print_fit(config, shape, own)
     elif 'llmem' in own:

@@ -90,6 +90,8 @@ class Run:
         c, s = config, shape
         if c.method not in METHODS:
             raise UnknownMethod(f"no formula knows method='{c.method}', only a trace does: leave out --instant, --gpus")
+        if not isinstance(s, ModelConfig):
+            raise UnknownMethod(f'no formula knows {s.family}, only a trace does')
         if c.method == 'loqt' and c.train_rest == 'no':
             raise UnknownMethod("no formula knows train_rest='no' of loqt, only a trace: leave out --instant, --gpus")
         if c.targets != 'all' and c.method != 'lora':

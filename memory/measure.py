@@ -30,12 +30,16 @@ class Measure:
         if self.on_cuda or self.compiled or not looks:
             yield
             return
-        states = [x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
         with LiveBytes() as live:
-            for tensor in (*self.model.parameters(), *self.model.buffers(), *states):
-                live.add(tensor.untyped_storage(), tensor)
+            self.begin(live)
             yield
         self.recorded = max(self.recorded, live.peak)
+
+    def begin(self, live):
+        """Count what there is. Nothing of it is held here: a basis that the step replaces is to be freed."""
+        states = (x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor))
+        for tensor in (*self.model.parameters(), *self.model.buffers(), *states):
+            live.add(tensor.untyped_storage(), tensor)
 
     @property
     def peak(self):

@@ -11,9 +11,10 @@ from hf_tiny import DECODERS, ENCODERS, saved
 
 import configurator
 import coreset
+import memest
 import train as training
 from configurator import method_of
-from memory import trace
+from memory import flags, trace
 from memory.measure import Measure
 from model import ModelError
 from plumbing import hf, hf_models, hf_modules, resume
@@ -358,7 +359,7 @@ def test_loqt_may_train_the_head_alone_beside_its_layers(tmp_path):
 )
 def test_planned_bytes_are_those_of_a_real_run(tmp_path, name, labels, options):
     """One trace for ours and for transformers' modules; six blocks, of which it traces four."""
-    saved(tmp_path, name, labels, dropout=0.1, num_hidden_layers=6, vocab_size=701)
+    saved(tmp_path, name, labels, dropout=0.1, num_hidden_layers=6)
     config = config_of(**options)
     shape, method = hf_models.read_shape(tmp_path, config, labels), method_of(config)
     plan = trace.plan_memory(config, shape, torch.float32, 'cpu', method, training_step, None, torch.float32)
@@ -377,3 +378,13 @@ def test_planned_bytes_are_those_of_a_real_run(tmp_path, name, labels, options):
             batches = [row, *(batch(step, masked=False) for _ in range(config.gradient_accumulation_steps - 1))]
             training_step(model, optimizer, batches, config.learning_rate, 'cpu')
     assert plan.total == pytest.approx(measure.peak, rel=1e-3)
+
+
+def test_memest_traces_such_a_run_and_says_what_formulas_do_not_know(tmp_path, capsys):
+    saved(tmp_path / 'opt', 'opt')
+    words = ['config/galore_laptop.py', f'--init_from={tmp_path / "opt"}', '--block_size=24', '--rank=8']
+    assert memest.answer(words, *flags.read(words, {})) is None
+    assert 'by the formula' not in (said := capsys.readouterr().out) and '= alive at the peak' in said
+    for asked in ('--fit', '--gpus=2'):
+        with pytest.raises(ModelError, match=f'{asked[:5]}.* is of formulas, which know our own families'):
+            memest.answer([*words, asked], *flags.read([*words, asked], {}))
