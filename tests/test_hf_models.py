@@ -11,6 +11,7 @@ from hf_tiny import DECODERS, ENCODERS, saved
 
 import configurator
 import coreset
+import galore
 import memest
 import train as training
 from configurator import method_of
@@ -388,3 +389,71 @@ def test_memest_traces_such_a_run_and_says_what_formulas_do_not_know(tmp_path, c
     for asked in ('--fit', '--gpus=2'):
         with pytest.raises(ModelError, match=f'{asked[:5]}.* is of formulas, which know our own families'):
             memest.answer([*words, asked], *flags.read([*words, asked], {}))
+
+
+# ---- GaLore's own run on GLUE ----------------------------------------------------------------------------------------
+
+
+class AuthorsGaLore:
+    """What galore-torch does to a weight: 'std' projects on the right where there are as many rows as columns or more,
+    by an SVD of every T-th gradient; Adam's eps stands beside a V that is not corrected; alpha is a factor on all."""
+
+    def __init__(self, p, rank=0, scale=1.0, betas=(0.9, 0.999), eps=1e-8):
+        self.p, self.rank, self.scale, self.betas, self.eps, self.t = p, rank, scale, betas, eps, 0
+
+    @torch.no_grad()
+    def step(self, lr):
+        G, right = self.p.grad, self.p.dim() == 2 and self.p.shape[0] >= self.p.shape[1]
+        if self.rank and not self.t:  # T is longer than this run
+            U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+            self.P = Vh[: self.rank] if right else U[:, : self.rank]  # (r, n) or (m, r)
+        R = G if not self.rank else G @ self.P.T if right else self.P.T @ G
+        if not self.t:
+            self.M, self.V = torch.zeros_like(R), torch.zeros_like(R)
+        self.t += 1
+        b1, b2 = self.betas
+        self.M.mul_(b1).add_(R, alpha=1 - b1), self.V.mul_(b2).addcmul_(R, R, value=1 - b2)
+        N = self.M / (self.V.sqrt() + self.eps) * (1 - b2**self.t) ** 0.5 / (1 - b1**self.t)
+        N = N if not self.rank else self.scale * (N @ self.P if right else self.P @ N)
+        self.p.sub_(lr * N)
+        self.p.grad = None
+
+
+@pytest.mark.parametrize(('rank', 'scale', 'rate'), [(4, 4.0, 3e-5), (8, 2.0, 2e-5)])
+def test_twenty_steps_of_a_classifier_are_those_of_the_authors_glue_run(tmp_path, rank, scale, rate):
+    """Their groups: the linear layers of the blocks projected, all else by Adam at the same rate, which falls to 0."""
+    theirs, seen = saved(tmp_path, 'roberta', 2), []
+    config = config_of('galore', targets='query,key,value,intermediate.dense,output.dense', model_dropout=0.0)
+    ours = hf_models.load(tmp_path, config, torch.float32, labels=2)
+    before = {name: p.clone() for name, p in ours.inner.named_parameters()}
+    linears = galore.linears_of(ours, config)
+    assert len(linears) == 18 and {id(m) for m in linears} == {
+        id(m) for m in galore.linears_of(ours, config_of('galore'))
+    }
+    groups = galore.groups(ours, linears)
+    square = [p for p in groups[0]['params'] if p.shape[0] == p.shape[1]]  # ours has P on the left of these
+    groups[0]['params'] = [p for p in groups[0]['params'] if p.shape[0] != p.shape[1]]
+    options = dict(rank=rank, scale=scale, update_proj_gap=500, refresh='svd', stagger=False)
+    optimizer = galore.GaLoreAdamW([*groups, {'params': square, 'proj_type': 'right'}], **options)
+    optimizer.attach(linears)
+    projected = {
+        id(theirs.get_parameter(n))
+        for n, p in ours.inner.named_parameters()
+        if id(p) in {id(m.weight) for m in linears}
+    }
+    rows = [AuthorsGaLore(p, rank * (id(p) in projected), scale) for p in theirs.parameters()]
+    for step in range(20):
+        x, _, _ = pairs(2, 1, step)
+        y = torch.randint(0, 2, (4,), generator=torch.Generator().manual_seed(step))
+        loss = F.cross_entropy(own_logits(theirs, 'roberta', x, None), y)
+        found = ours(x, y, lengths=LENGTHS)
+        seen.append((loss.item(), found.item()))
+        loss.backward(), found.backward()
+        optimizer.lr = rate * (1 - step / 20)
+        optimizer.step()
+        for row in rows:
+            row.step(optimizer.lr)
+    assert [a for a, _ in seen] == pytest.approx([b for _, b in seen], abs=1e-5)
+    for (name, p), q in zip(ours.inner.named_parameters(), theirs.parameters(), strict=True):
+        if not name.endswith('key.bias'):  # whose gradient is rounding alone
+            assert (p - q).norm() < 0.05 * (p - before[name]).norm() and (p - q).abs().max() < 1e-3, name
