@@ -419,9 +419,10 @@ class AuthorsGaLore:
         self.p.grad = None
 
 
-@pytest.mark.parametrize(('rank', 'scale', 'rate'), [(4, 4.0, 3e-5), (8, 2.0, 2e-5)])
+@pytest.mark.parametrize(('rank', 'scale', 'rate'), [(4, 4.0, 3e-5), (2, 2.0, 1e-4)])
 def test_twenty_steps_of_a_classifier_are_those_of_the_authors_glue_run(tmp_path, rank, scale, rate):
-    """Their groups: the linear layers of the blocks projected, all else by Adam at the same rate, which falls to 0."""
+    """Their groups: the linear layers of the blocks projected, all else by Adam at the same rate, which falls to 0. Of
+    four rows the last block's queries have gradients of rank 4: with more directions theirs and ours are rounding."""
     theirs, seen = saved(tmp_path, 'roberta', 2), []
     config = config_of('galore', targets='query,key,value,intermediate.dense,output.dense', model_dropout=0.0)
     ours = hf_models.load(tmp_path, config, torch.float32, labels=2)
