@@ -37,7 +37,7 @@ import torch.nn as nn
 from torch.nn.functional import normalize
 from torch.utils._pytree import tree_map
 
-from model import HeadLoss, ModelError, cross_entropy_rows
+from model import ROWS, ModelError, blocks_of_rows, cross_entropy_rows, room_for_logits, trained_rows
 
 PIECE = 1 << 25  # numbers of all G_i that exist at a time
 EPS = 1e-3  # of 'zo'
@@ -188,22 +188,20 @@ def trained_input(v_proj, x):
     return v_proj.scale * (x @ v_proj.A.to(x.dtype).T) if hasattr(v_proj, 'A') else x  # (b, T, in)
 
 
-def example_losses(x, W, targets, needs_grad=False, bias=None):
+def example_losses(x, W, targets, needs_grad=False, bias=None, trained=None):
     """(b,) fp64: each example's mean cross-entropy in nats over its own targets that are not -100; and the gradient of
-    their sum by x, or None. x (b, T, D), W (V, D), targets (b, T), bias (V,) or None: of the head."""
+    their sum by x, or None. x (b, T, D), W (V, D), targets (b, T), bias (V,) or None: of the head; trained:
+    `trained_rows` of the targets, or None."""
     keep = targets != -100
     share = (keep / keep.sum(1, keepdim=True).clamp_min(1)).flatten()  # (b T,): a token's part in its example's mean
     flat, ids, W = x.flatten(0, 1), targets.flatten(), W.detach().to(x.dtype)
-    losses, dx = torch.empty_like(share), torch.empty_like(flat) if needs_grad else None
-    bias = None if bias is None else bias.detach()
-    for a in range(0, len(flat), HeadLoss.ROWS):
-        rows = slice(a, a + HeadLoss.ROWS)
-        losses[rows], delta = cross_entropy_rows(
-            flat[rows], W, ids[rows], share[rows] if needs_grad else None, bias=bias
-        )
+    losses, dx = torch.zeros_like(share), torch.zeros_like(flat) if needs_grad else None
+    bias, room = None if bias is None else bias.detach(), room_for_logits(min(len(flat), ROWS), W)
+    for rows in blocks_of_rows(len(flat), trained):
+        scale = share[rows] if needs_grad else None
+        losses[rows], delta = cross_entropy_rows(flat[rows], W, ids[rows], scale, room, bias)
         if needs_grad:
-            torch.mm(delta, W, out=dx[rows])
-        del delta  # not beside the next rows' logits
+            dx[rows] = delta @ W
     return (share * losses).double().view(targets.shape).sum(1), dx.view_as(x) if needs_grad else None
 
 
@@ -227,7 +225,7 @@ def value_layer(model, name='auto'):
 
 
 @torch.no_grad()
-def zeroth_order(model, h, rest, targets, directions=1, seed=0, layer='auto'):
+def zeroth_order(model, h, rest, targets, directions=1, seed=0, layer='auto', trained=None):
     """p (b, m) fp32: derivatives of each example's loss along m random directions z of the last V projection, which are
     the same in every call with this seed. h (b, T, D): what enters the last block, rest: what else does.
 
@@ -249,14 +247,14 @@ def zeroth_order(model, h, rest, targets, directions=1, seed=0, layer='auto'):
             for eps in (EPS, -EPS):
                 with v_proj.register_forward_hook(partial(moved, z, eps)):
                     out = model.last(h, rest)
-                losses.append(example_losses(out, model.head, targets, bias=model.head_bias)[0])
+                losses.append(example_losses(out, model.head, targets, False, model.head_bias, trained)[0])
             p.append(((losses[0] - losses[1]) / (2 * EPS)).float())
     finally:
         torch.set_float32_matmul_precision(precision)
     return torch.stack(p, 1)
 
 
-def factors(model, h, rest, targets, layer='auto'):
+def factors(model, h, rest, targets, layer='auto', trained=None):
     """X (b, T, in), D (b, T, out): each example's gradient by the last V projection (LoRA: by its B) is D_i.T @ X_i."""
     block, kept = model.layers[-1], {}
     v_proj = value_layer(model, layer)
@@ -272,7 +270,7 @@ def factors(model, h, rest, targets, layer='auto'):
                 frozen = module.register_forward_hook(lambda m, args, y: Through.apply(args[0], y.detach(), m))
                 hooks.enter_context(frozen)
         out = model.last(h, rest)  # (b, T, D)
-        _, dx = example_losses(out.detach(), model.head, targets, needs_grad=True, bias=model.head_bias)
+        _, dx = example_losses(out.detach(), model.head, targets, True, model.head_bias, trained)
         (D,) = torch.autograd.grad(out, kept['v'], dx)
     return kept['X'], D
 
@@ -295,14 +293,15 @@ def features(model, tokens, targets, feature, batch_size, directions=1, seed=0, 
     for a in mine or [0]:  # a process without a share needs the shapes all the same
         rows, T = slice(a, a + batch_size), widths[a // batch_size]
         x, y = tokens[rows, :T], targets[rows, :T]
+        trained = trained_rows(y)  # the others have no logits
         with torch.no_grad():
             h, rest = model.before_last(x)  # (b, T, D)
             own = (y != -100)[:, :, None]
             part = {'H': (h * own).float().sum(1) / own.sum(1).clamp_min(1)}
         if feature == 'zo':
-            part['p'] = zeroth_order(model, h, rest, y, directions, seed, layer)
+            part['p'] = zeroth_order(model, h, rest, y, directions, seed, layer, trained)
         elif feature == 'grad':
-            part['X'], part['D'] = factors(model, h, rest, y, layer)
+            part['X'], part['D'] = factors(model, h, rest, y, layer, trained)
         for name, t in part.items():
             if name not in found:
                 found[name] = t.new_zeros(n, *([max(widths)] * (t.ndim == 3)), t.shape[-1])

@@ -35,7 +35,7 @@ import sample
 from data import DataError, chat, questions, tokenizer
 from data.batches import Examples, Labelled, Tokens, longest_of, of_task, read_meta
 from data.tasks import TASKS
-from model import HeadLoss, ModelError, cross_entropy_rows
+from model import ModelError, blocks_of_rows, cross_entropy_rows
 from plumbing import Stop, classify
 from plumbing.build import ROOT, check_tokenizer, data_sets, meant
 from plumbing.hf import AdapterError
@@ -113,11 +113,10 @@ def log_likelihoods(model, sequences, batch_size):
                 y[b, : len(ids) - 1] = torch.where(trained[1:], ids[1:], -100)
             keep = (y != -100).to(device)  # (B, T)
             h, targets = model.hidden(x.to(device))[keep], y.to(device)[keep]  # (n, D), (n,)
-            W, step = model.head.to(h.dtype), HeadLoss.ROWS
-            rows = [slice(a, a + step) for a in range(0, len(h), step)]
-            losses = [cross_entropy_rows(h[part], W, targets[part])[0] for part in rows]  # (n,)
+            W, b, blocks = model.head.to(h.dtype), model.head_bias, blocks_of_rows(len(h))
+            losses = [cross_entropy_rows(h[rows], W, targets[rows], bias=b)[0] for rows in blocks]  # (n,)
             nats = torch.zeros(len(some), dtype=torch.float64, device=device)
-            nats.index_add_(0, keep.nonzero()[:, 0], torch.cat(losses or [h.new_zeros(0)]).double())
+            nats.index_add_(0, keep.nonzero()[:, 0], torch.cat(losses).double())
             for one, loss in zip(some, nats.tolist()):
                 yield *one, loss
 

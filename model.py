@@ -392,6 +392,9 @@ class KVCache:
         return self.k[i, rows, :, keys], self.v[i, rows, :, keys], self.mask
 
 
+ROWS = 512  # of logits, at once
+
+
 def room_for_logits(n, W):
     """For n rows of x W^T in W's dtype, and of what is made of them in fp32; one tensor if that is W's dtype."""
     product = W.new_empty(n, len(W))  # (n, V)
@@ -423,14 +426,21 @@ def cross_entropy_rows(x, W, targets, scale=None, room=None, bias=None):
 
 # A trace, whose targets have no values, takes all for trained.
 OPERATIONS.define('trained_rows(Tensor targets) -> Tensor')
-OPERATIONS.impl('trained_rows', lambda targets: (targets.flatten() != -100).nonzero()[:, 0], 'CPU')
+OPERATIONS.impl('trained_rows', lambda y: (y.flatten() != -100).nonzero()[:, 0], 'CompositeExplicitAutograd')
 torch.library.register_fake('nano24::trained_rows', lambda targets: targets.new_empty(targets.numel()))
 
 
 def trained_rows(targets):
-    """Where in the flat targets (B T), on the host, those stand that are not -100: (n,) int64; None if all do."""
+    """Where in the flat targets (B T) those stand that are not -100: (n,) int64; None if all do. On a card it waits, so
+    a step asks before its targets get there."""
     rows = torch.ops.nano24.trained_rows(targets)
     return rows if len(rows) < targets.numel() else None
+
+
+def blocks_of_rows(n, trained=None):
+    """Yield indices of the n rows, or of those that are trained, ROWS at a time; of none, one block without any."""
+    for a in range(0, max(n if trained is None else len(trained), 1), ROWS):
+        yield slice(a, a + ROWS) if trained is None else trained[a : a + ROWS]
 
 
 class HeadLoss(torch.autograd.Function):
@@ -443,8 +453,6 @@ class HeadLoss(torch.autograd.Function):
     bf16 either adds losses up in bf16, 0.2 nats off at 16,384 rows, or, on a CPU, makes two fp32 tensors of the
     head's size: 1 GB at 7B."""
 
-    ROWS = 512
-
     @staticmethod
     def forward(ctx, x, W, targets, needs_grad, weights=None, divisor=None, trained=None, bias=None):
         count = (targets != -100).sum() if divisor is None else divisor
@@ -454,9 +462,8 @@ class HeadLoss(torch.autograd.Function):
             dx = torch.empty_like(x) if trained is None else torch.zeros_like(x)  # (N, D)
             dW = torch.empty_like(W_here) if ctx.needs_input_grad[1] else None  # (V, D); none of a frozen head
             db = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[7] else None  # (V,)
-        room = room_for_logits(min(len(x), HeadLoss.ROWS), W_here)  # however many are trained
-        for a in range(0, max(len(x if trained is None else trained), 1), HeadLoss.ROWS):
-            rows = slice(a, a + HeadLoss.ROWS) if trained is None else trained[a : a + HeadLoss.ROWS]
+        room = room_for_logits(min(len(x), ROWS), W_here)  # however many are trained
+        for i, rows in enumerate(blocks_of_rows(len(x), trained)):
             x_here, ids = x[rows], targets[rows]  # (n, D), (n,)
             keep = ids != -100
             factor = 1.0 if weights is None else weights[rows]
@@ -466,7 +473,7 @@ class HeadLoss(torch.autograd.Function):
             if needs_grad:
                 dx[rows] = delta @ W_here
                 if dW is not None:
-                    dW.addmm_(delta.T, x_here, beta=float(a > 0))  # the first begins the sum
+                    dW.addmm_(delta.T, x_here, beta=float(i > 0))  # the first begins the sum
                 if db is not None:
                     db += delta.sum(0)
         if needs_grad:

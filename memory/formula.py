@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from memory.cuda import CONTEXT, workspace
 from memory.matrices import METHODS, PIECE, adam_moments, turns, update_of
 from memory.record import MB
-from model import SIZES, HeadLoss, ModelConfig
+from model import ROWS, SIZES, ModelConfig
 
 SLACK, SLACK_BYTES = 0.06, 60 * MB  # reserved beyond what is alive: about the mean of random configurations
 
@@ -193,8 +193,8 @@ def due(run):
 
 
 def logits(run):
-    """HeadLoss.ROWS rows of them in fp32, and in the activations' dtype."""
-    return min(HeadLoss.ROWS, run.N) * run.V * run.a_logit
+    """ROWS rows of them in fp32, and in the activations' dtype."""
+    return min(ROWS, run.N) * run.V * run.a_logit
 
 
 def waiting(run):
@@ -347,7 +347,7 @@ def during_the_choice(run):
     c, a, N, D, F, K = run.config, run.a, run.N, run.D, run.F, run.K
     if c.coreset not in ('zo', 'grad'):
         return {}
-    pool, rows = c.batch_size * c.gradient_accumulation_steps * c.coreset_from, min(HeadLoss.ROWS, N)
+    pool, rows = c.batch_size * c.gradient_accumulation_steps * c.coreset_from, min(ROWS, N)
     into = c.rank if c.method == 'lora' else D  # of what the V projection trains
     wide = 4 * (a < 4)  # bytes of a number that was not in fp32
     if c.coreset == 'zo':

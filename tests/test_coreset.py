@@ -28,7 +28,7 @@ from coreset import Coreset, budgets, facility_location, features, gram, naive_f
 from data.batches import read_meta
 from memory import trace
 from memory.record import LiveBytes
-from model import Linear, LLaMA, ModelConfig
+from model import Linear, LLaMA, ModelConfig, trained_rows
 from plumbing import build, checkpoint
 
 TINY = dict(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_inner=56, vocab_size=61, block_size=32)
@@ -177,10 +177,12 @@ def test_example_losses_are_means_over_own_targets_with_their_gradient(dtype):
     sums = [F.cross_entropy((x[i] @ W.T).float(), y[i], reduction='sum') for i in range(5)]
     each = torch.stack(sums) / (y != -100).sum(1).clamp_min(1)
     wanted = torch.autograd.grad(each.sum(), x)[0]
-    losses, dx = coreset.example_losses(x.detach(), W, y, needs_grad=True)
-    assert torch.equal(losses, coreset.example_losses(x.detach(), W, y)[0]) and losses.dtype == torch.float64
-    torch.testing.assert_close(losses.float(), each.detach())
-    torch.testing.assert_close(dx, wanted, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    for trained in (None, trained_rows(y)):
+        losses, dx = coreset.example_losses(x.detach(), W, y, True, trained=trained)
+        without = coreset.example_losses(x.detach(), W, y, trained=trained)[0]
+        assert torch.equal(losses, without) and losses.dtype == torch.float64
+        torch.testing.assert_close(losses.float(), each.detach())
+        torch.testing.assert_close(dx, wanted, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
 def per_example_gradients(model, x, y):
