@@ -113,8 +113,8 @@ def log_likelihoods(model, sequences, batch_size):
                 y[b, : len(ids) - 1] = torch.where(trained[1:], ids[1:], -100)
             keep = (y != -100).to(device)  # (B, T)
             h, targets = model.hidden(x.to(device))[keep], y.to(device)[keep]  # (n, D), (n,)
-            W, b, blocks = model.head.to(h.dtype), model.head_bias, blocks_of_rows(len(h))
-            losses = [cross_entropy_rows(h[rows], W, targets[rows], bias=b)[0] for rows in blocks]  # (n,)
+            W, bias, blocks = model.head.to(h.dtype), model.head_bias, blocks_of_rows(len(h))
+            losses = [cross_entropy_rows(h[rows], W, targets[rows], bias=bias)[0] for rows in blocks]  # (n,)
             nats = torch.zeros(len(some), dtype=torch.float64, device=device)
             nats.index_add_(0, keep.nonzero()[:, 0], torch.cat(losses).double())
             for one, loss in zip(some, nats.tolist()):
