@@ -211,7 +211,7 @@ def load_model(folder, device, factors=False, labels=0):
 
     factors: load the packed weights even if the folder has dense ones, too. labels: of a classifier, else 0. Raises
     CheckpointError if they cannot be read."""
-    if labels:
+    if not factors:
         classify.check_head(folder, labels)
     labels = labels or hf_models.labels_of(folder) * factors
     if not is_native(folder, labels):

@@ -5,16 +5,14 @@ Examples with a label each (data/labelled.py) under a model that classifies: wha
     judged(data, logits, targets)     # {'loss': 0.61, 'matthews': 0.41}, and a sentence for what is not defined
 """
 
-import os
-
 import torch
 import torch.nn.functional as F
 
 from adam import average_
-from data import agreement, fields
+from data import agreement
 from data.batches import keywords
 from model import ModelError
-from plumbing.families import ADVICE
+from plumbing import hf_models
 
 
 @torch.no_grad()
@@ -85,11 +83,12 @@ def in_order(model, data, logits):
 
 
 def check_head(folder, labels):
-    """Raise ModelError if a folder has no classifier, or one of another number of labels."""
-    path = os.path.join(folder, 'config.json')
-    table = {'architectures': fields.maybe(fields.several(fields.text())), 'id2label': fields.maybe(fields.table())}
-    config = fields.read(path, table, ModelError, ADVICE)
-    if not any(name.endswith('ForSequenceClassification') for name in config['architectures'] or ()):
+    """Raise ModelError if a folder has no classifier, one of another number of labels, or, for labels=0, one at all."""
+    has = hf_models.labels_of(folder)
+    if has and not labels:
+        what = 'is a classifier, which writes no text and has no loss of tokens'
+        raise ModelError(f'{folder} {what}: python eval.py {folder} --data=glue/TASK judges it')
+    if labels and not has:
         raise ModelError(f'{folder} has no classifier: train one, train.py --task=classify --init_from={folder}')
-    if (has := len(config['id2label'] or '12')) != labels:  # transformers leaves out what it takes for granted
+    if has != labels:
         raise ModelError(f'the classifier of {folder} has {has} outputs, the data {labels}: name the data of its task')

@@ -15,6 +15,7 @@ from test_glue import roberta as roberta_tokenizer
 
 import configurator
 import eval as scoring
+import sample
 import train as training
 from data import DataError, tokenizer
 from data.batches import Labelled, trained_tokens
@@ -167,6 +168,13 @@ def test_numbers_are_learned_by_their_squared_error_and_judged_by_correlations(m
     assert float(end['val_pearson']) == pytest.approx(stats.pearsonr(logits[:, 0], scores)[0], abs=1e-3)
     assert float(end['val_spearman']) == pytest.approx(stats.spearmanr(logits[:, 0], scores)[0], abs=1e-3)
     assert float(end['val_pearson']) > 0.5
+    answers = tmp_path / 'answers.jsonl'
+    words = [tmp_path / 'out/last', f'--data={tmp_path / "data"}', '--json', f'--answers={answers}']
+    (row,) = json.loads(scored(capsys, *words))
+    assert f'{row["pearson"]:.4f}' == end['val_pearson'] and f'{row["loss"]:.4f}' == end['val_loss']
+    written = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert np.allclose([one['answer'] for one in written], logits[:, 0], atol=1e-4)
+    assert np.allclose([one['reference'] for one in written], scores)
 
 
 def mnli(folder, model):
@@ -307,6 +315,8 @@ def test_eval_says_of_a_run_what_the_run_said_and_of_each_source(models, folders
         scored(capsys, out, f'--data={data},{folders["roberta"]}')
     with pytest.raises(ModelError, match='has 3 outputs, the data 2'):
         scored(capsys, out, f'--data={folders["roberta"]}')
+    with pytest.raises(ModelError, match='is a classifier, which writes no text'):
+        sample.load(str(out), 'cpu')
     with pytest.raises(ModelError, match='has no classifier: train one'):
         scored(capsys, models['roberta'], f'--data={data}')
     with pytest.raises(DataError, match=r'data/glue/prepare.py --task=qqp first'):
