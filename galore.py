@@ -69,26 +69,33 @@ def project_factors(P, delta, x, right=False):
     return (x @ P).T @ delta if right else (delta @ P).T @ x  # (r, n)
 
 
-def orthonormal_basis(G, rank, refresh='subspace', previous=None):
+def orthonormal_basis(G, rank, refresh='subspace', previous=None, seed=0):
     """P (m, r) with orthonormal columns, spanning (nearly) the top r left singular directions of G (m, n). fp32.
 
     'svd': exactly those (GaLore, algorithm 2). 'subspace': one step of subspace iteration from `previous`, the old P.
     The old P alone holds half of what the SVD holds of G on real gradients, after the step it is 99.9 %
     (results/bench.md). Without a previous P, from a random sketch of G's columns (Halko et al., 0909.4061, algorithm
-    4.4 with one iteration). r is at most min(m, n)."""
+    4.4 with one iteration). 'sara': r of all singular directions, drawn without replacement with odds as their singular
+    values, the largest first, so that no direction stays out for good (2502.05790). r is at most min(m, n)."""
     G = G.float()
     m, n = G.shape
     r = min(rank, m, n)
-    if refresh == 'svd':
-        U, _, _ = torch.linalg.svd(G, full_matrices=False)
+    if refresh in ('svd', 'sara'):
+        U, S, _ = torch.linalg.svd(G, full_matrices=False)
+        if refresh == 'sara':  # the first r to arrive, if i arrives at a random time whose mean is 1 / S_i
+            speed = S.clamp_min(1e-12) / S.new_empty(S.shape).exponential_(generator=seeded(G, seed))
+            U = U[:, speed.topk(r).indices.sort().values]
         # A copy: a view would keep all of U alive, and contiguous() makes none of a single column.
         return U[:, :r].clone(memory_format=torch.contiguous_format)  # (m, r)
     if previous is None:
-        generator = torch.Generator(G.device).manual_seed(0)
-        previous = torch.linalg.qr(G @ torch.randn(n, r, generator=generator, device=G.device))[0]  # (m, r)
+        previous = torch.linalg.qr(G @ torch.randn(n, r, generator=seeded(G, 0), device=G.device))[0]  # (m, r)
     P, R = torch.linalg.qr(G @ (G.T @ previous.float()))  # (m, r), (r, r)
     # QR leaves each column's sign open. A positive diagonal makes it that of the old column, on which the moments rest.
     return (P * torch.where(R.diagonal() < 0, -1.0, 1.0)).contiguous()  # (m, r)
+
+
+def seeded(G, seed):
+    return torch.Generator(G.device).manual_seed(seed)
 
 
 def on_the_right(shape, proj_type='std'):
@@ -119,7 +126,10 @@ def reset_or_rotate(state, Q, betas, moments):
     they are (the paper), 'rotate' turns them with P, 'reset' lets Adam start anew, with its bias correction."""
     if moments == 'keep':
         return
-    if 'M' in state:
+    if 'M' in state and 'V' not in state:  # a momentum alone
+        M = read_state(state, 'M')  # (r, n)
+        write_state(state, 'M', M.copy_(Q.to(M.dtype) @ M if moments == 'rotate' else 0 * M))
+    elif 'M' in state:
         M, V = read_state(state, 'M'), read_state(state, 'V')  # (r, n)
         new_M, new_V = rotate_moments(M, V, Q, betas, state['fill']) if moments == 'rotate' else (0 * M, 0 * V)
         write_state(state, 'M', M.copy_(new_M))
@@ -228,8 +238,8 @@ class GaLoreAdamW(AdamW):
     the authors' package. With rank 0, and for any tensor that is not a matrix, this is plain Adam.
     update_proj_gap: T. scale: factor on the update that comes back from the subspace. proj_type: 'std' projects the
     shorter side, 'reverse_std' the longer one, 'left' the rows, 'right' the columns. These four are keys of a group.
-    refresh: 'subspace' or 'svd'. stagger: layer i of L has its first refresh at step i T / L; False is the paper's: all
-    layers at steps 0, T, 2 T. basis_bits: 16 (P in the weight's own dtype), 8 or 4 (blockwise, as in Q-GaLore).
+    refresh: see `orthonormal_basis`. stagger: layer i of L has its first refresh at step i T / L; False is the paper's:
+    all layers at steps 0, T, 2 T. basis_bits: 16 (P in the weight's own dtype), 8 or 4 (blockwise, as in Q-GaLore).
     moments: when P turns they 'keep' their numbers (the paper), 'rotate' with it, or 'reset'.
 
     The first P of a weight comes from the first micro-batch's gradient, later ones from the mean over the whole step:
@@ -242,7 +252,7 @@ class GaLoreAdamW(AdamW):
     def __init__(self, params, lr=1e-2, rank=None, update_proj_gap=200, scale=0.25, proj_type='std',
                  refresh='subspace', stagger=True, basis_bits=16, moments='keep', **adam):  # fmt: skip
         for name, value, allowed in (
-            ('refresh', refresh, ('subspace', 'svd')),
+            ('refresh', refresh, ('subspace', 'svd', 'sara')),
             ('basis_bits', basis_bits, (16, 8, 4)),
             ('moments', moments, ('keep', 'rotate', 'reset')),
         ):
@@ -349,10 +359,10 @@ class GaLoreAdamW(AdamW):
         that rounding cannot set them apart."""
         state, group, earlier = self.state[p], self.group_of[p], self.pending.get(p)
         step, T, good = state.get('step', 0), group['update_proj_gap'], is_finite(G)
-        if self.refresh == 'svd':  # of NaN it would not come to its end
+        if self.refresh != 'subspace':  # of NaN it would not come to its end
             G = zero_unless_(good, G.to(torch.float32, copy=True))  # (m, n)
         old = self.decoded(p, state).float() if 'P' in state else None
-        P = orthonormal_basis(G, group['rank'], self.refresh, old)  # (m, r)
+        P = orthonormal_basis(G, group['rank'], self.refresh, old, self.random_seed(p, step))  # (m, r)
         P = torch.where(good, P, torch.eye(*P.shape, device=P.device) if old is None else old)
         if earlier:  # of this step, in a loop without the flag, or of one that was not taken
             P = torch.where(self.sound.pop(p), self.decoded(p, earlier).float(), P)
@@ -365,7 +375,7 @@ class GaLoreAdamW(AdamW):
     def basis_turned(self, p, new, old, P, G):
         """p has a new basis P (m, r) in the place of the old one, by its gradient G (m, n); `new` is for its state."""
         if self.moments != 'keep':
-            new['Q'] = P.T @ old  # (r, r)
+            new['Q'] = torch.where((old == P).all(), torch.eye(P.shape[1], device=P.device), P.T @ old)  # (r, r)
 
     def settle(self, p):
         """The step is taken: what was pending is p's state."""
@@ -475,7 +485,7 @@ class Options:
     rank = 128  # r: dimensions of the subspace; fewer take less memory and leave less freedom
     update_proj_gap = 200  # T: steps between two refreshes of a layer's subspace
     scale = 0.25  # factor on the update that comes back from the subspace (the paper's alpha)
-    refresh = 'subspace'  # 'subspace' | 'svd': one step of subspace iteration from the old basis, or the slow SVD
+    refresh = 'subspace'  # 'subspace' | 'svd' | 'sara': a step from the old basis, a slow SVD, some vectors drawn of it
     stagger = True  # layers refresh in turns, so that no step stalls; False: all in the same step, as in the paper
     moments = 'keep'  # 'keep' | 'rotate' | 'reset': what becomes of Adam's moments when the subspace turns
     basis_bits = 16  # 16 | 8 | 4: of the bases; 16 stands for the weights' own dtype

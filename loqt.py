@@ -113,10 +113,11 @@ class LoQTLinear(Packed):
         super().__init__()
         for name, value, allowed in (
             ('quantize', quantize, ('nf4', 'none')),
-            ('refresh', refresh, ('subspace', 'svd')),
+            ('refresh', refresh, ('subspace', 'svd', 'sara')),
         ):
             if value not in allowed:
-                raise ValueError(f'{name}={value!r} is not known: use {allowed[0]!r} or {allowed[1]!r}')
+                choices = ', '.join(map(repr, allowed[:-1]))
+                raise ValueError(f'{name}={value!r} is not known: use {choices} or {allowed[-1]!r}')
         if rank < 1 or scale <= 0 or compensation < 0:
             wrong = f'rank={rank}, scale={scale}, compensation={compensation}'
             raise ValueError(f'{wrong} cannot be: use at least 1, more than 0, and at least 0')
@@ -219,9 +220,9 @@ class LoQTLinear(Packed):
 
 
 @exactly
-def turn(layer):
+def turn(layer, seed=0):
     """Make a new P (m, r) of the gradient that the layer collected: `next`, for its next merge; the first one, which
-    replaces no other, at once.
+    replaces no other, at once. seed: of one that is drawn (refresh='sara').
 
     Raises ValueError where no gradient was collected."""
     if layer.G is None:
@@ -229,10 +230,11 @@ def turn(layer):
     # The first one comes from the first process's first micro-batch, so that more processes change nothing.
     G, layer.G, layer.added = average_(layer.G) if layer.started else layer.G, None, 0
     good = is_finite(G)
-    if layer.refresh == 'svd':  # of NaN it would not come to its end
+    if layer.refresh != 'subspace':  # of NaN it would not come to its end
         zero_unless_(good, G)
     old = layer.read('P', torch.float32)  # (m, r); zeros, where there is none yet
-    P = orthonormal_basis(short_side_first(G), len(layer.B), layer.refresh, old if layer.started else None)  # (m, r)
+    earlier = old if layer.started else None
+    P = orthonormal_basis(short_side_first(G), len(layer.B), layer.refresh, earlier, seed)  # (m, r)
     del G
     # In the place of one that no finite gradient made: that of the same step or the old one, or any at all.
     fallback = old if layer.started else torch.eye(*P.shape, device=P.device)
@@ -366,7 +368,7 @@ class LoQTAdamW(AdamW):
             layer = self.layers[p]
             layer.ended, layer.complete = True, self.last_micro_batch
             if layer.G is not None and self.last_micro_batch:
-                turn(layer)
+                turn(layer, self.random_seed(p, self.state[p].get('step', 0)))
         super().gradient_ready(p)
 
     def is_due(self, p):
@@ -414,7 +416,7 @@ class Options:
     update_proj_gap = 100  # tau: steps to the first merge, and the least between two
     psi = 1.2  # the k-th distance between two merges is tau + psi^k; 0: always tau
     compensation = 5  # rounds in a merge in which B makes good what 4 bits lose; 0: none
-    refresh = 'subspace'  # 'subspace' | 'svd': one step of subspace iteration from the old basis, or the slow SVD
+    refresh = 'subspace'  # 'subspace' | 'svd' | 'sara': a step from the old basis, a slow SVD, some vectors drawn of it
     stagger = True  # layers merge in turns, so that no step stalls; False: all in the same step, as in the paper
     moments = 'keep'  # 'keep' | 'rotate' | 'reset': what becomes of Adam's moments when the subspace turns
     train_rest = 'yes'  # 'yes' | 'no': all that is not in these layers, too, or of it a classifier's head alone

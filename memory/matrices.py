@@ -93,7 +93,7 @@ def galore(run, name, out, into, int8=False):
     r = min(c.rank, m)
     basis = {16: w * m * r, 8: m * r + 4 * -(-m * r // BLOCK), 4: nf4(m * r)}[c.basis_bits]
     decoded = {16: 0, 8: (4 + 2 * (w == 2)) * m * r, 4: w * m * r}[c.basis_bits]
-    new_P = 4 * (m * m + m * n) if c.refresh == 'svd' else 4 * n * r
+    new_P = 4 * (m * m + m * n) if c.refresh != 'subspace' else 4 * n * r
     # W moves some rows at a time: a part of P N, and W in fp32 with the random bits for its rounding; or int8 decoded,
     # in steps of its scale, these rounded down, the difference, and random numbers to compare it with.
     some_rows = min(m * n, max((1 << 22) // into, 1) * into) * (20 + w if int8 else 10 if w == 2 else 0)
@@ -163,7 +163,7 @@ def loqt(run, name, out, into):
     # and the difference; beside the packed tensors of up to three rounds.
     rounds = min(max(c.compensation, 1), 3) if packed else 1
     in_rounds = (12 if packed or w == 2 else 8) - (w == 2) * (2 if c.compensation < 2 else 0) * packed
-    new_P = (a + 4 * (a < 4)) * m * n + (4 * (m * m + m * n) if c.refresh == 'svd' else 4 * n * r) + 8 * m * r
+    new_P = (a + 4 * (a < 4)) * m * n + (4 * (m * m + m * n) if c.refresh != 'subspace' else 4 * n * r) + 8 * m * r
     merge = in_rounds * m * n + rounds * (W_q if packed else w * m * n * (w == 2) // 2) + 8 * m * r + 2 * w * r * n
     return Matrix(
         m, n, r,

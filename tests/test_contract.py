@@ -32,7 +32,7 @@ MODES = {
         dict(refresh='svd', stagger=False),
         dict(basis_bits=8),
         dict(basis_bits=4),
-        dict(moments='rotate'),
+        dict(moments='rotate', refresh='sara'),
         dict(moments='reset', offload=True),
     ],
     'qgalore': [
@@ -45,12 +45,16 @@ MODES = {
     'badam': [dict(choose='norm', offload=True)],
     'grass': [dict(choose='norm', stagger=False, offload=True)],
     'apollo': [dict(tensorwise=True, rank=1, scale=128**0.5)],
+    'sumo': [
+        dict(orthogonal='newton', basis_bits=4, refresh='sara'),
+        dict(moments='reset', state_bits=8, offload=True),
+    ],
     'scale': [dict(momentum=0.0)],
     'muon': [dict(row_norm=True, momentum=0.8, offload=True)],
     'loqt': [
         dict(quantize='nf4', moments='reset'),
         dict(quantize='nf4', double_quant=True, state_bits=8),
-        dict(stagger=False, moments='rotate', offload=True),
+        dict(stagger=False, moments='rotate', offload=True, refresh='sara'),
         dict(quantize='nf4', refresh='svd', grad_clip=0.5, weight_decay=0.1),
     ],
     'lora': [

@@ -21,6 +21,7 @@ from methods.ldadam import LDAdamW
 from methods.muon import MuonAdamW
 from methods.qgalore import QGaLoreAdamW
 from methods.scale import ScaleAdamW
+from methods.sumo import SumoAdamW
 
 
 def net(seed=0):
@@ -59,6 +60,7 @@ METHODS = {
     'ldadam': lambda model, **more: LDAdamW(model.parameters(), lr=1e-2, rank=4, **more),
     'adalomo': lambda model, **more: AdaLomo(model.parameters(), lr=1e-1, **more),
     'grass': lowrank(GrassAdamW),
+    'sumo': lowrank(SumoAdamW),
     'scale': lambda model, **more: ScaleAdamW(model.parameters(), lr=1e-2, **more),
     'muon': lambda model, **more: MuonAdamW(model.parameters(), lr=1e-2, **more),
     'loqt': loqt,
@@ -477,6 +479,7 @@ def test_a_shallow_copy_is_refused_since_two_optimizers_would_move_one_parameter
         'adam galore methods/grass',
         'adam galore methods/muon',
         'adam methods/scale',
+        'adam galore methods/muon methods/sumo',
     ],
 )
 def test_a_method_file_works_in_a_folder_of_its_own_beside_the_files_it_names(files, tmp_path):
@@ -484,7 +487,8 @@ def test_a_method_file_works_in_a_folder_of_its_own_beside_the_files_it_names(fi
     for file in files.split():
         text = (ROOT / f'{file}.py').read_text(encoding='utf-8')
         text = text.split('# ---- for train.py')[0] if file == last else text  # all below may be cut off
-        (tmp_path / f'{file.split("/")[-1]}.py').write_text(text, encoding='utf-8')
+        flat = text.replace('from methods.', 'from ')  # all in one folder
+        (tmp_path / f'{file.split("/")[-1]}.py').write_text(flat, encoding='utf-8')
     code = f'import {last.split("/")[-1]} as m, sys; print(sorted(x for x in sys.modules if x in {MODULES!r}))'
     done = run(['-c', f'import sys; sys.path[:] = [{str(tmp_path)!r}, *sys.path[1:]]; {code}'])
     assert done.returncode == 0, done.stderr

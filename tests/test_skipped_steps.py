@@ -6,6 +6,8 @@ import pytest
 import torch
 from test_other_loops import METHODS, net, weights
 
+from adam import read_state
+
 DROPS = ('optimizer', 'model', 'at the top', 'nothing')
 BAD = {0, 4}  # the batches that have a NaN: the very first, and one of a step in which layers are due
 KINDS = [(name, attach) for name in METHODS for attach in (False, True)]
@@ -110,7 +112,9 @@ def test_per_layer_leaves_weights_and_moments_as_they_are_where_a_gradient_is_no
         if method != 'loqt':  # a merge of the same basis rounds W anew
             assert same(after[0], before[0]) and not optimizer.metrics['grad_norm'].isfinite()
         for old, new in zip(before[1], after[1]):
-            assert all(torch.equal(old[name], new[name]) for name in old if name[0] in 'MVn' and name != 'next')
+            kept = [name for name in old if name[0] in 'MVn' and name != 'next']
+            for name in kept:  # two of the evenly spaced codes stand for 0, or nearly
+                torch.testing.assert_close(read_state(new, name), read_state(old, name), rtol=0, atol=1e-8)
         for batch in range(5, 9):
             loss_of(model, batch).backward()
             optimizer.step()

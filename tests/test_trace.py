@@ -43,6 +43,7 @@ MODES = {
     'ldadam': dict(method='ldadam', per_layer=True),
     'grass': dict(method='grass', per_layer=True, gradient_accumulation_steps=2),
     'badam by norm': dict(method='badam', choose='norm', per_layer=True, gradient_accumulation_steps=2),
+    'sumo': dict(method='sumo', state_bits=8, per_layer=True, gradient_accumulation_steps=2),
     'scale 8 bits': dict(method='scale', state_bits=8),
     'muon 8 bits, per layer, accumulated': dict(
         method='muon', state_bits=8, per_layer=True, gradient_accumulation_steps=2, row_norm=True

@@ -254,6 +254,7 @@ def test_every_key_has_a_comment_and_the_design_names_are_there():
         'methods/apollo.py': 'rank update_proj_gap scale tensorwise',
         'methods/muon.py': 'momentum row_norm',
         'methods/scale.py': 'momentum',
+        'methods/sumo.py': galore + ' momentum orthogonal',
         'loqt.py': 'rank scale update_proj_gap psi compensation refresh stagger moments quantize double_quant '
         'train_rest',
         'lora.py': 'rank scale rslora lora_plus quantize double_quant dropout merge_every train_rest',
