@@ -8,6 +8,12 @@ By switches of ModelConfig it is Mistral, Qwen2 and 2.5, Qwen3, Phi-3 to 4, Smol
     model = LLaMA.from_pretrained('path/to/folder')       # config.json + model.safetensors (or its sharded index)
     model.save_pretrained('path/to/folder')
 
+What trainer, methods, checkpoints and plans ask of a model, whoever computes it (plumbing/hf_modules.py does, too):
+    parts       layers, embed_tokens, head (V, D), head_bias, head_modules(), head_begins
+    forward     model(...), hidden, logits, before_last and last (the last block alone, for CoLM), new_cache
+    weights     dense_weights(), n_params(), flops_per_token(T), save_pretrained(folder, merged)
+    a run       checkpointing, activation_dtype, at_step(step), set_block_size(n), config.n_layer and .block_size
+
 Letters: B batch, T tokens in a window, D n_embd, H heads, K key/value heads, d head_dim, V vocab_size.
 Linear weights are (out, in). Modules have Hugging Face's names; state dicts differ only in the prefix `model.`.
 """

@@ -68,7 +68,10 @@ def read_shape(folder, config, labels=0):
     targets = (
         getattr(config, 'targets', 'all') if getattr(config, 'method', '') != 'lora' else 'all'
     )  # whose others freeze
-    shape = Shape(hf, labels, seed=getattr(config, 'seed', 0), targets=targets)
+    try:
+        shape = Shape(hf, labels, seed=getattr(config, 'seed', 0), targets=targets)
+    except AttributeError as error:
+        raise ModelError(f'{path}: model_type={hf.model_type!r} is no stack of blocks ({error}): use another') from None
     block_size = getattr(config, 'block_size', 0)
     if block_size > shape.max_positions:
         most = shape.max_positions

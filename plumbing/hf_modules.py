@@ -57,9 +57,9 @@ class Shape:
         widths = (getattr(hf, name, None) for name in ('intermediate_size', 'n_inner', 'ffn_dim'))
         self.n_inner = next((n for n in widths if n), 4 * self.n_embd)
         self.vocab_size, self.family = hf.vocab_size, f'{hf.model_type} of transformers'
-        self.eos_token_id, self.bos_token_id = hf.eos_token_id, hf.bos_token_id
+        self.eos_token_id, self.bos_token_id = (getattr(hf, f'{name}_token_id', None) for name in ('eos', 'bos'))
         self.tie_embeddings = bool(getattr(hf, 'tie_word_embeddings', False))
-        pad = hf.pad_token_id or 0
+        pad = getattr(hf, 'pad_token_id', None) or 0
         longest = getattr(hf, 'max_position_embeddings', None) or 2**31
         self.max_positions = longest - pad - 1 if hf.model_type in ROBERTA else longest
         self.block_size = self.block_size or min(self.max_positions, 2**17)
@@ -229,7 +229,7 @@ class Transformers(nn.Module):
         """From here on random numbers are those of (seed, step, micro-batch, place)."""
         if self.drops and self.inner.training and torch.is_grad_enabled():
             world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-            at = f'{self.config.seed} {self.step} {self.micro_batch * world + rank} {place}'
+            at = f'{self.config.seed} {self.step} {(self.micro_batch - 1) * world + rank} {place}'
             torch.manual_seed(zlib.crc32(at.encode()))
 
     def at_step(self, step):

@@ -11,6 +11,9 @@ DECODERS = {
         hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32
     ),
     'phi': lambda: transformers.PhiConfig(**SMALL),
+    'codegen': lambda: transformers.CodeGenConfig(
+        n_embd=32, n_layer=3, n_head=4, n_inner=48, rotary_dim=8, n_positions=64
+    ),
     'gpt_neox': lambda: transformers.GPTNeoXConfig(**SMALL),
 }
 ENCODERS = {

@@ -13,6 +13,7 @@ import configurator
 import coreset
 import galore
 import memest
+import quant
 import train as training
 from configurator import method_of
 from memory import flags, trace
@@ -40,17 +41,28 @@ def batch(seed=0, rows=4, T=24, masked=True):
     return x, y
 
 
-def steps(folder, config, n=3, micro_batches=1, labels=0, resume=None):
-    """-> model, optimizer, losses after n steps on micro-batches of one batch each."""
+def rows_of_step(step, labels):
+    """Four rows as micro-batches of one."""
+    if labels:
+        x, types, y = pairs(labels, 1, step)
+        return [(x[i : i + 1], y[i : i + 1], None, LENGTHS[i : i + 1], types[i : i + 1]) for i in range(4)]
+    return [(x[None], y[None]) for x, y in zip(*batch(step))]
+
+
+def steps(folder, config, n=3, micro_batches=1, labels=0, first=0, states=None):
+    """-> model, optimizer, losses after n steps from the `first` on, of four rows each."""
     model = hf_models.load(folder, config, torch.float32, 'cpu', layers_of(config), labels)
     model.checkpointing = config.checkpointing
     optimizer = method_of(config).setup(model, config)
+    if states:
+        optimizer.load_state_dict(states)
     losses = []
-    for step in range(n):
+    for step in range(first, first + n):
         model.at_step(step)
-        rows = [(x[None], y[None]) for x, y in zip(*batch(step))]
-        part = len(rows) // micro_batches
-        batches = [tuple(torch.cat(some) for some in zip(*rows[a : a + part])) for a in range(0, len(rows), part)]
+        rows, part = rows_of_step(step, labels), 4 // micro_batches
+        batches = []
+        for some in (rows[a : a + part] for a in range(0, 4, part)):
+            batches.append(tuple(None if one[0] is None else torch.cat(one) for one in zip(*some)))
         losses.append(training_step(model, optimizer, batches, config.learning_rate, 'cpu').item())
     return model, optimizer, losses
 
@@ -113,16 +125,16 @@ METHODS = {
 
 
 @pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize('name', ['gpt2', 'phi'])
-def test_accumulation_per_layer_and_checkpointing_change_nothing(tmp_path, name, method):
-    saved(tmp_path, name)
+@pytest.mark.parametrize(('name', 'labels'), [('gpt2', 0), ('phi', 0), ('roberta', 3), ('deberta-v2', 1)])
+def test_accumulation_per_layer_and_checkpointing_change_nothing(tmp_path, name, labels, method):
+    saved(tmp_path, name, labels)
     options = METHODS[method] | (dict(dropout=0.0) if method == 'lora' else {})
-    plain, _, losses = steps(tmp_path, config_of(method, **options))
+    plain, _, losses = steps(tmp_path, config_of(method, **options), labels=labels)
     for change in (dict(per_layer=True), dict(checkpointing=True)):
-        other, _, found = steps(tmp_path, config_of(method, **options, **change))
+        other, _, found = steps(tmp_path, config_of(method, **options, **change), labels=labels)
         assert largest_difference(plain, other) < 1e-6 and losses == pytest.approx(found, abs=1e-6), change
     if method != 'galore' and method != 'loqt':  # whose first P comes from the first micro-batch
-        other, _, found = steps(tmp_path, config_of(method, **options), micro_batches=4)
+        other, _, found = steps(tmp_path, config_of(method, **options), micro_batches=4, labels=labels)
         assert losses == pytest.approx(found, rel=1e-5)
 
 
@@ -141,6 +153,35 @@ def test_dropout_is_a_function_of_seed_step_micro_batch_and_block(tmp_path):
     with torch.no_grad():
         assert model(x, y).item() == model(x, y).item()
     assert model.inner.training is False and model.training
+
+
+@pytest.mark.parametrize('method', ['adamw', 'galore', 'loqt', 'lora'])
+@pytest.mark.parametrize(('name', 'labels'), [('roberta', 3), ('deberta-v2', 1), ('bert', 2), ('opt', 0), ('phi', 0)])
+def test_a_model_that_is_saved_and_read_again_goes_on_bit_for_bit(tmp_path, name, labels, method):
+    """With dropout, packed weights, and what a classifier adds."""
+    saved(tmp_path / 'one', name, labels, dropout=0.1)
+    config = config_of(method, **METHODS[method] | (dict(quantize='nf4') if method in ('loqt', 'lora') else {}))
+    whole, _, _ = steps(tmp_path / 'one', config, 4, labels=labels, micro_batches=2)
+    half, optimizer, _ = steps(tmp_path / 'one', config, 2, labels=labels, micro_batches=2)
+    half.save_pretrained(tmp_path / 'two')
+    torch.save(optimizer.state_dict(), tmp_path / 'states.pt')
+    states = torch.load(tmp_path / 'states.pt', weights_only=True)
+    rest, _, _ = steps(tmp_path / 'two', config, 2, labels=labels, micro_batches=2, first=2, states=states)
+    for (key, _, p), (_, _, q) in zip(whole.dense_weights(), rest.dense_weights(), strict=True):
+        assert torch.equal(p(), q()), key
+
+
+def test_weights_in_4_bits_are_those_of_the_folder_rounded_to_them(tmp_path):
+    """A Conv1D's, too, which is its transpose."""
+    theirs, (x, _) = saved(tmp_path, 'gpt2'), batch()
+    config = config_of('lora', rank=4, quantize='nf4', double_quant=True)
+    ours = hf_models.load(tmp_path, config, linear=layers_of(config))
+    for module in theirs.transformer.h.modules():
+        if type(module).__name__ == 'Conv1D':
+            W = module.weight.data.T.contiguous()
+            module.weight.data = quant.decode(quant.encode(W, 'nf4', True), W.shape, torch.float32).T
+    torch.testing.assert_close(ours(x), theirs(x).logits, rtol=1e-5, atol=1e-5)
+    assert all(module.W.dtype == torch.uint8 for module in ours.layers.modules() if hasattr(module, 'set_weight'))
 
 
 @pytest.mark.parametrize('name', hf_modules.PACKED)
@@ -191,6 +232,9 @@ def test_what_cannot_hold_is_refused_in_a_sentence(tmp_path):
     transformers.T5Config().save_pretrained(tmp_path / 't5')
     with pytest.raises(ModelError, match='no single stack of blocks'):
         hf_models.load(tmp_path / 't5', config_of())
+    saved(tmp_path / 'codegen', 'codegen')
+    with pytest.raises(ModelError, match='rows of codegen are not packed'):
+        hf_models.load(tmp_path / 'codegen', config_of())(*batch(), pieces=torch.tensor([0, 5, 96]))
     saved(tmp_path / 'bert', 'bert', masked=False)
     with pytest.raises(ModelError, match='a token sees those behind it, it is no language model'):
         hf_models.load(tmp_path / 'bert', config_of())
