@@ -6,18 +6,20 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, run, train, values
 from test_sample import published
 
 import configurator
 import eval as scoring
 import sample
+import train as training
 from data import DataError, chat, questions, tokenizer
 from data.batches import read_meta
 from data.common import Writer
 from data.examples import ExampleWriter
 from model import LLaMA, ModelConfig, ModelError
-from plumbing import Stop
+from plumbing import Stop, hf_models
 
 QUESTIONS = [
     {'question': f'What is {a} + {b}?', 'answer': f'{a} + {b} = {a + b}\n#### {a + b}', 'source': source}
@@ -97,6 +99,22 @@ def test_the_loss_of_text_is_that_of_each_window_by_source_counted_in_tokens_and
         assert one['loss'] == pytest.approx(loss / tokens, rel=1e-5)
         assert one['perplexity'] == pytest.approx(math.exp(loss / tokens), rel=1e-4)
         assert one['bits_per_byte'] == pytest.approx(loss / math.log(2) / size, rel=1e-5)
+
+
+def test_likelihoods_and_losses_of_a_step_count_the_heads_bias(tmp_path):
+    pytest.importorskip('transformers')
+    from hf_tiny import saved
+    from test_hf_models import batch, config_of
+
+    theirs, (x, y) = saved(tmp_path, 'phi'), batch()
+    model = hf_models.load(tmp_path, config_of())
+    assert model.head_bias.abs().max() > 0.01
+    rows = [(i, [*x[i].tolist(), max(int(y[i, -1]), 0)], [False, *(y[i] != -100).tolist()]) for i in range(len(x))]
+    each = F.cross_entropy(theirs(x).logits.transpose(1, 2), y, reduction='none').sum(1)
+    found = {i: nats for i, _, _, nats in scoring.log_likelihoods(model, rows, 2)}
+    torch.testing.assert_close(torch.tensor([found[i] for i in range(len(x))]).float(), each.detach())
+    loss = training.loss_of(model, (x, y), torch.tensor(7.0), 'cpu')
+    torch.testing.assert_close(loss, F.cross_entropy(theirs(x).logits.transpose(1, 2), y, reduction='sum') / 7)
 
 
 def test_the_loss_of_a_runs_own_windows_is_its_val_loss(tmp_path, data, capsys):
