@@ -1,6 +1,7 @@
 """The optimizers in loops that are not ours: galore-torch's groups, torch's schedulers, copies, frozen weights."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from galore import GaLoreAdamW, on_the_right
 from loqt import LoQTAdamW, replace_linears
 from lora import LoRAAdamW, LoRALinear
 from methods.adalomo import AdaLomo
+from methods.adarankgrad import AdaRankGradAdamW
 from methods.apollo import ApolloAdamW
 from methods.badam import BAdamW
 from methods.fira import FiraAdamW
@@ -57,6 +59,7 @@ METHODS = {
     'fira': lowrank(FiraAdamW),
     'apollo': lowrank(ApolloAdamW),
     'badam': badam,
+    'adarankgrad': lowrank(partial(AdaRankGradAdamW, moments='keep', energy=0.5)),
     'ldadam': lambda model, **more: LDAdamW(model.parameters(), lr=1e-2, rank=4, **more),
     'adalomo': lambda model, **more: AdaLomo(model.parameters(), lr=1e-1, **more),
     'grass': lowrank(GrassAdamW),
@@ -475,6 +478,7 @@ def test_a_shallow_copy_is_refused_since_two_optimizers_would_move_one_parameter
         'adam galore methods/apollo',
         'adam methods/badam',
         'adam methods/adalomo',
+        'adam galore methods/adarankgrad',
         'adam galore methods/ldadam',
         'adam galore methods/grass',
         'adam galore methods/muon',
@@ -545,7 +549,7 @@ def test_an_attached_model_and_its_optimizer_pass_through_torch_save(method, tmp
 
 
 @pytest.mark.parametrize('per_layer', [False, True])
-@pytest.mark.parametrize('method', ['galore', 'qgalore', 'fira', 'grass', 'ldadam'])
+@pytest.mark.parametrize('method', ['galore', 'qgalore', 'fira', 'grass', 'ldadam', 'adarankgrad'])
 def test_a_layer_that_no_group_projects_is_attached_and_trains_as_by_adamw(method, per_layer):
     model, plain = net(), net()
     optimizer = type(METHODS[method](net()))([{'params': model.parameters(), 'rank': 0}], lr=1e-2, per_layer=per_layer)

@@ -11,7 +11,7 @@ from adam import read_state
 DROPS = ('optimizer', 'model', 'at the top', 'nothing')
 BAD = {0, 4}  # the batches that have a NaN: the very first, and one of a step in which layers are due
 KINDS = [(name, attach) for name in METHODS for attach in (False, True)]
-KINDS = [kind for kind in KINDS if not kind[1] or kind[0] in ('galore', 'qgalore', 'fira', 'grass')]
+KINDS = [kind for kind in KINDS if not kind[1] or kind[0] in ('galore', 'qgalore', 'fira', 'grass', 'adarankgrad')]
 NEVER_CLIP = ('adamw', 'fira', 'apollo', 'muon', 'scale', 'adalomo', 'ldadam')  # per layer
 
 
