@@ -27,6 +27,8 @@ def load(folder, config, dtype=None, device='cpu', linear=Linear, labels=0):
 
     dtype None keeps the file's. On the meta device config.json alone is enough. Weights pass through main memory in
     their own dtype. A classifier that the folder has not is made anew, N(0, 0.02), by the seed. Raises ModelError."""
+    if not getattr(config, 'save_merged', True):
+        raise ModelError("save_merged=False is of our own families, not of transformers' models: leave it out")
     shape = read_shape(folder, config, labels)
     if torch.device(device).type == 'meta':
         return shape.blank(dtype or shape.hf.dtype, linear)
@@ -65,9 +67,8 @@ def read_shape(folder, config, labels=0):
         hf.num_labels = labels
         hf.problem_type = 'regression' if labels == 1 else 'single_label_classification'
     set_dropout(hf, getattr(config, 'model_dropout', -1.0))
-    targets = (
-        getattr(config, 'targets', 'all') if getattr(config, 'method', '') != 'lora' else 'all'
-    )  # whose others freeze
+    apart = getattr(config, 'method', '') != 'lora'  # whose other layers are frozen, and its own all the same
+    targets = getattr(config, 'targets', 'all') if apart else 'all'
     try:
         shape = Shape(hf, labels, seed=getattr(config, 'seed', 0), targets=targets)
     except AttributeError as error:
@@ -111,7 +112,7 @@ def fill_new_head(inner, told, folder, shape):
     for name in lost:
         p = inner.get_parameter(name)
         p.copy_(torch.randn(p.shape, generator=generator) * 0.02 if p.dim() > 1 else torch.zeros(p.shape))
-    if lost:
+    if lost and os.environ.get('RANK', '0') == '0':
         print(f'{folder} has no {", ".join(sorted({name.rpartition(".")[0] for name in lost}))}: made anew')
 
 

@@ -381,9 +381,7 @@ class Transformers(nn.Module):
         return 6 * self.n_params(embeddings=False) + 12 * c.n_layer * c.n_head * c.head_dim * T
 
     def save_pretrained(self, folder, merged=True):
-        """Write the folder as transformers does, with dense weights under its own names."""
-        if not merged:
-            raise ModelError('save_merged=False is of our own families: leave it out')
+        """Write the folder as transformers does, with dense weights under its own names. merged is always True."""
         os.makedirs(folder, exist_ok=True)
         weights = {name: make().to('cpu', copy=True) for name, _, make in self.dense_weights()}
         with quiet():

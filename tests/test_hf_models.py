@@ -226,6 +226,8 @@ def test_what_cannot_hold_is_refused_in_a_sentence(tmp_path):
     saved(tmp_path / 'opt', 'opt')
     with pytest.raises(ModelError, match='made for windows of 64 tokens: set block_size'):
         hf_models.load(tmp_path / 'opt', config_of(block_size=65))
+    with pytest.raises(ModelError, match='save_merged=False is of our own families'):
+        hf_models.load(tmp_path / 'opt', config_of('loqt', save_merged=False))
     (tmp_path / 'opt' / 'model.safetensors').write_bytes(b'broken')
     with pytest.raises(ModelError, match='transformers cannot read its weights'):
         hf_models.load(tmp_path / 'opt', config_of())
