@@ -99,7 +99,7 @@ grad_clip = 0.0  # maximum global gradient norm (of the projected gradients unde
 # method
 targets = 'all'  # layers of a block that the method works on, by the ends of their names, such as q_proj,v_proj
 method = 'galore'  # 'adamw' | 'galore' | 'loqt' | 'lora' | 'qgalore' | 'fira' | 'apollo' | 'muon' | 'scale' |
-#         'sumo' | 'badam' | 'grass' | 'adalomo' | 'ldadam' | 'adarankgrad': one file each
+#         'sumo' | 'badam' | 'grass' | 'adalomo' | 'ldadam' | 'adarankgrad' | 'sltrain': one file each
 
 # memory and speed
 device = 'auto'  # 'auto' | 'cpu' | 'cuda': auto uses cuda if it is available

@@ -56,7 +56,7 @@ def tiny(*flags):
     given = any(flag.startswith('--init_from=') and flag != '--init_from=resume' for flag in flags)
     common = [flag for flag in TINY if not (given and flag.startswith(('--model=', '--n_')))]
     own = {name: [] for name in ('adamw', 'muon', 'scale', 'badam', 'adalomo')}
-    own |= {name: ['--rank=8'] for name in ('lora', 'ldadam')}
+    own |= {name: ['--rank=8'] for name in ('lora', 'ldadam', 'sltrain')}
     own = own.get(method, ['--rank=8', '--update_proj_gap=5'])
     return [*common, *own, *flags]
 

@@ -41,6 +41,7 @@ MODES = {
     ],
     'fira': [dict(basis_bits=8, state_bits=8, refresh='svd')],
     'adalomo': [dict(adaptive=False)],
+    'sltrain': [dict(density=0.5, offload=True)],
     'adarankgrad': [dict(energy=0.5, basis_bits=4, state_bits=8), dict(energy=0.5, offload=True)],
     'ldadam': [dict(feedback=False, offload=True)],
     'badam': [dict(choose='norm', offload=True)],

@@ -28,6 +28,7 @@ METHODS = {  # flags of each, and whether weights agree with a CPU's: a basis st
     'badam': (['--method=badam', '--block_steps=2'], True),
     'grass': (['--method=grass'], True),
     'adalomo': (['--method=adalomo'], True),
+    'sltrain': (['--method=sltrain'], False),
     'adarankgrad': (['--method=adarankgrad', '--energy=0.5', '--update_proj_gap=2'], False),
     'ldadam': (['--method=ldadam'], False),
     '8-bit moments': (['--method=galore', '--state_bits=8'], False),

@@ -23,6 +23,7 @@ from methods.ldadam import LDAdamW
 from methods.muon import MuonAdamW
 from methods.qgalore import QGaLoreAdamW
 from methods.scale import ScaleAdamW
+from methods.sltrain import SLLinear, SLTrainAdamW
 from methods.sumo import SumoAdamW
 
 
@@ -52,6 +53,14 @@ def badam(model, **more):
     return BAdamW([{'params': model[i].parameters(), 'block': i} for i in (0, 2)], lr=1e-2, block_steps=3, **more)
 
 
+def sltrain(model, **more):
+    for i in (0, 2):
+        linear = SLLinear(model[i].in_features, model[i].out_features, rank=4, density=0.5, bias=True)
+        linear.set_weight(model[i].weight.detach())
+        model[i] = linear
+    return SLTrainAdamW(model.parameters(), [model[0], model[2]], lr=1e-2, **more)
+
+
 METHODS = {
     'adamw': lambda model, **more: AdamW(model.parameters(), lr=1e-2, **more),
     'galore': lowrank(GaLoreAdamW),
@@ -59,6 +68,7 @@ METHODS = {
     'fira': lowrank(FiraAdamW),
     'apollo': lowrank(ApolloAdamW),
     'badam': badam,
+    'sltrain': sltrain,
     'adarankgrad': lowrank(partial(AdaRankGradAdamW, moments='keep', energy=0.5)),
     'ldadam': lambda model, **more: LDAdamW(model.parameters(), lr=1e-2, rank=4, **more),
     'adalomo': lambda model, **more: AdaLomo(model.parameters(), lr=1e-1, **more),
@@ -294,7 +304,7 @@ def test_a_deep_copy_works_per_layer_and_after_a_scheduler_wrapped_step(per_laye
 
 
 @pytest.mark.parametrize('per_layer', [False, True])
-@pytest.mark.parametrize('method', [name for name in METHODS if name not in ('loqt', 'lora')])
+@pytest.mark.parametrize('method', [name for name in METHODS if name not in ('loqt', 'lora', 'sltrain')])
 def test_frozen_parameters_stay_and_the_others_learn(method, per_layer):
     model = net()
     model[0].weight.requires_grad_(False)
@@ -308,7 +318,7 @@ def test_frozen_parameters_stay_and_the_others_learn(method, per_layer):
 
 
 # badam's waiting weights have requires_grad=False already: who freezes one of them cannot be heard
-@pytest.mark.parametrize('method', [name for name in METHODS if name not in ('loqt', 'lora', 'badam')])
+@pytest.mark.parametrize('method', [name for name in METHODS if name not in ('loqt', 'lora', 'badam', 'sltrain')])
 def test_a_weight_frozen_after_attach_stays_where_it_is(method):
     model = net()
     optimizer = METHODS[method](model)
@@ -478,6 +488,7 @@ def test_a_shallow_copy_is_refused_since_two_optimizers_would_move_one_parameter
         'adam galore methods/apollo',
         'adam methods/badam',
         'adam methods/adalomo',
+        'adam methods/sltrain',
         'adam galore methods/adarankgrad',
         'adam galore methods/ldadam',
         'adam galore methods/grass',
@@ -565,7 +576,7 @@ def test_gradients_that_are_sparse_and_parameters_that_are_complex_are_refused_i
     table = torch.nn.Embedding(6, 12, sparse=True)
     model = torch.nn.Sequential(table, *net())
     optimizer = type(METHODS[method](net()))
-    more = ([],) if method == 'lora' else ()
+    more = ([],) if method in ('lora', 'sltrain') else ()
     trains = optimizer(model.parameters(), *more, lr=1e-2)
     with pytest.raises(ValueError, match=r'takes no sparse gradients: use nn\.Embedding\(sparse=False\)'):
         model(torch.tensor([1, 2])).sum().backward()

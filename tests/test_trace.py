@@ -40,6 +40,7 @@ MODES = {
     'apollo mini': dict(method='apollo', tensorwise=True, rank=1, per_layer=True),
     'badam': dict(method='badam'),
     'adalomo': dict(method='adalomo', per_layer=True),
+    'sltrain': dict(method='sltrain', per_layer=True, gradient_accumulation_steps=2),
     'adarankgrad': dict(method='adarankgrad', state_bits=8),
     'ldadam': dict(method='ldadam', per_layer=True),
     'grass': dict(method='grass', per_layer=True, gradient_accumulation_steps=2),

@@ -1,0 +1,20 @@
+"""galore_laptop.py's model, data and steps with SLTrain: low-rank plus sparse weights.
+
+8 windows x 256 tokens x 1 micro-batch = 2,048 tokens a step; 750 steps = 1.5M tokens.
+    python train.py config/sltrain_laptop.py
+"""
+
+out_dir = 'out/sltrain_laptop'
+dataset = 'pystdlib'
+model = '9m'  # four blocks, made wider: 3.3M parameters with the data's 4,096 ids
+n_embd = 192
+n_head = 6
+n_inner = 512
+batch_size = 8
+max_iters = 750
+warmup_iters = 75  # a tenth of the steps
+learning_rate = 3e-3
+method = 'sltrain'
+rank = 48  # a quarter of the width
+scale = 0.5
+eval_interval = 250
