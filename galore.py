@@ -83,8 +83,8 @@ def orthonormal_basis(G, rank, refresh='subspace', previous=None, seed=0):
     if refresh in ('svd', 'sara'):
         U, S, _ = torch.linalg.svd(G, full_matrices=False)
         if refresh == 'sara':  # the first r to arrive, if i arrives at a random time whose mean is 1 / S_i
-            speed = S.clamp_min(1e-12) / S.new_empty(S.shape).exponential_(generator=seeded(G, seed))
-            U = U[:, speed.topk(r).indices.sort().values]
+            times = torch.rand(len(S), generator=seeded(G, seed), device=S.device).log_() / -S.clamp_min(1e-12)
+            U = U[:, times.topk(r, largest=False).indices.sort().values]
         # A copy: a view would keep all of U alive, and contiguous() makes none of a single column.
         return U[:, :r].clone(memory_format=torch.contiguous_format)  # (m, r)
     if previous is None:

@@ -153,6 +153,15 @@ def muon(run, name, out, into):
     return x
 
 
+def sumo(run, name, out, into):
+    x, w = galore(run, name, out, into), run.w
+    x.trained, x.extra_state = [], adam_moments(x.r * x.n, run.config.state_bits) // 2  # M alone
+    decoded = {16: 0, 8: 4 + 2 * (w == 2), 4: w}[run.config.basis_bits] * x.m * x.r
+    moves = min(out * into, max((1 << 22) // into, 1) * into) * (10 if w == 2 else 0)
+    x.update = max(12 * x.r * x.n + 12 * x.r * x.r, decoded + (4 + w) * x.r * x.n + moves)
+    return x
+
+
 def loqt(run, name, out, into):
     c, a, w = run.config, run.a, run.w
     m, n = sorted((out, into))
@@ -200,4 +209,4 @@ def lora(run, name, out, into):
 
 
 METHODS = dict(adamw=adamw, galore=galore, qgalore=qgalore, fira=fira, apollo=apollo, loqt=loqt, lora=lora)
-METHODS['muon'] = muon
+METHODS |= dict(muon=muon, sumo=sumo)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import run
 
-METHODS = ['adamw', 'galore', 'loqt', 'lora']
+METHODS = ['adamw', 'galore', 'loqt', 'lora', 'muon', 'scale', 'sumo']
 
 
 def worker(rank, port):
@@ -72,13 +72,13 @@ def whole_batch(method):
     return [w.double().sum().item() for w in weights(model)]
 
 
-@pytest.mark.parametrize('method', ['adamw', 'lora'])
+@pytest.mark.parametrize('method', ['adamw', 'lora', 'muon', 'scale'])
 @pytest.mark.parametrize('how', ['plain DDP', 'plain alone', 'per_layer alone'])
 def test_two_processes_take_the_step_of_the_whole_batch(found, method, how):
     assert found[f'{method} {how}'] == pytest.approx(whole_batch(method), abs=1e-4)
 
 
-@pytest.mark.parametrize('method', ['galore', 'loqt'])  # whose first basis is of the first process's share
+@pytest.mark.parametrize('method', ['galore', 'loqt', 'sumo'])  # whose first basis is of the first process's share
 def test_with_ddp_and_without_it_is_the_same_path(found, method):
     assert found[f'{method} plain DDP'] == pytest.approx(found[f'{method} plain alone'], abs=1e-3)
     assert found[f'{method} per_layer alone'] == pytest.approx(found[f'{method} plain alone'], abs=1e-3)

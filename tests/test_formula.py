@@ -24,6 +24,7 @@ CONFIGURATIONS = [
     ('--method=apollo --model=60m --batch_size=4 --rank=128', 0.01),
     ('--method=muon --model=60m --batch_size=4', 0.01),
     ('--method=muon --model=350m --batch_size=4 --state_bits=8 --per_layer --grad_clip=0', 0.01),
+    ('--method=sumo --model=60m --batch_size=4 --rank=128', 0.01),
     ('--method=loqt --model=60m --batch_size=4 --rank=128', 0.01),
     ('--method=lora --model=60m --batch_size=4 --rank=16', 0.01),
 ]

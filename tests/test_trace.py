@@ -31,6 +31,7 @@ MODES = {
     'galore per layer, accumulated': dict(per_layer=True, gradient_accumulation_steps=2),
     'galore everything': dict(per_layer=True, state_bits=8, checkpointing=True),
     'galore svd': dict(refresh='svd'),
+    'galore sara': dict(refresh='sara'),
     'galore 4-bit basis': dict(basis_bits=4, per_layer=True, gradient_accumulation_steps=2),
     'galore 8-bit basis': dict(basis_bits=8),
     'qgalore 8-bit basis': dict(method='qgalore', basis_bits=8, lazy=0.5),
