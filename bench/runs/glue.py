@@ -40,11 +40,11 @@ BATCH = 32
 TASKS = {'cola': 'matthews', 'rte': 'accuracy', 'sst2': 'accuracy'}  # and the metric of each
 # Name: learning rates, bases in a run, flags. As published on RoBERTa and DeBERTa where that says: GaLore's table 7
 # (r 4 alpha 4, r 8 alpha 2, 14 bases in 6,900 steps), LoQT's run (r 32 alpha 2, compensation, 3 bases, all but the head
-# frozen), but that bases turn by subspace iteration; LoRA in all linear layers, as the others are.
+# frozen); LoRA in all linear layers, as the others are.
 METHODS = {
     'AdamW': (('2e-5', '5e-5', '1e-4'), 0, ['--method=adamw']),
-    'GaLore r 4': (('5e-5', '1e-4', '3e-4'), 14, ['--method=galore', '--rank=4', '--scale=4']),
-    'GaLore r 8': (('5e-5', '1e-4', '3e-4'), 14, ['--method=galore', '--rank=8', '--scale=2']),
+    'GaLore r 4': (('5e-5', '1e-4', '3e-4'), 14, ['--method=galore', '--rank=4', '--scale=4', '--refresh=svd']),
+    'GaLore r 8': (('5e-5', '1e-4', '3e-4'), 14, ['--method=galore', '--rank=8', '--scale=2', '--refresh=svd']),
     'LoRA r 8': (('3e-4', '1e-3', '3e-3'), 0, ['--method=lora', '--rank=8', '--scale=2', '--quantize=none']),
     'LoQT r 32': (
         ('1e-4', '3e-4', '1e-3'), 3,
