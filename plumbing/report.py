@@ -107,10 +107,10 @@ def print_plan(config, model, plan, folder, meta, device, windows=0):
         needed = f' --tokens={total * c.max_iters}' if c.dataset == 'c4' else ''
         print(f'data: {folder} is not prepared yet: {prepare_command(folder)}{needed} does that')
     micro_batches = count(c.gradient_accumulation_steps, 'micro-batch').replace('batchs', 'batches')
-    if meta and meta['examples'] and (not c.packing or c.coreset != 'none' or meta['task'] == 'classify'):
+    if c.task == 'classify' or (meta and meta['examples'] and (not c.packing or c.coreset != 'none')):
         total = c.batch_size * c.gradient_accumulation_steps
         rows = f'{count(c.batch_size, "example")} of up to {c.block_size} tokens'
-        epochs, tokens = f' = {total * c.max_iters / meta["train_examples"]:.2f} epochs', 'examples'
+        epochs, tokens = f' = {total * c.max_iters / meta["train_examples"]:.2f} epochs' if meta else '', 'examples'
     else:
         rows, tokens = f'{count(c.batch_size, "window")} x {c.block_size} tokens', 'tokens'
         if meta and meta['examples'] and windows:
