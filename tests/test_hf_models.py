@@ -504,3 +504,21 @@ def test_twenty_steps_of_a_classifier_are_those_of_the_authors_glue_run(tmp_path
     for (name, p), q in zip(ours.inner.named_parameters(), theirs.parameters(), strict=True):
         if not name.endswith('key.bias'):  # whose gradient is rounding alone
             assert (p - q).norm() < 0.05 * (p - before[name]).norm() and (p - q).abs().max() < 1e-3, name
+
+
+def test_processes_share_the_micro_batches_and_their_masks(tmp_path, monkeypatch):
+    saved(tmp_path, 'gpt2', dropout=0.1)
+    model = hf_models.load(tmp_path, config_of())
+    monkeypatch.setattr(torch, 'manual_seed', lambda seed: drawn.append(seed))
+    found = {}
+    for world in (1, 2):
+        for rank in range(world):
+            drawn = []
+            for name, value in dict(is_initialized=True, get_world_size=world, get_rank=rank).items():
+                monkeypatch.setattr(hf_modules.dist, name, lambda value=value: value)
+            model.at_step(3)
+            for _ in range(4 // world):
+                model(*batch(rows=1))
+            found[world, rank] = [drawn[a : a + 4] for a in range(0, len(drawn), 4)]  # before the blocks, and in each
+    assert len({seed for some in found[1, 0] for seed in some}) == 16
+    assert [found[2, 0], found[2, 1]] == [found[1, 0][::2], found[1, 0][1::2]]
