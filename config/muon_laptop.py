@@ -13,6 +13,6 @@ n_inner = 512
 batch_size = 8
 max_iters = 750
 warmup_iters = 75  # a tenth of the steps
-learning_rate = 4e-3
+learning_rate = 8e-3  # best of 2e-3, 4e-3, 8e-3 after 200 steps
 method = 'muon'
 eval_interval = 250

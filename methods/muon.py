@@ -7,11 +7,11 @@ Muon: the momentum of a matrix, orthogonalised, for the blocks; AdamW for embedd
     W = (1 - lr weight_decay) W - lr 0.2 sqrt(n) O                           # (m, n)
 
 The factor makes the root mean square of a step 0.2, which is AdamW's (2502.16982), so that its learning rate and decay
-carry over. row_norm: each row of O to one length before (Muon+). Memory: one number a weight instead of two, 1 byte
-with state_bits=8. Time: 10 m m n + 5 m^3 multiplications a matrix, which more tokens a step make cheap.
-M is linear in G, so under per_layer it takes in each micro-batch inside backward: accumulation needs no gradient beside
-it. What a step took in before a loop drops it stays, and so it does where a later micro-batch is not finite: W does
-not move then. The log's grad_norm is the root of the micro-batches' summed squares there.
+carry over. row_norm: first each row of O to one length (Muon+). Memory: 4 bytes a weight instead of 8, or 1 with
+state_bits=8. Time: 10 m m n + 5 m^3 multiplications a matrix, which more tokens a step make cheap.
+M is linear in G, so under per_layer it takes in each micro-batch inside backward: accumulation keeps no gradient beside
+it. What it took in of a step that is then dropped, or of one with a NaN, stays in M; W does not move. The log's
+grad_norm is then the root of the micro-batches' summed squares. 8 bits round M once a micro-batch there.
 Not for: full fine-tuning of what Adam has pretrained, where Muon loses quality (2605.10468). From scratch, or on the
 factors of LoRA, it takes fewer steps than a tuned AdamW.
 
@@ -57,7 +57,7 @@ class MuonAdamW(AdamW):
         return heavy_ball(self.state[p], G, keep, self.state_bits)
 
     def gradient_ready(self, p):
-        """p has its gradient of one more micro-batch. Under per_layer, M takes it in and it is dropped."""
+        """p has its gradient of one more micro-batch, which under per_layer M takes in at once."""
         if self.per_layer and not self.last_micro_batch and self.is_orthogonal(p):
             G = self.take_gradient(p)
             zero_unless_(is_finite(G), G)
@@ -80,9 +80,7 @@ class MuonAdamW(AdamW):
         self.begun.pop(p, None)
         if self.row_norm:
             O = O / O.norm(dim=1, keepdim=True).clamp_min(1e-7)  # |O|^2 is p's rows now, not its shorter side
-        O = O * (0.2 * (p.shape[1] if self.row_norm else max(p.shape)) ** 0.5)
-        if 'skip' in state:
-            O *= 1 - state['skip']
+        O = O * (0.2 * (p.shape[1] if self.row_norm else max(p.shape)) ** 0.5) * (1 - state.get('skip', 0))
         for row, W, part, _ in pieces(p, O, {}):
             self.move(p, W, part, row)
 

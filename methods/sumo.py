@@ -50,10 +50,7 @@ class SumoAdamW(GaLoreAdamW):
         state, dtype = self.state[p], product_dtype(p)
         M = heavy_ball(state, R, self.momentum, self.state_bits)  # (r, n)
         O = polar(M) if self.orthogonal == 'exact' else orthogonalise(M.to(dtype))  # (r, n)
-        O = O * (0.2 * max(p.shape) ** 0.5)
-        if 'skip' in state:
-            O *= 1 - state['skip']
-        self.add_projected(p, self.basis(p).to(dtype), O)
+        self.add_projected(p, self.basis(p).to(dtype), O * (0.2 * max(p.shape) ** 0.5) * (1 - state.get('skip', 0)))
 
 
 # ---- for train.py ------------------------------------------------------------------------------------------------
