@@ -36,7 +36,7 @@ class BAdamW(AdamW):
             raise ValueError(f"choose={choose!r}, block_steps={block_steps}: use 'cycle' or 'norm', and 1 or more")
         self.block_steps, self.choose = block_steps, choose
         self.turn = dict(active=None, taken=0, visits={})  # the block, its steps, how often each was active before
-        self.waiting, self.squares_of = set(), {}  # what we froze; block -> |G_b|^2, where a step looked
+        self.waiting, self.squares_of = set(), {}  # what we froze; parameter -> |G|^2, where a step looked
         super().__init__(params, lr, group_defaults=dict(block=None), **adam)
 
     def add_param_group(self, group):
@@ -80,14 +80,15 @@ class BAdamW(AdamW):
 
     def next_block(self):
         """Another block is active, if there is one; what waits keeps nothing."""
-        turn, at = self.turn, self.blocks.index(self.turn['active'])
-        others = self.blocks[at + 1 :] + self.blocks[:at]
-        turn['visits'][turn['active']] = turn['visits'].get(turn['active'], 0) + 1
-        scores = torch.tensor([1 / (1 + turn['visits'].get(block, 0)) for block in others])
-        for i, block in enumerate(others if self.squares_of else ()):
-            squares = [square for p, square in self.squares_of.items() if self.group_of[p]['block'] == block]
-            scores[i] *= average_(sum(squares, torch.zeros(())).nan_to_num(0.0, 0.0)).sqrt()
-        best = scores.argmax() if self.squares_of and others else 0
+        turn, visits, at = self.turn, self.turn['visits'], self.blocks.index(self.turn['active'])
+        visits[turn['active']] = visits.get(turn['active'], 0) + 1
+        others, best = self.blocks[at + 1 :] + self.blocks[:at], 0
+        if self.squares_of and others:
+            scores = torch.zeros(len(others), device=next(iter(self.squares_of)).device)
+            for p, square in self.squares_of.items():
+                block = self.group_of[p]['block']
+                scores[others.index(block)] += square.nan_to_num(0.0, 0.0) / (1 + visits.get(block, 0)) ** 2
+            best = average_(scores).argmax()
         best = best.item() if type(best) is torch.Tensor else 0  # one number, once in K steps; a plan's has no value
         turn.update(active=(others or self.blocks)[best], taken=0)
         self.squares_of = {}
