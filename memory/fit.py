@@ -14,8 +14,8 @@ from memory.formula import Plan, UnknownMethod, estimate
 
 # What a run can be turned into; a way says all options that it stands for, whatever the run had. Learning rates are not
 # touched, since each method wants its own (see its config files).
-LORA = dict(method='lora', rank=16, scale=2.0, dropout=0.0, merge_every=0, train_rest='auto', targets='all')
-LOQT = dict(method='loqt', scale=0.5, quantize='nf4', double_quant=False)
+LORA = dict(method='lora', rank=16, scale=2.0, dropout=0.0, merge_every=0, train_rest='auto')
+LOQT = dict(method='loqt', scale=0.5, train_rest='yes', quantize='nf4', double_quant=False)
 WAYS = {
     'AdamW': dict(method='adamw'),
     'AdamW, 8-bit': dict(method='adamw', state_bits=8),
@@ -36,6 +36,7 @@ WAYS = {
     'LoRA': LORA | dict(quantize='none', double_quant=False),
     'QLoRA': LORA | dict(quantize='nf4', double_quant=True),
 }  # fmt: skip
+WAYS = {name: way | dict(targets='all') for name, way in WAYS.items()}
 
 NO_PRETRAINING = ('LoRA', 'QLoRA')  # from scratch these leave the blocks' random weights as they are, but for rank r
 
