@@ -17,7 +17,7 @@ import sample
 import train as training
 from lora import LoRALinear
 from model import LLaMA, ModelConfig
-from plumbing import build, hf
+from plumbing import build, hf, resume
 from quant import decode, encode
 
 CONFIG = dict(learning_rate=1e-2, beta1=0.9, beta2=0.999, weight_decay=0.0, rank=4, scale=2.0, state_bits=32, seed=0)
@@ -67,6 +67,12 @@ def test_frozen_weights_do_not_move_and_all_else_learns():
 def test_targets_that_name_no_layer_are_refused_with_the_names_there_are():
     with pytest.raises(ValueError, match=r"targets='q_prj' names no such layers: use all, or some of q_proj,k_proj"):
         model_and_optimizer(init_from='path/to/folder', targets='q_prj')
+
+
+def test_a_run_of_before_goes_on_with_its_targets():
+    config = {'method': 'lora', 'lora_targets': 'q_proj,v_proj'}
+    resume.in_todays_keys(config)
+    assert config == {'method': 'lora', 'targets': 'q_proj,v_proj'}
 
 
 def test_fine_tuning_trains_the_factors_of_the_chosen_layers_and_nothing_else():
