@@ -417,7 +417,8 @@ def test_val_loss_is_the_mean_over_trained_tokens(folder, packing):
         each = [model(*alone(data, i), divisor=1) for i in range(len(LENGTHS))]
     expected = (sum(each) / sum(n // 2 for n in LENGTHS)).item()
     more = dict(task='lm', gradient_accumulation_steps=1, block_size=WINDOW, max_iters=9)
-    assert training.evaluate(model, data, SimpleNamespace(**vars(config), **more), HERE) == pytest.approx(expected, rel=1e-5)
+    found = training.evaluate(model, data, SimpleNamespace(**vars(config), **more), HERE)
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_step_in_which_nothing_is_trained_changes_nothing_and_has_no_nan():
