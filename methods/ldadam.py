@@ -59,11 +59,11 @@ class LDAdamW(GaLoreAdamW):
                 E += b1 / (1 - b1) * (old @ M - P @ (Q @ M))
             for name, moment, turned in zip('MV', (M, V), rotate_moments(M, V, Q, (b1, b2), state['fill'])):
                 write_state(state, name, moment.copy_(self.unless_skipped(state, moment, turned)))
-            P = self.unless_skipped(state, old, P)
         N = adam_direction(R, state, (b1, b2), eps, self.state_bits, self.random_seed(p, state['step']))  # (r, n)
-        state.update(self.encoded(p, P))
-        if self.feedback:
-            state['E'] = self.unless_skipped(state, state.get('E', torch.zeros_like(E)), E).to(p.dtype)
+        for name, new in (('P', P), ('E', E)) if self.feedback else (('P', P),):
+            if name not in state:
+                state[name] = torch.zeros_like(new, dtype=p.dtype)
+            state[name].copy_(self.unless_skipped(state, state[name], new))
         self.add_projected(p, P, N)
 
     def unless_skipped(self, state, old, new):
