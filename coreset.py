@@ -302,6 +302,7 @@ def features(model, tokens, targets, feature, batch_size, directions=1, seed=0, 
             part['p'] = zeroth_order(model, h, rest, y, directions, seed, layer, trained)
         elif feature == 'grad':
             part['X'], part['D'] = factors(model, h, rest, y, layer, trained)
+        del h, rest  # not beside the next ones
         for name, t in part.items():
             if name not in found:
                 found[name] = t.new_zeros(n, *([max(widths)] * (t.ndim == 3)), t.shape[-1])
