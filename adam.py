@@ -633,13 +633,17 @@ def common(config):
 
 def problems(config):
     """What does not go together, a sentence each."""
-    found = []
-    if config.per_layer and config.grad_clip:
-        found.append(
-            f"per_layer=True cannot clip under method='{config.method}', whose global norm needs all gradients: "
-            'set grad_clip=0 or per_layer=False'
-        )
-    return found + no_targets(config)
+    return no_clip_per_layer(config) + no_targets(config)
+
+
+def no_clip_per_layer(config):
+    """Of methods that clip by the norm of all gradients."""
+    if not (config.per_layer and config.grad_clip):
+        return []
+    return [
+        f"per_layer=True cannot clip under method='{config.method}', whose global norm needs all gradients: "
+        'set grad_clip=0 or per_layer=False'
+    ]
 
 
 def no_targets(config):

@@ -73,7 +73,7 @@ def problems(config):
     from configurator import between
 
     found = between(config, 1, 10**9, 'rank', 'update_proj_gap') + between(config, 1e-6, 1e4, 'scale')
-    return found + adam.problems(config)
+    return found + adam.no_clip_per_layer(config)
 
 
 def setup(model, config):

@@ -58,7 +58,7 @@ FIXED = galore.FIXED
 
 def problems(config):
     """What does not go together, a sentence each."""
-    return galore.problems(config) + adam.problems(config)
+    return galore.problems(config) + adam.no_clip_per_layer(config)
 
 
 def setup(model, config):

@@ -88,7 +88,7 @@ def problems(config):
     """What does not go together, a sentence each."""
     from configurator import between
 
-    return between(config, 1, 10**9, 'rank') + between(config, 0, 0.9999, 'rho') + adam.problems(config)
+    return between(config, 1, 10**9, 'rank') + between(config, 0, 0.9999, 'rho') + adam.no_clip_per_layer(config)
 
 
 def setup(model, config):

@@ -106,7 +106,7 @@ def problems(config):
     """What does not go together, a sentence each."""
     from configurator import between
 
-    return between(config, 0, 0.9999, 'momentum') + adam.problems(config)
+    return between(config, 0, 0.9999, 'momentum') + adam.no_clip_per_layer(config)
 
 
 def setup(model, config):

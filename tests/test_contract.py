@@ -240,3 +240,14 @@ def test_the_plan_of_a_step_is_what_a_real_step_holds(name, data):
         for _ in range(6):
             training.training_step(model, optimizer, [(tokens, tokens)], 1e-3, 'cpu')
     assert planned == pytest.approx(live.peak, rel=0.02)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_targets_choose_layers_or_are_refused(name):
+    refused = {'adamw', 'adalomo', 'badam', 'scale', 'sltrain'}  # which do the same with all layers
+    assert any('targets=' in told for told in training.problems(config_of(name, targets='q_proj'))) == (name in refused)
+    if name not in refused:
+        with pytest.raises(
+            ValueError, match="targets='q_proj,x' names no such layers: use all, or some of q_proj,k_proj"
+        ):
+            model_and_optimizer(name, targets='q_proj,x')
