@@ -13,6 +13,6 @@ n_inner = 512
 batch_size = 8
 max_iters = 750
 warmup_iters = 75  # a tenth of the steps
-learning_rate = 1e-3  # 2e-3 was worse after 200 steps
+learning_rate = 1e-3  # best of 5e-4, 1e-3, 2e-3 after 200 steps
 method = 'scale'
 eval_interval = 250
