@@ -120,7 +120,7 @@ def test_tables_fit_a_hundred_columns_and_say_what_pretrains_nothing(capsys):
         assert ('no substitute for pretraining' in out) == ('--fit' in words)
 
 
-def test_a_plan_needs_neither_data_nor_weights_and_names_hf_where_train_has_no_such_model(tmp_path, capsys):
+def test_a_plan_needs_neither_data_nor_weights_of_our_models_and_of_transformers(tmp_path, capsys):
     shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)
     llama = shape | dict(model_type='llama', max_position_embeddings=64, tie_word_embeddings=True)
     (tmp_path / 'config.json').write_text(json.dumps(llama))
@@ -130,7 +130,11 @@ def test_a_plan_needs_neither_data_nor_weights_and_names_hf_where_train_has_no_s
     found = json.loads(capsys.readouterr().out)
     assert (found['device'], found['dtype']) == ('this CPU', 'float32') and found['total'] > found['weights'] > 0
     (tmp_path / 'config.json').write_text(json.dumps(llama | dict(model_type='gpt_neox')))
-    with pytest.raises(ModelError, match=r'memest\.py --hf='):
+    memest.main(argv)
+    theirs = json.loads(capsys.readouterr().out)
+    assert theirs['total'] > theirs['weights'] > 0 and theirs['weights'] != found['weights']
+    (tmp_path / 'config.json').write_text(json.dumps(llama | dict(model_type='mixtral', num_local_experts=4)))
+    with pytest.raises(ModelError, match='has experts'):
         memest.main(argv)
 
 

@@ -56,6 +56,15 @@ def checkout(tmp_path_factory):
     bpe.save(str(model / 'tokenizer.json'))
     shutil.copy(model / 'config.json', folder / 'path' / 'to' / 'config.json')
     (model / 'chat_template.jinja').write_text(CHAT)
+    encoder = transformers.BertConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+    )
+    transformers.BertModel(encoder).save_pretrained(folder / 'path' / 'to' / 'MiniLM')
+    shutil.copy(model / 'tokenizer.json', folder / 'path' / 'to' / 'MiniLM')
+    (folder / 'my' / 'glue' / 'CoLA').mkdir(parents=True)
+    for name in ('train', 'dev'):
+        lines = (f'a{i}\t{i % 2}\t\tf{i} returns x and {i}\n' for i in range(40))
+        (folder / 'my' / 'glue' / 'CoLA' / f'{name}.tsv').write_text(''.join(lines))
     rows = [{'question': f'What is {i} + {i}?', 'answer': f'{i} + {i} = {2 * i}\n#### {2 * i}'} for i in range(60)]
     for name in ('mine', 'test'):
         (folder / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
@@ -69,7 +78,8 @@ def shortened(command):
         words = [word.replace('nproc_per_node=8', 'nproc_per_node=2') for word in words]
         own = any(word.startswith(('--init_from=', '--dataset=')) for word in words)
         rank = ['--rank=8'] * ('adamw' not in command and 'rank=1' not in command)
-        short = [word for word in SHORT if 'instruct' not in command or 'block_size' not in word]
+        wrong = 'block_size' if 'instruct' in command else 'tokens' if 'classify' in command else None
+        short = [word for word in SHORT if not wrong or wrong not in word]
         return words + short + (TINY if not own else TINY[:4] * ('init_from' not in command)) + rank
     if words[0] == 'sample.py':
         return [*words, '--tokens=4']
