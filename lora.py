@@ -143,6 +143,8 @@ class LoRALinear(Packed):
         return x.masked_fill(drop, 0.0)
 
     def forward(self, x):
+        if torch.is_autocast_enabled(x.device.type):  # as torch's own layer: x is cast, and its cast is what stays
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if not len(self.A):  # no adapter here
             return FrozenLinear.apply(x, self.bias, self)
         A, B, x_A = self.A.to(x.dtype), self.B.to(x.dtype), self.dropped(x)

@@ -40,9 +40,9 @@ def measure_refresh(config):
         seen = {tuple(galore.short_side_first(p).shape): [] for p in block_matrices(on_meta(size, 1))}
         ours = galore.orthonormal_basis
 
-        def measured(G, rank, refresh, previous=None, seen=seen, ours=ours):
+        def measured(G, rank, refresh, previous=None, seed=0, seen=seen, ours=ours):
             if previous is None or len(seen[tuple(G.shape)]) >= config.refreshes:
-                return ours(G, rank, refresh, previous)
+                return ours(G, rank, refresh, previous, seed)
             started = time.perf_counter()
             P = ours(G, rank, 'subspace', previous)
             between = time.perf_counter()

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 import adam
 import galore
-from adam import adam_direction, read_state, several_processes, write_state
+from adam import adam_direction, at_least_fp32, read_state, several_processes, write_state
 from galore import GaLoreAdamW, linears_of, orthonormal_basis, rotate_moments
 
 
@@ -43,11 +43,13 @@ class LDAdamW(GaLoreAdamW):
         if not self.is_projected(p):
             return super().update(p, G)
         state, (b1, b2), eps = self.state[p], self.group_of[p]['betas'], self.group_of[p]['eps']
-        A, old = self.p_first(p, G).float(), self.decoded(p, state).float() if 'P' in state else None
+        A, old = self.p_first(p, G).to(at_least_fp32(G)), None  # (m, n)
+        if 'P' in state:
+            old = self.decoded(p, state).to(A.dtype)  # (m, r)
         if 'E' in state:
             A = A + state['E']  # (m, n)
         B = A if old is None else torch.lerp(A, old @ read_state(state, 'M') / (1 - b1 ** state['fill']), self.rho)
-        P = orthonormal_basis(B, len(self.placeholder[p]), 'subspace', old)  # (m, r)
+        P = orthonormal_basis(B, len(self.placeholder[p]), 'subspace', old).to(A.dtype)  # (m, r)
         del B
         if several_processes():
             dist.broadcast(P, 0)

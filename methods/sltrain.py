@@ -107,6 +107,8 @@ class SLLinear(nn.Module):
             tensor.copy_(tensors[name])
 
     def forward(self, x):
+        if torch.is_autocast_enabled(x.device.type):  # as torch's own layer: x is cast, and its cast is what stays
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         return Product.apply(x, self.A, self.B, self.S, self.bias, self)
 
 

@@ -17,6 +17,7 @@ from quant import decode, encode
 CONFIG = dict(learning_rate=1e-2, beta1=0.9, beta2=0.999, weight_decay=0.0, rank=8, update_proj_gap=3, scale=0.5)
 CONFIG |= dict(refresh='subspace', stagger=True, state_bits=32, grad_clip=0.0, per_layer=False, offload=False, seed=0)
 CONFIG |= dict(psi=1.2, compensation=5, quantize='nf4', double_quant=False, moments='reset', max_iters=40)
+CONFIG |= dict(train_rest='yes', targets='all')
 CONFIG |= dict(compile=False)
 SHAPES = [(12, 30), (30, 12), (16, 16)]  # (out, in): wide, tall, square
 

@@ -57,7 +57,7 @@ def sltrain(model, **more):
     for i in (0, 2):
         linear = SLLinear(model[i].in_features, model[i].out_features, rank=4, density=0.5, bias=True)
         linear.set_weight(model[i].weight.detach())
-        model[i] = linear
+        model[i] = linear.to(model[i].weight.dtype)
     return SLTrainAdamW(model.parameters(), [model[0], model[2]], lr=1e-2, **more)
 
 

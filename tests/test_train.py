@@ -482,7 +482,7 @@ IMPOSSIBLE = {
     '--scale=0': 'scale=0.0 is too small: use 1e-06 or more',
     '--save_merged=False': "method='galore' packs none: leave it out",
     # keys of another method, and words that have gone
-    '--method=loqt --basis_bits=4': "basis_bits is galore's: leave it out with method='loqt', or use --method=galore",
+    '--method=loqt --basis_bits=4': "basis_bits is galore's and adarankgrad's: leave it out with method='loqt'",
     '--weight_bits=8': "weight_bits is qgalore's: leave it out with method='galore', or use --method=qgalore",
     '--lazy=0.5': "lazy is qgalore's: leave it out with method='galore', or use --method=qgalore",
     '--residual=fira': 'Fira is a method of its own: --method=fira',
