@@ -213,14 +213,13 @@ def value_layer(model, name='auto'):
     found = [module for n, module in linears.items() if f'.{n}'.endswith(tuple(f'.{end}' for end in ends))]
     if not found:
         asked = 'none of its layers is named as a value projection' if name == 'auto' else f'it has no layer {name}'
-        some = ', '.join(n.rpartition('.')[2] for n in linears)
+        some = ', '.join(dict.fromkeys(n.rpartition('.')[2] for n in linears))
         raise ModelError(
-            f'CoLM compares gradients of a layer of the last block, and {asked}: use --coreset_layer= {some}'
+            f'CoLM compares gradients of a layer of the last block; {asked}: use --coreset_layer=NAME, one of {some}'
         )
     if hasattr(found[-1], 'A') and not len(found[-1].A):
-        raise ModelError(
-            f'CoLM compares gradients of {name}, which targets leaves out: add it, or use --coreset=random'
-        )
+        own = next(n for n, module in linears.items() if module is found[-1]).rpartition('.')[2]
+        raise ModelError(f'CoLM compares gradients of {own}, which targets leaves out: add it, or use coreset=random')
     return found[-1]
 
 

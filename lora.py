@@ -47,7 +47,7 @@ class FrozenLinear(torch.autograd.Function):
         if A is not None:
             x_A = x if x_A is None else x_A
             low = (x_A @ A.T).mul_(scale)  # (..., r)
-            y.flatten(0, -2).addmm_(low.flatten(0, -2), B.T)
+            y.view(-1, y.shape[-1]).addmm_(low.flatten(0, -2), B.T)  # a view, or an error: never a copy
             ctx.save_for_backward(x_A, low, A, B)
         return y
 
@@ -66,7 +66,7 @@ class FrozenLinear(torch.autograd.Function):
         dA = d_low.T @ x_A.flatten(0, -2)  # (r, in)
         dx_A = (d_low @ A).view(x_A.shape) if ctx.dropped and needs_dx else None  # (..., in)
         if needs_dx and not ctx.dropped:
-            dx.flatten(0, -2).addmm_(d_low, A)
+            dx.view(-1, dx.shape[-1]).addmm_(d_low, A)
         return dx, db, None, dA, dB, dx_A, None
 
 

@@ -28,7 +28,7 @@ from coreset import Coreset, budgets, facility_location, features, gram, naive_f
 from data.batches import read_meta
 from memory import trace
 from memory.record import LiveBytes
-from model import Linear, LLaMA, ModelConfig, trained_rows
+from model import Linear, LLaMA, ModelConfig, ModelError, trained_rows
 from plumbing import build, checkpoint
 
 TINY = dict(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_inner=56, vocab_size=61, block_size=32)
@@ -570,3 +570,11 @@ IMPOSSIBLE = {
 def test_impossible_combinations_name_the_flag_to_change(flags):
     with pytest.raises(configurator.ConfigError, match=IMPOSSIBLE[flags]):
         configurator.load(training.__file__, tiny(*flags.split()), training.problems)
+
+
+def test_a_value_projection_that_targets_left_out_is_told_by_its_name():
+    from test_contract import model_and_optimizer  # which imports this file
+
+    model, _ = model_and_optimizer('lora', targets='q_proj')
+    with pytest.raises(ModelError, match='gradients of v_proj, which targets leaves out: add it'):
+        coreset.value_layer(model)
