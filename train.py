@@ -431,8 +431,7 @@ def main(config):
         step += 1
 
     log.end(step, stop, measure.peak)
-    here.finish()
-    stop.exit()
+    here.finish(stop.code)
 
 
 def check_task(config, folder, meta):

@@ -54,9 +54,18 @@ class Here:
         dist.all_reduce(vote, dist.ReduceOp.MAX)
         return vote.item() > 0
 
-    def finish(self):
+    def finish(self, code=0):
+        """Leave the group once all have come here: a process that goes while the first still saves may end its run.
+        Then all but the first end at once: gloo's threads abort a process now and then while Python shuts down."""
         if self.world > 1:
+            dist.barrier()
             dist.destroy_process_group()
+            if self.rank:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        if code:
+            sys.exit(code)
 
 
 def device_and_dtype(config):
@@ -111,6 +120,7 @@ class CtrlC:
     def name(self):
         return signal.Signals(self.signals[0]).name if self.signals else 'stopped'
 
-    def exit(self):
-        if self.signals:
-            sys.exit(128 + self.signals[0])
+    @property
+    def code(self):
+        """What a shell expects of a process that a signal ended; 0 if none did."""
+        return 128 + self.signals[0] if self.signals else 0
