@@ -364,6 +364,21 @@ class AdamW(torch.optim.Optimizer):
         """The learning rate of p's next step."""
         return self.group_of[p]['lr'] * self.group_of[p]['lr_scale']
 
+    def scale_rate(self, parameters, factor):
+        """Let these parameters learn `factor` times as fast, in groups of their own. ValueError if it trains none."""
+        chosen = {id(p) for p in parameters}
+        if not any(id(p) in chosen for group in self.param_groups for p in group['params']):
+            raise ValueError('there is nothing to scale the rate of: none of these parameters is trained here')
+        for group in list(self.param_groups):
+            mine = [p for p in group['params'] if id(p) in chosen]
+            if not mine:
+                continue
+            apart = {**group, 'params': mine, 'lr_scale': factor * group['lr_scale']}
+            group['params'] = [p for p in group['params'] if id(p) not in chosen]
+            self.param_groups.append(apart)
+            self.group_of.update(dict.fromkeys(mine, apart))
+        self.param_groups[:] = [group for group in self.param_groups if group['params']]
+
     def decay(self, p):
         """The weight decay of p's next step: none in one that is skipped."""
         decay, skip = self.group_of[p]['weight_decay'], self.state[p].get('skip')

@@ -76,7 +76,8 @@ def orthonormal_basis(G, rank, refresh='subspace', previous=None, seed=0):
     The old P alone holds half of what the SVD holds of G on real gradients, after the step it is 99.9 %
     (results/bench.md). Without a previous P, from a random sketch of G's columns (Halko et al., 0909.4061, algorithm
     4.4 with one iteration). 'sara': r of all singular directions, drawn without replacement with odds as their singular
-    values, the largest first, so that no direction stays out for good (2502.05790). r is at most min(m, n)."""
+    values, the largest first, so that no direction stays out for good (2502.05790). 'random': any r dimensions, blind
+    to G: what the others have to beat. r is at most min(m, n)."""
     G = G.float()
     m, n = G.shape
     r = min(rank, m, n)
@@ -87,6 +88,8 @@ def orthonormal_basis(G, rank, refresh='subspace', previous=None, seed=0):
             U = U[:, times.topk(r, largest=False).indices.sort().values]
         # A copy: a view would keep all of U alive, and contiguous() makes none of a single column.
         return U[:, :r].clone(memory_format=torch.contiguous_format)  # (m, r)
+    if refresh == 'random':
+        return torch.linalg.qr(torch.randn(m, r, generator=seeded(G, seed), device=G.device))[0]  # (m, r)
     if previous is None:
         previous = torch.linalg.qr(G @ torch.randn(n, r, generator=seeded(G, 0), device=G.device))[0]  # (m, r)
     P, R = torch.linalg.qr(G @ (G.T @ previous.float()))  # (m, r), (r, r)
@@ -252,7 +255,7 @@ class GaLoreAdamW(AdamW):
     def __init__(self, params, lr=1e-2, rank=None, update_proj_gap=200, scale=0.25, proj_type='std',
                  refresh='subspace', stagger=True, basis_bits=16, moments='keep', **adam):  # fmt: skip
         for name, value, allowed in (
-            ('refresh', refresh, ('subspace', 'svd', 'sara')),
+            ('refresh', refresh, ('subspace', 'svd', 'sara', 'random')),
             ('basis_bits', basis_bits, (16, 8, 4)),
             ('moments', moments, ('keep', 'rotate', 'reset')),
         ):
@@ -485,7 +488,8 @@ class Options:
     rank = 128  # r: dimensions of the subspace; fewer take less memory and leave less freedom
     update_proj_gap = 200  # T: steps between two refreshes of a layer's subspace
     scale = 0.25  # factor on the update that comes back from the subspace (the paper's alpha)
-    refresh = 'subspace'  # 'subspace' | 'svd' | 'sara': a step from the old basis, a slow SVD, some vectors drawn of it
+    refresh = 'subspace'  # 'subspace' | 'svd' | 'sara' | 'random': a step from the old basis, a slow SVD, some vectors
+    #     drawn of it, or any subspace at all, blind to the gradient: a control
     stagger = True  # layers refresh in turns, so that no step stalls; False: all in the same step, as in the paper
     moments = 'keep'  # 'keep' | 'rotate' | 'reset': what becomes of Adam's moments when the subspace turns
     basis_bits = 16  # 16 | 8 | 4: of the bases; 16 stands for the weights' own dtype

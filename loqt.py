@@ -113,7 +113,7 @@ class LoQTLinear(Packed):
         super().__init__()
         for name, value, allowed in (
             ('quantize', quantize, ('nf4', 'none')),
-            ('refresh', refresh, ('subspace', 'svd', 'sara')),
+            ('refresh', refresh, ('subspace', 'svd', 'sara', 'random')),
         ):
             if value not in allowed:
                 choices = ', '.join(map(repr, allowed[:-1]))
@@ -222,7 +222,7 @@ class LoQTLinear(Packed):
 @exactly
 def turn(layer, seed=0):
     """Make a new P (m, r) of the gradient that the layer collected: `next`, for its next merge; the first one, which
-    replaces no other, at once. seed: of one that is drawn (refresh='sara').
+    replaces no other, at once. seed: of one that is drawn (refresh='sara' or 'random').
 
     Raises ValueError where no gradient was collected."""
     if layer.G is None:
@@ -416,7 +416,8 @@ class Options:
     update_proj_gap = 100  # tau: steps to the first merge, and the least between two
     psi = 1.2  # the k-th distance between two merges is tau + psi^k; 0: always tau
     compensation = 5  # rounds in a merge in which B makes good what 4 bits lose; 0: none
-    refresh = 'subspace'  # 'subspace' | 'svd' | 'sara': a step from the old basis, a slow SVD, some vectors drawn of it
+    refresh = 'subspace'  # 'subspace' | 'svd' | 'sara' | 'random': a step from the old basis, a slow SVD, some vectors
+    #     drawn of it, or any subspace at all, blind to the gradient: a control
     stagger = True  # layers merge in turns, so that no step stalls; False: all in the same step, as in the paper
     moments = 'keep'  # 'keep' | 'rotate' | 'reset': what becomes of Adam's moments when the subspace turns
     train_rest = 'yes'  # 'yes' | 'no': all that is not in these layers, too, or of it a classifier's head alone

@@ -87,6 +87,7 @@ model_dropout = -1.0  # share that transformers' own models (GPT-2, OPT, Phi-2) 
 
 # learning
 learning_rate = 1e-3  # peak; GaLore needs about ten times AdamW's, since its update is multiplied by scale
+table_lr_scale = 1.0  # factor on the learning rate of embedding and head; AdamW from scratch gains much by about 4
 warmup_iters = -1  # steps of linear warm-up; -1: a tenth of max_iters, at most 100
 lr_decay_iters = 0  # step at which the cosine decay reaches min_lr and stays there; 0: max_iters
 decay = 'cosine'  # 'cosine' | 'linear': the way from learning_rate down to min_lr
@@ -126,7 +127,7 @@ tracker = 'none'  # 'none' | 'wandb' | 'trackio' | 'tensorboard': imported only 
 # ---- end of config ---------------------------------------------------------------------------------------------------
 
 # Keys that a resumed run must not change: they fix the shape or the meaning of the saved tensors.
-FIXED = ('model', *SHAPE, 'method', 'state_bits', 'dtype', 'targets', 'task', 'best_by')
+FIXED = ('model', *SHAPE, 'method', 'state_bits', 'dtype', 'targets', 'task', 'best_by', 'table_lr_scale')
 
 
 def fixed(config):
@@ -142,7 +143,7 @@ RANGES = {
     (0, 1000): 'n_layer learning_rate weight_decay',
     (0, 2**20): 'n_head n_kv_head n_embd n_inner sample_tokens',
     (0, 2**24): 'vocab_size',
-    (0, 1e6): 'grad_clip',
+    (0, 1e6): 'grad_clip table_lr_scale',
     (-1, 1): 'model_dropout',
 }
 MOST_TOKENS = 2**20  # in a micro-batch; a plan of more would take minutes
@@ -338,9 +339,18 @@ def plan_only(config):
 def setup(model, config):
     """The method's optimizer. A ValueError that it raises ends the run with its message."""
     try:
-        return method_of(config).setup(model, config)
+        optimizer = method_of(config).setup(model, config)
     except ValueError as error:
         raise Stop(error) from None
+    if config.table_lr_scale != 1:
+        scaled = [p for module in model.head_modules().values() for p in module.parameters()] or [model.head]
+        scaled += [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+        try:
+            optimizer.scale_rate([p for p in scaled if p.requires_grad], config.table_lr_scale)
+        except ValueError:
+            what = 'is of embedding and head, and this run trains neither'
+            raise Stop(f'table_lr_scale={config.table_lr_scale} {what}: leave it out') from None
+    return optimizer
 
 
 def main(config):

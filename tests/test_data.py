@@ -9,6 +9,7 @@ import lzma
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from data import files as files_of
 from data.c4 import prepare as c4
 from data.pystdlib import prepare as pystdlib
 from data.shakespeare import prepare as shakespeare
+from data.sitepackages import prepare as sitepackages
 from data.text import prepare as text_data
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -282,6 +284,21 @@ def test_pystdlib_works_from_the_command_line_anywhere(tmp_path):
     first = ids['train'][: np.flatnonzero(ids['train'] == 256)[0]].tolist()
     texts = (p.read_text(encoding='utf-8') for _, _, p in pystdlib.find(Path(os.__file__).parent))
     assert tokenizer.load(tmp_path / 'out').decode(first) in texts
+
+
+def test_sitepackages_reads_each_text_once_and_names_its_own_command(library, tmp_path, capsys, monkeypatch):
+    (library / 'gamma').mkdir()
+    for name in ('vendored.py', 'again.py'):
+        (library / 'gamma' / name).write_text('x = "the same in two places"\n')
+    monkeypatch.setattr(sysconfig, 'get_paths', lambda: {'purelib': str(library)})
+    monkeypatch.setattr(sys, 'argv', ['prepare.py', f'--out_dir={tmp_path / "out"}', '--tokenizer=bytes'])
+    sitepackages.main()
+    assert 'skipped_copies: ' in capsys.readouterr().out
+    texts = [text for some in check_format(tmp_path / 'out').values() for text in some]
+    assert len(texts) == len(set(texts)) and 'x = "the same in two places"\n' in texts
+    meta, _ = read(tmp_path / 'out')
+    assert meta['made_by'].startswith('python data/sitepackages/prepare.py')
+    assert meta['skipped_copies'] >= 1
 
 
 # ---- c4
@@ -567,7 +584,9 @@ def test_an_error_is_one_sentence_and_leaves_the_old_folder_intact(tmp_path, pre
     assert files(prepared) == before
 
 
-@pytest.mark.parametrize('prepare', [pystdlib, c4, shakespeare, text_data], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    'prepare', [pystdlib, sitepackages, c4, shakespeare, text_data], ids=lambda module: module.__name__
+)
 def test_an_empty_out_dir_is_not_the_folder_one_is_in(capsys, monkeypatch, prepare):
     monkeypatch.setattr(sys, 'argv', ['prepare.py', '--input=x', '--out_dir='])
     with pytest.raises(SystemExit) as end:
@@ -575,7 +594,7 @@ def test_an_empty_out_dir_is_not_the_folder_one_is_in(capsys, monkeypatch, prepa
     assert end.value.code == 2 and 'argument --out_dir: it is empty' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('name', ['pystdlib', 'c4', 'shakespeare', 'text'])
+@pytest.mark.parametrize('name', ['pystdlib', 'sitepackages', 'c4', 'shakespeare', 'text'])
 def test_help_shows_the_launch_card_and_a_comment_for_every_flag(name):
     done = run(name, '--help')
     assert done.returncode == 0

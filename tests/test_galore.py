@@ -418,7 +418,7 @@ def test_a_mistyped_argument_is_refused():
 
 
 def test_impossible_arguments_name_the_thing_and_what_to_type():
-    with pytest.raises(ValueError, match="use 'subspace', 'svd' or 'sara'"):
+    with pytest.raises(ValueError, match="use 'subspace', 'svd', 'sara' or 'random'"):
         GaLoreAdamW([torch.nn.Parameter(torch.zeros(2, 2))], refresh='qr')
     for name, value, choices in (
         ('basis_bits', 2, '16, 8 or 4'),

@@ -418,7 +418,7 @@ def test_impossible_arguments_name_the_thing_and_what_to_type():
     for arguments, message in (
         (dict(rank=0), 'rank=0, .* cannot be: use at least 1'),
         (dict(quantize='int4'), "quantize='int4' is not known: use 'nf4' or 'none'"),
-        (dict(refresh='qr'), "refresh='qr' is not known: use 'subspace', 'svd' or 'sara'"),
+        (dict(refresh='qr'), "refresh='qr' is not known: use 'subspace', 'svd', 'sara' or 'random'"),
     ):
         with pytest.raises(ValueError, match=message):
             LoQTLinear(8, 8, **arguments)

@@ -206,6 +206,24 @@ def test_lr_scale_of_a_group_is_a_learning_rate_of_its_own(per_layer):
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize('per_layer', [False, True])
+def test_a_rate_scaled_afterwards_is_that_of_a_group_of_its_own(per_layer):
+    found = []
+    for when in ('at once', 'afterwards'):
+        model = net()
+        first, second = list(model[0].parameters()), list(model[2].parameters())
+        if when == 'at once':
+            optimizer = AdamW([{'params': first}, {'params': second, 'lr_scale': 0.1}], lr=1e-2, per_layer=per_layer)
+        else:
+            optimizer = AdamW(model.parameters(), lr=1e-2, per_layer=per_layer)
+            optimizer.scale_rate(second, 0.1)
+        train(model, optimizer, 5)
+        found.append(weights(model))
+    assert all(torch.equal(*pair) for pair in zip(*found))
+    with pytest.raises(ValueError, match='none of these parameters is trained here'):
+        optimizer.scale_rate([torch.zeros(3)], 2.0)
+
+
 def test_the_lr_of_the_optimizer_is_one_number_for_all_groups_beside_lr_scale():
     model = net()
     optimizer = AdamW([{'params': [p], 'lr_scale': i + 1.0} for i, p in enumerate(model.parameters())], lr=1e-3)

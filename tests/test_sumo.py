@@ -98,6 +98,17 @@ def test_an_unknown_way_to_orthogonalise_is_refused():
         SumoAdamW([torch.nn.Parameter(torch.zeros(4, 4))], orthogonal='svd')
 
 
+# ---- the control: refresh='random' -----------------------------------------------------------------------------------
+
+
+def test_a_random_basis_is_orthonormal_blind_to_the_gradient_and_drawn_anew():
+    G = torch.randn(12, 20, generator=torch.Generator().manual_seed(0))
+    P = [orthonormal_basis(A, 4, 'random', seed=seed) for A, seed in ((G, 1), (G.flip(0) * 3, 1), (G, 2))]
+    torch.testing.assert_close(P[0].T @ P[0], torch.eye(4))
+    assert torch.equal(P[0], P[1]) and not torch.equal(P[0], P[2])
+    assert orthonormal_basis(G, 99, 'random').shape == (12, 12)
+
+
 # ---- SARA: refresh='sara' ------------------------------------------------------------------------------------------
 
 

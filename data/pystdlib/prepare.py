@@ -42,39 +42,50 @@ def find(root):
     return sorted(found, key=lambda item: (item[0] != 'modules', item))
 
 
-def prepare(out_dir, tokenizer='bpe', vocab_size=4096, root=None):
-    """Write out_dir and return its meta.json as a dict. train.py runs this file if its default data set is missing."""
+def prepare(out_dir, tokenizer='bpe', vocab_size=4096, root=None, name='pystdlib', once=False):
+    """Write out_dir and return its meta.json as a dict. train.py runs this file if its default data set is missing.
+
+    root: the folder whose source it is, the library's own if None; name: of the data set. once: equal files count once.
+    """
     root = Path(root or sysconfig.get_paths()['stdlib'])
-    documents, skipped = [], 0
+    documents, skipped, copies, seen = [], 0, 0, set()
     for source, split, path in find(root):
         try:
-            documents.append((source, split, path.read_bytes().decode('utf-8-sig')))
+            text = path.read_bytes().decode('utf-8-sig')
         except UnicodeDecodeError:
             skipped += 1
+            continue
+        if once and text in seen:
+            copies += 1
+            continue
+        seen.add(text)
+        documents.append((source, split, text))
     if not documents:
         raise DataError(f'{root} holds no .py files: this Python comes without its source, use data/text/prepare.py')
     tok = common.choose_tokenizer(tokenizer, (text for _, split, text in documents if split == 'train'), vocab_size)
     size = sum(len(text) for _, _, text in documents)
-    command = f'python data/pystdlib/prepare.py --tokenizer={tokenizer} --vocab_size={vocab_size}'
-    with common.Writer(out_dir, tok, command, total=size, skipped_not_utf8=skipped) as out:
+    command = f'python data/{name}/prepare.py --tokenizer={tokenizer} --vocab_size={vocab_size}'
+    left_out = {'skipped_not_utf8': skipped} | ({'skipped_copies': copies} if once else {})
+    with common.Writer(out_dir, tok, command, total=size, **left_out) as out:
         for source, split, text in documents:
             out.add(source, split, text)
     return out.meta
 
 
-def main():
-    parser = common.parser(__doc__)
+def main(doc=__doc__, folder=str(HERE), **more):
+    parser = common.parser(doc)
     parser.add_argument('--tokenizer', default='bpe', help='bpe | bytes | tiktoken:NAME | folder with a tokenizer.json')
     parser.add_argument('--vocab_size', type=int, default=4096, help='ids of a bpe tokenizer, at least 257')
     parser.add_argument(
-        '--out_dir', type=common.folder, default=str(HERE), help='where train.bin, val.bin and meta.json go'
+        '--out_dir', type=common.folder, default=folder, help='where train.bin, val.bin and meta.json go'
     )
     args = parser.parse_args()
     start = time.time()
-    meta = prepare(args.out_dir, args.tokenizer, args.vocab_size)
+    meta = prepare(args.out_dir, args.tokenizer, args.vocab_size, **more)
     common.report(meta, args.out_dir, time.time() - start)
-    if meta['skipped_not_utf8']:
-        print(f'skipped_not_utf8: {meta["skipped_not_utf8"]}')
+    for what in ('skipped_not_utf8', 'skipped_copies'):
+        if meta.get(what):
+            print(f'{what}: {meta[what]}')
 
 
 if __name__ == '__main__':
