@@ -60,7 +60,8 @@ class GrassAdamW(GaLoreAdamW):
         score = torch.linalg.vector_norm(G, dim=1, dtype=at_least_fp32(G)).nan_to_num(0.0, 0.0)  # (m,)
         if self.choose == 'norm':  # the r largest of length / exponential noise are drawn one after another
             generator = torch.Generator(G.device).manual_seed(self.random_seed(p, step, 'rows'))
-            score /= torch.empty_like(score).exponential_(generator=generator)
+            noise = torch.rand(score.shape, generator=generator, dtype=score.dtype, device=score.device)
+            score /= -noise.clamp_min_(1e-30).log_()
         S = score.topk(len(self.placeholder[p])).indices.sort().values  # (r,)
         S = torch.where(good, S, state['P']) if 'P' in state else S
         if earlier:  # of this step, in a loop without the flag, or of one that was not taken

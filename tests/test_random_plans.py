@@ -14,7 +14,7 @@ from plumbing.build import layers_of, new_shape
 
 def some(seed, sizes, n):
     pick = random.Random(seed)
-    return [random_plans.flags_of(pick, sizes) for _ in range(n)]
+    return [random_plans.flags_of(pick, sizes, random_plans.METHODS) for _ in range(n)]
 
 
 @pytest.mark.parametrize('flags', some(7, random_plans.SMALL, 2))

@@ -45,6 +45,7 @@ MODES = {
     'adarankgrad': dict(method='adarankgrad', state_bits=8),
     'ldadam': dict(method='ldadam', per_layer=True),
     'grass': dict(method='grass', per_layer=True, gradient_accumulation_steps=2),
+    'grass by norm': dict(method='grass', choose='norm'),
     'badam by norm': dict(method='badam', choose='norm', per_layer=True, gradient_accumulation_steps=2),
     'sumo': dict(method='sumo', state_bits=8, per_layer=True, gradient_accumulation_steps=2),
     'scale 8 bits': dict(method='scale', state_bits=8),

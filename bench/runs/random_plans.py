@@ -53,6 +53,19 @@ METHODS = {  # method: its options to choose among
         train_rest=['yes', 'no'], targets=['all', 'q_proj,v_proj', 'down_proj'],
     ),
 }  # fmt: skip
+TRACED = METHODS | {  # and those that the formula does not know
+    'muon': dict(row_norm=[True, False]),
+    'scale': dict(momentum=[0.0, 0.9]),
+    'sumo': dict(
+        refresh=['subspace', 'sara'], stagger=[True, False], basis_bits=[16, 8, 4], moments=['keep', 'rotate', 'reset'],
+        orthogonal=['exact', 'newton'], update_proj_gap=[1, 3, 50],
+    ),
+    'grass': dict(choose=['top', 'norm'], stagger=[True, False], update_proj_gap=[1, 3, 50]),
+    'ldadam': dict(feedback=[True, False], rho=[0.0, 0.9]),
+    'adalomo': dict(adaptive=[True, False]),
+    'sltrain': dict(density=[0.03, 1.0]),
+}  # fmt: skip
+NO_RANK = ('adamw', 'muon', 'scale', 'adalomo')
 SHARED = dict(
     batch_size=[1, 2, 3, 4], gradient_accumulation_steps=[1, 2, 3, 5], state_bits=[32, 8], per_layer=[True, False],
     checkpointing=[True, False], offload=[False, False, True], grad_clip=[0.0, 1.0], dtype=['float32', 'bfloat16'],
@@ -67,12 +80,12 @@ LARGER = dict(block_size=[64, 256], n_layer=[2, 5, 8, 12], heads=[4, 8, 12], wid
 LARGER |= dict(vocab_size=[5000, 32000, 49152], rank=[1, 16, 128])
 
 
-def flags_of(pick, sizes):
+def flags_of(pick, sizes, methods):
     """The flags of one random configuration that train.py accepts. pick: random.Random, sizes: SMALL or LARGER."""
     while True:
-        method = pick.choice(list(METHODS))
+        method = pick.choice(list(methods))
         chosen = {'method': method} | {name: pick.choice(values) for name, values in SHARED.items()}
-        chosen |= {name: pick.choice(values) for name, values in METHODS[method].items()}
+        chosen |= {name: pick.choice(values) for name, values in methods[method].items()}
         if chosen['coreset'] != 'none':
             chosen |= {name: pick.choice(values) for name, values in CORESET.items()}
         size = {name: pick.choice(values) for name, values in sizes.items()}
@@ -80,7 +93,7 @@ def flags_of(pick, sizes):
         inner, rank = size.pop('inner'), size.pop('rank')
         size |= dict(n_head=heads, n_embd=heads * width, n_kv_head=pick.choice([0, heads, heads // 2]))
         size['n_inner'] = inner if isinstance(inner, int) else int(inner * heads * width)
-        chosen |= size | ({} if method == 'adamw' else {'rank': rank})
+        chosen |= size | ({} if method in NO_RANK else {'rank': rank})
         try:
             config = load(flags := ' '.join(f'--{name}={value}' for name, value in chosen.items()))
         except configurator.ConfigError:
@@ -175,7 +188,8 @@ def compare(task):
 def table(kind, sizes, n, seed, jobs):
     """Lines of the table of n random configurations, the worst first."""
     pick = random.Random(seed)
-    tasks, rows = [(kind, flags_of(pick, sizes)) for _ in range(n)], []
+    methods = TRACED if kind == 'real' else METHODS
+    tasks, rows = [(kind, flags_of(pick, sizes, methods)) for _ in range(n)], []
     with multiprocessing.get_context('spawn').Pool(jobs) as pool:
         for row in pool.imap(compare, tasks):
             errors, truth, seconds, moment, flags = row
