@@ -198,22 +198,23 @@ def blank(shape, run):
 
 
 def take_step(run, record, model, optimizer):
-    """One step. Of its micro-batches two are run, since a third makes and holds what the second does; but the tokens
-    of all wait in main memory, which on a CPU counts."""
+    """One step. Of its micro-batches two are run, or three under per_layer, where only one between the first and the
+    last has all sums and makes more; others make and hold what these do. But the tokens of all wait in main memory,
+    which on a CPU counts."""
     config, main_memory = run.config, 'cpu' if run.on_cpu else 'meta'
     shape, micro_batches = (config.batch_size, config.block_size), config.gradient_accumulation_steps
+    some = min(micro_batches, 3 if config.per_layer else 2)
 
     def tokens(*size):
         return torch.zeros(*size, dtype=torch.int64, device=main_memory)
 
-    waiting = [tokens(2, *shape) for _ in range(micro_batches - 2)]
+    waiting = [tokens(2, *shape) for _ in range(micro_batches - some)]
     pieces = [None, tokens(config.batch_size * run.pieces + 1).int()] if run.pieces else []
     if labels := getattr(model.config, 'labels', 0):  # (x, y, None, lengths, types), as data/batches.py has them
         y = tokens(config.batch_size).to(torch.float32 if labels == 1 else torch.int64)
-        batches = [(tokens(*shape), y, None, tokens(config.batch_size), tokens(*shape)) for _ in range(2)]
-        batches = batches[:micro_batches]
+        batches = [(tokens(*shape), y, None, tokens(config.batch_size), tokens(*shape)) for _ in range(some)]
     else:
-        batches = [(tokens(*shape), tokens(*shape), *pieces) for _ in range(min(micro_batches, 2))]
+        batches = [(tokens(*shape), tokens(*shape), *pieces) for _ in range(some)]
     run.step(model, optimizer, batches, config.learning_rate, 'cpu')
     del waiting
 

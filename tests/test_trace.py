@@ -48,6 +48,7 @@ MODES = {
     'grass by norm': dict(method='grass', choose='norm'),
     'badam by norm': dict(method='badam', choose='norm', per_layer=True, gradient_accumulation_steps=2),
     'sumo': dict(method='sumo', state_bits=8, per_layer=True, gradient_accumulation_steps=2),
+    'scale per layer, four micro-batches': dict(method='scale', per_layer=True, gradient_accumulation_steps=4),
     'scale 8 bits': dict(method='scale', state_bits=8),
     'muon 8 bits, per layer, accumulated': dict(
         method='muon', state_bits=8, per_layer=True, gradient_accumulation_steps=2, row_norm=True
