@@ -12,13 +12,14 @@ What trainer, methods, checkpoints and plans ask of a model, whoever computes it
     parts       layers, embed_tokens, head (V, D), head_bias, head_modules(), head_begins
     forward     model(...), hidden, logits, before_last and last (the last block alone, for CoLM), new_cache
     weights     dense_weights(), n_params(), flops_per_token(T), save_pretrained(folder, merged)
-    a run       checkpointing, activation_dtype, at_step(step), set_block_size(n), config.n_layer and .block_size
+    a run       checkpointing, home, activation_dtype, at_step(step), set_block_size(n), config.n_layer and .block_size
 
 Letters: B batch, T tokens in a window, D n_embd, H heads, K key/value heads, d head_dim, V vocab_size.
 Linear weights are (out, in). Modules have Hugging Face's names; state dicts differ only in the prefix `model.`.
 """
 
 import copy
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -570,6 +571,61 @@ def arithmetic(device, dtype):
     return dtype
 
 
+@functools.cache
+def side_stream(device):
+    """Where copies from and to main memory run beside the arithmetic; None on a CPU."""
+    return torch.cuda.Stream(device) if device.type == 'cuda' else None
+
+
+class Waiting:
+    """The input x of a block under checkpointing, which waits in main memory from the block's forward to its backward.
+
+    home: the device that is main memory. before: the Waiting of the block before, or None. x leaves while its block is
+    computed, and comes back while the block after it is computed again. The copies run in a stream of their own; no
+    memory of x is given up before they are done, since the arithmetic, which may take it next, waits for them."""
+
+    def __init__(self, x, home, before=None):
+        self.x, self.back, self.before = x, None, before
+        self.device, self.needs_grad, self.side = x.device, x.requires_grad, side_stream(x.device)
+        self.kept = torch.empty_like(x, device=home, pin_memory=x.is_cuda, requires_grad=False)
+        self.copied = self.copy(self.kept, x.detach())
+
+    def copy(self, to, x):
+        """Copy x into `to`. -> what the arithmetic waits for, or None where there is no stream beside it."""
+        if self.side is None:
+            to.copy_(x)
+            return None
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.side):
+            to.copy_(x, non_blocking=True)
+        return self.side.record_event()
+
+    def wait(self):
+        if self.side is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.copied)
+
+    def leave(self):
+        """The block's forward is done: x is in main memory alone."""
+        if self.x is not None:
+            self.wait()
+            self.x = None
+
+    def fetch(self):
+        if self.back is None:
+            self.back = torch.empty_like(self.kept, device=self.device)
+            self.copied = self.copy(self.back, self.kept)
+
+    def run(self, block, *rest, **named):
+        """What checkpointing computes, and computes again."""
+        if (x := self.x) is None:
+            self.fetch()
+            self.wait()
+            x, self.back = self.back.requires_grad_(self.needs_grad), None
+            if self.before is not None:
+                self.before.fetch()
+        return block(x, *rest, **named)
+
+
 class LLaMA(nn.Module):
     """The model. `device` and `dtype` apply to the weights. Built under `torch.device('meta')` it allocates nothing
     until `materialise`, which creates the weights module by module, so that a 7B needs no more than its own 13 GB.
@@ -582,6 +638,7 @@ class LLaMA(nn.Module):
         kw = dict(device=device, dtype=dtype)
         self.config = config
         self.checkpointing = False  # True: keep only each block's input and recompute the block in backward
+        self.home = None  # a device: under checkpointing those inputs wait there
         self.compute_dtype = None  # None: `arithmetic` chooses
         self.embed_tokens = Embedding(config.vocab_size, config.n_embd, config.embedding_scale, **kw)
         blocks = (Block(config, linear, i not in config.no_rope, **kw) for i in range(config.n_layer))
@@ -683,12 +740,19 @@ class LLaMA(nn.Module):
     def hidden(self, tokens, cache=None, pieces=None):
         """tokens (B, T) -> what the head reads, (B, T, D)."""
         x, cos, sin = self.embed(tokens, cache, pieces)
+        waiting = None
         for i, layer in enumerate(self.layers):
-            if self.checkpointing and torch.is_grad_enabled():
-                # LoRA's dropout, the only random operation in a block, has its own seed: no generator state to save
-                x = checkpoint(layer, x, cos, sin, None, i, pieces, use_reentrant=False, preserve_rng_state=False)
-            else:
+            if not (self.checkpointing and torch.is_grad_enabled()):
                 x = layer(x, cos, sin, cache, i, pieces)
+                continue
+            if self.home is not None:
+                waiting = Waiting(x, self.home, waiting)
+            # LoRA's dropout, the only random operation in a block, has its own seed: no generator state to save
+            first = (layer, x) if waiting is None else (waiting.run, layer)
+            x = checkpoint(*first, cos, sin, None, i, pieces, use_reentrant=False, preserve_rng_state=False)
+            del first
+            if waiting is not None:
+                waiting.leave()
         return self.norm(x)
 
     def before_last(self, tokens):

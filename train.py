@@ -109,6 +109,7 @@ state_bits = 32  # 32 | 8: bits of Adam's moments; 8 is blockwise and saves 3/4 
 offload = False  # keep Adam's moments in main memory; each visits the card once a step, while its layer is updated
 per_layer = False  # update each weight inside backward and drop its gradient; saves a copy of the weights, same result
 checkpointing = False  # keep only each block's input and recompute the block in backward: measured a quarter slower
+offload_activations = False  # with checkpointing: those inputs wait in main memory, T D 2 bytes for each block
 compile = False  # torch.compile: 15 s to start, then measured a sixth faster; off, with the reason printed, if it fails
 
 # choice of batches
@@ -159,8 +160,9 @@ def without_effect(config):
         found.append("overwrite=True replaces a run, and init_from='resume' goes on with it: leave out one of them")
     if c.min_lr > c.learning_rate or (c.min_lr < 0 and c.min_lr != -1):
         found.append(f'min_lr={c.min_lr} is out of range: use 0 to learning_rate={c.learning_rate}, or -1 for a tenth')
-    if c.offload and typed(c, 'offload') and not c.dry_run and parallel.device_and_dtype(c)[0] == 'cpu':
-        found.append('offload=True moves moments to main memory, where all is on a CPU: leave it out')
+    for key, what in (('offload', 'moments'), ('offload_activations', "blocks' inputs")):
+        if getattr(c, key) and typed(c, key) and not c.dry_run and parallel.device_and_dtype(c)[0] == 'cpu':
+            found.append(f'{key}=True moves {what} to main memory, where all is on a CPU: leave it out')
     return found
 
 
@@ -214,6 +216,10 @@ def problems(config):
             'per_layer=True saves nothing with compile=True, whose backward returns all gradients at its end: '
             'set one of them to False'
         )
+    if c.offload_activations and not c.checkpointing:
+        found.append('offload_activations=True moves what checkpointing keeps: add --checkpointing=True')
+    if c.offload_activations and c.compile:
+        found.append('offload_activations=True copies beside what compile=True compiles: set one of them to False')
     if c.gradient_accumulation_steps % world:
         found.append(
             f'gradient_accumulation_steps={c.gradient_accumulation_steps} is counted over all {world} processes: '

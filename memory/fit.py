@@ -178,7 +178,8 @@ def turn(config, way):
     """The config with one of WAYS in the place of its method, and nothing else that saves memory."""
     plain = configurator.switch(config, way['method'])
     carried = {key: getattr(config, key) for key in CARRIED if hasattr(config, key) and hasattr(plain, key)}
-    trunk = dict(state_bits=32, per_layer=False, offload=False, compile=False, save_merged=True)
+    trunk = dict(state_bits=32, per_layer=False, compile=False, save_merged=True)
+    trunk |= dict(offload=False, offload_activations=False)
     return configurator.switch(config, **trunk | carried | way)
 
 

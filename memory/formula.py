@@ -173,10 +173,13 @@ def activations_of_a_block(run):
 
 
 def activations(run):
-    """-> bytes of all blocks, as backward begins; of one; and what the recomputation of a block adds."""
+    """-> bytes of all blocks, as backward begins; of one; and what the recomputation of a block adds. Offloaded, a
+    block's input comes for that, and the next one's on its heels."""
     kept = activations_of_a_block(run)
     saved = run.a * run.N * run.D if run.config.checkpointing else kept
     positions = run.a * run.config.block_size * run.shape.rotary_dim
+    if run.config.offload_activations:
+        return positions, 0, kept + saved
     return run.L * saved + positions, saved, kept - saved
 
 

@@ -169,8 +169,10 @@ def record_steps(run, model_config, n_layer):
             build(record, run, model)
             model.checkpointing, model.compute_dtype = config.checkpointing, run.compute_dtype
             optimizer = run.setup(model, never)  # may put weights into fewer bits
-        if config.offload and not run.on_cpu:
-            optimizer.home = torch.device('meta')
+        if config.offload:
+            optimizer.home = main_memory(run)
+        if config.offload_activations:
+            model.home = main_memory(run)
         located = list(storages(model, optimizer))
         record.give_to_layers(located)
         weights = bytes_of(t for _, t in located) + extra_layers * bytes_of(t for layer, t in located if layer == 2)
@@ -189,6 +191,11 @@ def record_steps(run, model_config, n_layer):
         return record.chunks, weights, states
 
 
+def main_memory(run):
+    """The device that stands for it: what lies there takes none of a card."""
+    return torch.device('cpu' if run.on_cpu else 'meta')
+
+
 def blank(shape, run):
     """The model on the meta device: LLaMA, or transformers' own, which its shape builds."""
     if hasattr(shape, 'blank'):
@@ -201,12 +208,12 @@ def take_step(run, record, model, optimizer):
     """One step. Of its micro-batches two are run, or three under per_layer, where only one between the first and the
     last has all sums and makes more; others make and hold what these do. But the tokens of all wait in main memory,
     which on a CPU counts."""
-    config, main_memory = run.config, 'cpu' if run.on_cpu else 'meta'
-    shape, micro_batches = (config.batch_size, config.block_size), config.gradient_accumulation_steps
+    config, shape = run.config, (run.config.batch_size, run.config.block_size)
+    micro_batches = config.gradient_accumulation_steps
     some = min(micro_batches, 3 if config.per_layer else 2)
 
     def tokens(*size):
-        return torch.zeros(*size, dtype=torch.int64, device=main_memory)
+        return torch.zeros(*size, dtype=torch.int64, device=main_memory(run))
 
     waiting = [tokens(2, *shape) for _ in range(micro_batches - some)]
     pieces = [None, tokens(config.batch_size * run.pieces + 1).int()] if run.pieces else []

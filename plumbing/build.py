@@ -91,6 +91,7 @@ def build_model(config, data, vocab_size, dtype, device, source=None, linear=Lin
     if device != 'meta' or not source:
         check_vocabulary(built.config, vocab_size)
     built.checkpointing = config.checkpointing
+    built.home = torch.device('cpu') if config.offload_activations else None
     return built
 
 

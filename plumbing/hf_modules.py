@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model import HeadLoss, Linear, ModelError, positions_of
+from model import HeadLoss, Linear, ModelError, Waiting, positions_of
 
 # Families whose blocks see nothing of other tokens than through a mask that they take as it is: rows may be packed.
 PACKED = ('gpt2', 'gpt_neox', 'opt', 'phi')
@@ -153,6 +153,7 @@ class Transformers(nn.Module):
     def __init__(self, inner, shape, linear=Linear, device='meta'):
         super().__init__()
         self.inner, self.config, self.checkpointing, self.compute_dtype = inner, shape, False, None
+        self.home = self.waiting = None  # under checkpointing where blocks' inputs wait, and the last one that does
         self.blocks = [blocks_of(inner)]  # in a list: named once, inside `inner`
         self.step, self.micro_batch, self.again, self.to_head = 0, 0, False, nn.Identity()
         found = [name for name, m in self.layers.named_modules() if type(m) is nn.Linear or is_conv(m)]
@@ -214,7 +215,14 @@ class Transformers(nn.Module):
     def run_block(self, forward, block, i, *inputs, **named):
         """A block's forward: under checkpointing through torch's, which calls the block again, with its hooks."""
         if self.checkpointing and torch.is_grad_enabled() and not self.again:
-            return checkpoint(self.run_again, block, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
+            again, how = partial(self.run_again, block), dict(use_reentrant=False, preserve_rng_state=False)
+            if self.home is None:
+                return checkpoint(again, *inputs, **how, **named)
+            self.waiting = waiting = Waiting(inputs[0], self.home, self.waiting if i else None)
+            x = checkpoint(waiting.run, again, *inputs[1:], **how, **named)
+            waiting.leave()
+            self.waiting = waiting if i + 1 < len(self.layers) else None
+            return x
         self.draw(i)
         return forward(*inputs, **named)
 
