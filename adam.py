@@ -496,7 +496,11 @@ class AdamW(torch.optim.Optimizer):
     def take_gradient(self, p):
         """The gradient of the whole step, averaged over processes, its norm counted; p lets go of it."""
         G, p.grad = p.grad, None
-        return self.add_to_norm(p, average_(G))
+        return self.add_to_norm(p, self.averaged(p, G))
+
+    def averaged(self, p, G):
+        """The mean of G over the processes; of a p that is a part of a cut weight, G, which has come as that."""
+        return G if hasattr(p, 'part') else average_(G)
 
     def add_to_norm(self, p, G):
         if G.dtype == torch.float32 and G.is_contiguous():  # three times faster than vector_norm on a CPU
@@ -506,7 +510,8 @@ class AdamW(torch.optim.Optimizer):
         return G
 
     def random_seed(self, p, step, row=0):
-        return zlib.crc32(f'{self.seed} {step} {self.index_of[p]} {row}'.encode())
+        of = p.part.salt if hasattr(p, 'part') else ''  # other numbers for other parts of a weight
+        return zlib.crc32(f'{self.seed} {step} {self.index_of[p]} {row}{of}'.encode())
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
@@ -548,7 +553,10 @@ class AdamW(torch.optim.Optimizer):
             self.squares = {}
 
     def norm(self):
-        return torch.stack(list(self.squares.values())).sum().sqrt()
+        part = getattr(next(iter(self.squares)), 'part', None)
+        if part is None:
+            return torch.stack(list(self.squares.values())).sum().sqrt()
+        return part.sum_(torch.stack([square / p.part.copies for p, square in self.squares.items()]).sum()).sqrt()
 
     @property
     def keeps_gradients_back(self):

@@ -34,7 +34,6 @@ from adam import (
     BLOCK,
     AdamW,
     adam_direction,
-    average_,
     is_finite,
     product_dtype,
     read_state,
@@ -310,8 +309,9 @@ class GaLoreAdamW(AdamW):
         for i, p in enumerate(projected):
             self.offset[p] = i * self.group_of[p]['update_proj_gap'] // len(projected) if self.stagger else 0
             if p not in self.placeholder:
-                self.right[p] = on_the_right(p.shape, self.group_of[p]['proj_type'])
-                r, n = min(self.group_of[p]['rank'], *p.shape), p.shape[0] if self.right[p] else p.shape[1]
+                whole = p.part.shape if hasattr(p, 'part') else p.shape  # P is of the whole weight, R of this part
+                self.right[p] = on_the_right(whole, self.group_of[p]['proj_type'])
+                r, n = min(self.group_of[p]['rank'], *whole), p.shape[0] if self.right[p] else p.shape[1]
                 self.placeholder[p] = torch.zeros((), dtype=p.dtype, device=p.device).expand(r, n).requires_grad_()
 
     def is_projected(self, p):
@@ -361,6 +361,7 @@ class GaLoreAdamW(AdamW):
         """A new P for p, from G (m, n), pending until the step is taken. Computed once and handed to all processes, so
         that rounding cannot set them apart."""
         state, group, earlier = self.state[p], self.group_of[p], self.pending.get(p)
+        G = p.part.whole(G, 1) if hasattr(p, 'part') else G  # (m, n)
         step, T, good = state.get('step', 0), group['update_proj_gap'], is_finite(G)
         if self.refresh != 'subspace':  # of NaN it would not come to its end
             G = zero_unless_(good, G.to(torch.float32, copy=True))  # (m, n)
@@ -465,7 +466,7 @@ class GaLoreAdamW(AdamW):
             return
         known = p in self.pending and p not in self.sound
         if ('P' not in self.state[p] or self.is_due(p)) and not known:
-            self.new_basis(p, self.p_first(p, average_(p.grad)))
+            self.new_basis(p, self.p_first(p, self.averaged(p, p.grad)))
         R, q = project(self.basis(p), self.p_first(p, p.grad)).to(p.dtype), self.placeholder[p]  # (r, n)
         q.grad = R if q.grad is None else self.sum_up(p, q.grad, R)
         p.grad = Shadow(q.grad, p)
@@ -476,7 +477,7 @@ class GaLoreAdamW(AdamW):
         self.fold(p)
         self.settle(p)
         R, self.placeholder[p].grad, p.grad = self.placeholder[p].grad, None, None
-        return self.add_to_norm(p, average_(R))
+        return self.add_to_norm(p, self.averaged(p, R))
 
 
 # ---- for train.py ------------------------------------------------------------------------------------------------

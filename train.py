@@ -42,7 +42,8 @@ from memory.measure import Measure
 from memory.record import LiveBytes
 from model import SIZES, ModelConfig, ModelError, trained_rows
 from plumbing import begin as start
-from plumbing import checkpoint, classify, parallel, report
+from plumbing import checkpoint, classify, report, sharding
+from plumbing import parallel as processes
 from plumbing.build import (
     SHAPE,
     build_model,
@@ -110,6 +111,9 @@ offload = False  # keep Adam's moments in main memory; each visits the card once
 per_layer = False  # update each weight inside backward and drop its gradient; saves a copy of the weights, same result
 checkpointing = False  # keep only each block's input and recompute the block in backward: measured a quarter slower
 offload_activations = False  # with checkpointing: those inputs wait in main memory, T D 2 bytes for each block
+parallel = 'dp'  # 'dp' | 'fsdp' | 'tp' | 'dp+tp': what several processes do, under torchrun: each holds all and reads
+#           batches of its own; or holds a part of each tensor; or of each layer, for the same batch; or both
+tp_size = 2  # of parallel='dp+tp': processes in a group that computes each layer together
 compile = False  # torch.compile: 15 s to start, then measured a sixth faster; off, with the reason printed, if it fails
 
 # choice of batches
@@ -161,7 +165,7 @@ def without_effect(config):
     if c.min_lr > c.learning_rate or (c.min_lr < 0 and c.min_lr != -1):
         found.append(f'min_lr={c.min_lr} is out of range: use 0 to learning_rate={c.learning_rate}, or -1 for a tenth')
     for key, what in (('offload', 'moments'), ('offload_activations', "blocks' inputs")):
-        if getattr(c, key) and typed(c, key) and not c.dry_run and parallel.device_and_dtype(c)[0] == 'cpu':
+        if getattr(c, key) and typed(c, key) and not c.dry_run and processes.device_and_dtype(c)[0] == 'cpu':
             found.append(f'{key}=True moves {what} to main memory, where all is on a CPU: leave it out')
     return found
 
@@ -221,15 +225,17 @@ def problems(config):
     if c.offload_activations and c.compile:
         found.append('offload_activations=True copies beside what compile=True compiles: set one of them to False')
     if c.gradient_accumulation_steps % world:
+    readers = world // sharding.tp_of(c, world) or 1
+    if c.gradient_accumulation_steps % readers:
         found.append(
-            f'gradient_accumulation_steps={c.gradient_accumulation_steps} is counted over all {world} processes: '
-            f'use a multiple of {world}'
+            f'gradient_accumulation_steps={c.gradient_accumulation_steps} is counted over all {readers} processes: '
+            f'use a multiple of {readers}'
         )
     if c.tracker != 'none' and not importlib.util.find_spec(c.tracker):
         found.append(f"tracker='{c.tracker}' needs a package: pip install {c.tracker}, or use --tracker=none")
     if c.device == 'cuda' and not torch.cuda.is_available() and not c.dry_run:
         found.append("device='cuda', but torch sees no CUDA device: use --device=cpu, or install a CUDA build of torch")
-    return found + method_of(c).problems(c) + colm.problems(c)
+    return found + sharding.problems(c, world) + method_of(c).problems(c) + colm.problems(c)
 
 
 def warmup_of(config):
@@ -265,11 +271,13 @@ def evaluate(model, data, config, here):
     total, n = torch.zeros(2, dtype=torch.float64), eval_tokens_of(config)  # summed loss, trained tokens
     with patience(f'evaluating on {n:,} tokens') as tell:
         for i, (x, y, _, *pieces) in enumerate(data.evaluation(n, config.batch_size)):
-            if i % here.world == here.rank:
+            if i % here.readers == here.reader:
                 count = trained_tokens([(x, y)]).clamp_min(1)
                 loss = loss_of(model, (x, y, None, *pieces), count.to(here.device), here.device)
                 total += torch.tensor([loss.item() * count, count], dtype=torch.float64)
             tell(min((i + 1) * y.numel() / min(n, len(data.tokens)), 1))
+        if here.world > 1 and here.reader > i % here.readers:  # no batch is left for it, but it may have to gather
+            loss_of(model, (x, y, None, *pieces), 1.0, here.device)
     total = average_(total.to(here.device))
     return (total[0] / total[1]).item()
 
@@ -332,7 +340,7 @@ def plan_memory(config, shape, device, dtype, compute_dtype=None):
 
 def plan_only(config):
     """Build the model and the optimizer on the meta device and print the plan. The data need not be prepared."""
-    device, dtype = parallel.device_and_dtype(config)
+    device, dtype = processes.device_and_dtype(config)
     print(configurator.as_text(config, __file__), flush=True)
     shape_of(config)  # whatever is wrong with it is said before the model is built
     model, folder, meta = build_on_meta(config)
@@ -362,7 +370,7 @@ def setup(model, config):
 def main(config):
     if config.dry_run:
         return plan_only(config)
-    here = parallel.start(config)  # this process: rank, world, device, dtype
+    here = processes.start(config)  # this process: rank, world, device, dtype
     here.say(configurator.as_text(config, __file__))
 
     # ---- data, model, method ----
@@ -382,17 +390,18 @@ def main(config):
             model.config.eos_token_id = tok.eot
         if config.task == 'classify' and (note := classify.name_labels(model, meta['labels'])):
             here.say(f'note: {note}')
-        optimizer = setup(model, config)
+        mine = sharding.place(model, config, here)  # what of the model this process trains
+        optimizer = setup(mine, config)
     selection = colm.setup(config, train_data)
-    begin.restore(model, optimizer, selection, train_data, config)
+    begin.restore(mine, optimizer, selection, train_data, config)
     if config.eval_only:
         report.evaluated(measured(model, val_data, config, here), begin, config, here)
         return here.finish()
     files = files_of(folder, begin.weights, tok=tok if config.task == 'lm' else None)
     plan = announce(config, model, folder, meta, begin, here, train_data.windows) if here.rank == 0 else None
     log = report.Log(config, model, plan, begin, here)
-    measure = Measure(model, optimizer, here.on_cuda, building.peak, config.compile)
-    stop = parallel.CtrlC(here)
+    measure = Measure(mine, optimizer, here.on_cuda, building.peak, config.compile)
+    stop = processes.CtrlC(here)
     forward = try_compile(model, train_data, config, here.device) if config.compile else model
 
     # ---- the loop ----
@@ -423,15 +432,18 @@ def main(config):
 
         # once in a while: save
         if save_now or better:
-            report.check_finite(model, optimizer, step, config)
+            report.check_finite(mine, optimizer, step, config, here)
+            whole = sharding.gathered(mine, optimizer, here)
             if here.rank == 0:
                 run = begin.position(step, config) | log.val | {'best_val_loss': best}
                 run |= {'seconds': log.seconds()}
-                checkpoint.save_all(config, model, optimizer, selection, files, run, begin, save_now, better)
+                checkpoint.save_all(config, *whole, selection, files, run, begin, save_now, better)
 
         # once in a while: print a sample
-        if eval_now and config.sample_tokens and config.task == 'lm' and step > 0 and here.rank == 0:
-            print_sample(model, tok, config)
+        if eval_now and config.sample_tokens and config.task == 'lm' and step > 0:
+            whole = sharding.gathered(mine, None, here)[0]
+            if here.rank == 0:
+                print_sample(whole, tok, config)
 
         if log_now:
             log.start_clock()
@@ -490,8 +502,8 @@ def batches_of(step, data, selection, model, config, here):
     c = config
     if selection:
         return colm.chosen_batches(selection, model, data, c, step, here.device, here.rank, here.world)
-    n = c.gradient_accumulation_steps // here.world
-    batches = (data.batch(c.seed, step * n + i, c.batch_size, here.rank, here.world) for i in range(n))
+    n = c.gradient_accumulation_steps // here.readers
+    batches = (data.batch(c.seed, step * n + i, c.batch_size, here.reader, here.readers) for i in range(n))
     return [(x, y, None, *pieces) for x, y, _, *pieces in batches]
 
 

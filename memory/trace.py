@@ -321,7 +321,8 @@ def plan_memory(config, shape, dtype, device, method, training_step, selection=N
     if hasattr(run, 'compensation'):  # a fourth round holds nothing that the third does not
         run.compensation = min(run.compensation, 3)
     world = int(os.environ.get('WORLD_SIZE', 1))
-    run.gradient_accumulation_steps = max(config.gradient_accumulation_steps // world, 1)  # of one process
+    group = {'tp': world, 'dp+tp': getattr(config, 'tp_size', 1)}.get(getattr(config, 'parallel', 'dp'), 1)
+    run.gradient_accumulation_steps = max(config.gradient_accumulation_steps * group // world, 1)  # of one process
     linear = method.linear(run) if hasattr(method, 'linear') else Linear
     pretrained = config.init_from not in ('scratch', 'resume')
 

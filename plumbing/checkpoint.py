@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from plumbing import sharding
 from plumbing.hf import first_line
 from plumbing.resume import CheckpointError, advice_for_broken, checksum_of, exists, find, older, place, read_run
 from plumbing.terminal import patience
@@ -175,6 +176,7 @@ def load_optimizer(path, optimizer):
     try:
         state = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
         state['param_groups'] = optimizer.state_dict()['param_groups']
+        state = sharding.spread(state, optimizer)
         optimizer.load_state_dict(state)
     except Exception as error:
         reason = first_line(error)

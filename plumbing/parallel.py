@@ -11,15 +11,28 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from plumbing.sharding import tp_of
+
 
 @dataclass
 class Here:
-    """This process among `world`, its device ('cpu', 'cuda', 'cuda:1') and the dtype of the weights."""
+    """This process among `world`, its device ('cpu', 'cuda', 'cuda:1') and the dtype of the weights; tp: how many
+    processes share the arithmetic of a batch."""
 
     rank: int
     world: int
     device: str
     dtype: torch.dtype
+    tp: int = 1
+
+    @property
+    def readers(self):
+        """How many processes, or groups of them, read batches of their own."""
+        return self.world // self.tp
+
+    @property
+    def reader(self):
+        return self.rank // self.tp
 
     @property
     def on_cuda(self):
@@ -86,7 +99,7 @@ def start(config):
             torch.cuda.set_device(device)
         threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
         dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
-    return Here(rank, world, device, dtype)
+    return Here(rank, world, device, dtype, tp_of(config, world))
 
 
 def end_with(parent):

@@ -288,12 +288,13 @@ class Log:
             here.say(f'{name}: {value}')
 
 
-def check_finite(model, optimizer, step, config):
-    """Raise Stop if a weight, or a scale of packed weights, is not finite: saving it would ruin the checkpoint."""
+def check_finite(model, optimizer, step, config, here):
+    """Raise Stop on all processes if a weight, or a scale of packed weights, is not finite: saving it would ruin the
+    checkpoint."""
     scales = [t for s in optimizer.state.values() for name, t in s.items() if name.endswith(('scale', 'absmax'))]
     scales += [t for t in model.buffers() if t.is_floating_point()]
     finite = [t.isfinite().all().to(model.head.device) for t in (*model.parameters(), *scales)]
-    if not torch.stack(finite).all():
+    if here.any(not torch.stack(finite).all()):
         stop_not_finite('weights that are not finite', step, optimizer.lr, config)
 
 
