@@ -224,7 +224,6 @@ def problems(config):
         found.append('offload_activations=True moves what checkpointing keeps: add --checkpointing=True')
     if c.offload_activations and c.compile:
         found.append('offload_activations=True copies beside what compile=True compiles: set one of them to False')
-    if c.gradient_accumulation_steps % world:
     readers = world // sharding.tp_of(c, world) or 1
     if c.gradient_accumulation_steps % readers:
         found.append(
