@@ -10,7 +10,7 @@ import contextlib
 
 import torch
 
-from memory.record import LiveBytes
+from memory.record import LiveBytes, Resizing
 
 
 class Measure:
@@ -30,7 +30,7 @@ class Measure:
         if self.on_cuda or self.compiled or not looks:
             yield
             return
-        with LiveBytes() as live:
+        with Resizing() if any(hasattr(p, 'part') for p in self.model.parameters()) else LiveBytes() as live:
             self.begin(live)
             yield
         self.recorded = max(self.recorded, live.peak)

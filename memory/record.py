@@ -156,6 +156,23 @@ class LiveBytes(TorchDispatchMode):
             self.allocator.free(block)
 
 
+class Resizing(LiveBytes):
+    """LiveBytes of a model that fully_shard cut: it gathers weights into storages that it makes larger and smaller, of
+    which no operation tells. So all sizes are read after each operation, which is for small runs."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, out)):
+            if isinstance(tensor, torch.Tensor):
+                self.add(getattr(tensor, '_local_tensor', tensor).untyped_storage())
+        self.now = sum(storage.nbytes() for storage in list(self.seen))
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def add(self, storage, tensor=None, function=None):
+        self.seen[storage] = True
+
+
 @dataclass
 class Chunk:
     """A stretch of the record in one layer; layer None: outside of the layers.

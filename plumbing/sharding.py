@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from adam import BLOCK, MOMENTS, SMALLEST_8BIT, read_state, write_state
+import adam
+from adam import BLOCK, MOMENTS, read_state, write_state
 from plumbing import Stop
 
 COLUMNS = ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj', 'mlp.gate_proj', 'mlp.up_proj')
@@ -66,6 +67,8 @@ def place(model, config, here):
     """Cut the model in place, as config.parallel says. -> what the optimizer is made of: `mirror` of this process's
     parts; the model itself where nothing is cut. Raises Stop for a model that cannot be cut."""
     if here.world == 1 or config.parallel not in METHODS:
+        if config.parallel in METHODS:
+            here.say(f"note: parallel='{config.parallel}' cuts nothing, there is one process: torchrun starts more")
         return model
     if hasattr(model, 'inner'):
         raise Stop(f"parallel='{config.parallel}' is of our own families: use --parallel=dp with transformers' modules")
@@ -281,7 +284,7 @@ def encoded(moments, eight):
     """Moments as a state keeps them: in 8 bits, if those were and they are not too small."""
     state = {}
     for name, M in moments.items():
-        if not eight or M.numel() < SMALLEST_8BIT:
+        if not eight or M.numel() < adam.SMALLEST_8BIT:
             state[name] = M
             continue
         both = dict.fromkeys(moments) | {name: torch.zeros(M.shape, dtype=torch.uint8)}

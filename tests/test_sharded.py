@@ -1,0 +1,189 @@
+"""train.py on 2 and 4 processes that hold parts of the weights: it trains as one process does, and resumes anywhere."""
+
+import json
+import os
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run, tiny
+from safetensors.torch import load_file
+
+STEP = ['--gradient_accumulation_steps=4', '--learning_rate=1e-3', '--sample_tokens=0', '--eval_interval=20']
+ADAMW = ['--method=adamw', '--grad_clip=1.0', '--weight_decay=0.1']
+GALORE = ['--method=galore', '--moments=rotate', '--grad_clip=1.0']
+EIGHT = ['--state_bits=8']
+HALF = ['--max_iters=10', '--lr_decay_iters=20']
+ON = ['--init_from=resume', '--max_iters=20', '--lr_decay_iters=20']
+# The first basis is of the first micro-batch of all processes, so one process has to read as much at once.
+ONE_BATCH = ['--batch_size=16', '--gradient_accumulation_steps=1']
+# name: flags, in the order in which they run; a name with '>' goes on from a copy of the run before it
+CASES = {
+    1: {'adamw': ADAMW, 'galore': [*GALORE, *ONE_BATCH], 'from1': [*ADAMW, *HALF]},
+    2: {
+        'adamw fsdp': [*ADAMW, '--parallel=fsdp', '--sample_tokens=4'],
+        'adamw8 fsdp': [*ADAMW, *EIGHT, '--parallel=fsdp'],
+        'from2': [*ADAMW, *HALF, '--parallel=fsdp'],
+        'eight from2': [*ADAMW, *EIGHT, *HALF, '--parallel=fsdp'],
+        'galore8 fsdp': [*GALORE, *EIGHT, '--parallel=fsdp'],
+        'galore8 from2': [*GALORE, *EIGHT, *HALF, '--parallel=fsdp'],
+        'from2 > fsdp': [*ADAMW, *ON, '--parallel=fsdp'],
+        'eight from2 > fsdp': [*ADAMW, *EIGHT, *ON, '--parallel=fsdp'],
+        'from1 > tp': [*ADAMW, *ON, '--parallel=tp', '--checkpointing'],
+    },
+    4: {
+        'adamw fsdp': [*ADAMW, '--parallel=fsdp', '--checkpointing'],
+        'adamw tp': [*ADAMW, '--parallel=tp'],
+        'adamw dp+tp': [*ADAMW, '--parallel=dp+tp'],
+        'galore fsdp': [*GALORE, '--parallel=fsdp'],
+        'from2 > dp+tp': [*ADAMW, *ON, '--parallel=dp+tp'],
+        'from2 > half': [*ADAMW, *ON, '--parallel=fsdp', '--max_iters=15'],
+        'eight from2 > fsdp': [*ADAMW, *EIGHT, *ON, '--parallel=fsdp'],
+        'galore8 from2 > fsdp': [*GALORE, *EIGHT, *ON, '--parallel=fsdp'],
+    },
+}
+
+
+def worker(folder, data, which):
+    """Run all cases of this number of processes; what they hold goes to a file."""
+    import torch.distributed as dist
+
+    import adam
+    import configurator
+    import train
+    from plumbing import parallel, sharding
+
+    adam.SMALLEST_8BIT = 64
+    world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
+    if world > 1:
+        dist.init_process_group('gloo')
+    held = {}
+
+    class Measure(train.Measure):
+        def step(self, n):
+            states = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+            held[name] = [sum(t.nbytes for t in some) for some in (self.model.parameters(), states)]
+            return super().step(n)
+
+    train.Measure = Measure
+    train.announce = lambda *arguments: None  # its plan takes longer than the run
+    train.processes.start = lambda config: parallel.Here(
+        rank, world, 'cpu', torch.float32, sharding.tp_of(config, world)
+    )
+    parallel.Here.finish = lambda here, code=0: None
+    for name, flags in json.loads(which).items():
+        out = os.path.join(folder, f'{world} {name}')
+        before, goes_on, _ = name.partition(' > ')
+        if goes_on and rank == 0:
+            shutil.copytree(os.path.join(folder, f'{before[-1]} {before}'), out)  # from2 is of two
+        if world > 1:
+            dist.barrier()
+        config = configurator.load('train.py', tiny(f'--dataset={data}', f'--out_dir={out}', *STEP, *flags))
+        assert not train.problems(config), train.problems(config)
+        train.main(config)
+    with open(os.path.join(folder, f'held {world} {rank}.json'), 'a') as f:
+        f.write(json.dumps(held) + '\n')
+    if world > 1:
+        dist.barrier()
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads abort a process now and then while Python shuts down
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp('runs')
+    for world, cases in CASES.items():
+        words = [__file__, folder, data, json.dumps(cases)]
+        if world > 1:
+            words = ['-m', 'torch.distributed.run', f'--nproc_per_node={world}', '--standalone', *words]
+        done = run(words)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def weights(folder, name):
+    return load_file(folder / name / 'last/model.safetensors')
+
+
+def apart(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@pytest.mark.parametrize('name', ['2 adamw fsdp', '4 adamw fsdp', '4 adamw tp', '4 adamw dp+tp'])
+def test_parts_of_weights_come_to_the_weights_of_one_process(folder, name):
+    assert apart(weights(folder, '1 adamw'), weights(folder, name)) < 2e-6
+
+
+def test_galore_on_parts_is_galore(folder):
+    assert apart(weights(folder, '1 galore'), weights(folder, '4 galore fsdp')) < 1e-5
+
+
+@pytest.mark.parametrize('name', ['4 from2 > dp+tp', '2 from1 > tp'])
+def test_a_run_goes_on_with_another_number_of_processes_or_another_way(folder, name):
+    assert apart(weights(folder, '1 adamw'), weights(folder, name)) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ('whole', 'resumed'), [('2 adamw fsdp', '2 from2 > fsdp'), ('2 adamw8 fsdp', '2 eight from2 > fsdp')]
+)
+def test_the_same_number_goes_on_bit_for_bit(folder, whole, resumed):
+    assert apart(weights(folder, whole), weights(folder, resumed)) == 0
+
+
+@pytest.mark.parametrize(
+    ('whole', 'half', 'name'),
+    [
+        ('2 adamw8 fsdp', '2 eight from2', '4 eight from2 > fsdp'),
+        ('2 galore8 fsdp', '2 galore8 from2', '4 galore8 from2 > fsdp'),
+    ],
+)
+def test_moments_in_8_bits_go_on_in_other_parts(folder, whole, half, name):
+    """Their blocks end elsewhere, so they are rounded anew: near, and far nearer than without moments."""
+    at = [torch.cat([W.flatten() for W in weights(folder, run).values()]) for run in (whole, half, name)]
+    assert (at[2] - at[0]).norm() < (at[1] - at[0]).norm() / 10
+
+
+def test_four_came_from_two_and_one_goes_on(folder, data, tmp_path):
+    shutil.copytree(folder / '4 from2 > half', tmp_path / 'run')
+    words = ['train.py', *tiny(f'--dataset={data}', f'--out_dir={tmp_path / "run"}', *STEP, *ADAMW, *ON)]
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+    assert 'one process' in done.stdout, 'parallel=fsdp cuts nothing here'
+    assert apart(weights(folder, '1 adamw'), load_file(tmp_path / 'run/last/model.safetensors')) < 2e-6
+
+
+def held(folder, world, rank, name):
+    lines = (folder / f'held {world} {rank}.json').read_text().splitlines()
+    return json.loads(lines[0])[name]
+
+
+@pytest.mark.parametrize('method', ['adamw', 'galore'])
+def test_a_process_of_four_holds_a_quarter(folder, method):
+    alone = held(folder, 1, 0, method)
+    for rank in range(4):
+        there = held(folder, 4, rank, f'{method} fsdp')
+        assert there[0] <= 0.30 * alone[0]
+        if method == 'adamw':
+            assert there[1] <= 0.30 * alone[1]
+
+
+@pytest.mark.parametrize(
+    ('flags', 'says'),
+    [
+        ('--parallel=fsdp --method=muon', "method='muon' needs whole: use dp, or adamw or galore"),
+        ('--parallel=tp --method=galore', "method='galore' needs whole: use dp, or adamw"),
+        ('--parallel=fsdp --per_layer', 'per_layer=True moves weights in backward'),
+        ('--parallel=fsdp --coreset=grad', "coreset='grad'"),
+        ('--parallel=tp --compile --method=adamw', 'compile=True'),
+    ],
+)
+def test_what_does_not_go_together_is_said_by_name(flags, says, data):
+    done = run(['train.py', *tiny(f'--dataset={data}', *flags.split()), '--dry_run'])
+    assert done.returncode != 0 and says in done.stderr and 'Traceback' not in done.stderr
+
+
+if __name__ == '__main__':
+    sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+    worker(*sys.argv[1:])
