@@ -239,13 +239,13 @@ def print_fit(config, shape, own):
     if n == 1:
         print('context: the longest --block_size that fits at batch 1.')
     last = '  way' if n > 1 else f' {"context":>9}'
-    print(f'{"":26} {"checkpoints":>11} {"batch":>6} {"GB":>6} {"speed":>6}{last}')
+    print(f'{"":38} {"checkpoints":>11} {"batch":>6} {"GB":>6} {"speed":>6}{last}')
     scratch, best, marked = config.init_from == 'scratch', rows[0].seconds, False
     for row in rows:
         star = '*' * (scratch and row.name in NO_PRETRAINING)
         marked |= bool(star)
         print(
-            f'{row.name + star:26} {"yes" if row.checkpointing else "no":>11} {row.batch:6d} '
+            f'{row.name + star:38} {"yes" if row.checkpointing else "no":>11} {row.batch:6d} '
             f'{row.bytes / 1e9:6.2f} {best / row.seconds:6.2f}{f"  {row.way}" if n > 1 else f" {row.context:9,}"}'
         )
         print('    ' + ' \\\n    '.join(textwrap.wrap(row.flags, 92, break_on_hyphens=False)))

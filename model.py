@@ -548,7 +548,7 @@ class Block(nn.Module):
     def __init__(self, c, linear, rotates=True, **kw):
         super().__init__()
         Norm = LayerNorm if c.layer_norm else RMSNorm
-        self.scale = c.residual_scale
+        self.scale, self.chunk, self.again = c.residual_scale, 0, False
         self.input_layernorm = Norm(c.n_embd, c.norm_eps, **kw)
         self.self_attn = Attention(c, linear, rotates, **kw)
         self.post_attention_layernorm = Norm(c.n_embd, c.norm_eps, **kw)
@@ -556,7 +556,17 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, i=0, pieces=None):
         x = self.add(x, self.self_attn(self.input_layernorm(x), cos, sin, cache, i, pieces))
-        return self.add(x, self.mlp(self.post_attention_layernorm(x)))
+        rows = x.flatten(0, -2)  # (B T, D)
+        if not self.chunk or len(rows) <= self.chunk:
+            return self.feed_forward(x)
+        # Each part is computed again in its own backward, so that what is n_inner wide exists for one part alone. When
+        # a block is computed again for what attention keeps, nobody asks for the parts: they are passed over.
+        f, how = (torch.Tensor.detach if self.again else self.feed_forward), dict(use_reentrant=False)
+        parts = [checkpoint(f, part, **how, preserve_rng_state=False) for part in rows.split(self.chunk)]
+        return torch.cat(parts).view(x.shape)
+
+    def feed_forward(self, x):
+        return self.add(x, self.mlp(self.post_attention_layernorm(x)))  # (..., D)
 
     def add(self, x, branch):
         return x + branch if self.scale == 1 else x + self.scale * branch
@@ -623,7 +633,11 @@ class Waiting:
             x, self.back = self.back.requires_grad_(self.needs_grad), None
             if self.before is not None:
                 self.before.fetch()
-        return block(x, *rest, **named)
+            block.again = True
+        try:
+            return block(x, *rest, **named)
+        finally:
+            block.again = False
 
 
 class LLaMA(nn.Module):
@@ -655,6 +669,11 @@ class LLaMA(nn.Module):
         cos, sin = rotary_tables(self.config, device)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
+
+    def set_chunk(self, chunk):
+        """Let the blocks' MLPs take so many tokens at a time, forward and backward; 0: all."""
+        for layer in self.layers:
+            layer.chunk = chunk
 
     def rotary(self, T, packed=False):
         """cos and sin (T or more, d/2) of a window of T tokens. Under 'dynamic' and 'longrope' a window that is longer

@@ -111,6 +111,7 @@ offload = False  # keep Adam's moments in main memory; each visits the card once
 per_layer = False  # update each weight inside backward and drop its gradient; saves a copy of the weights, same result
 checkpointing = False  # keep only each block's input and recompute the block in backward: measured a quarter slower
 offload_activations = False  # with checkpointing: those inputs wait in main memory, T D 2 bytes for each block
+mlp_chunk = 0  # tokens that an MLP takes at a time, computed again for their backward, for long windows; 0: all
 parallel = 'dp'  # 'dp' | 'fsdp' | 'tp' | 'dp+tp': what several processes do, under torchrun: each holds all and reads
 #           batches of its own; or holds a part of each tensor; or of each layer, for the same batch; or both
 tp_size = 2  # of parallel='dp+tp': processes in a group that computes each layer together
@@ -147,7 +148,7 @@ RANGES = {
     (0, 2**63 - 1): 'seed',
     (0, 1000): 'n_layer learning_rate weight_decay',
     (0, 2**20): 'n_head n_kv_head n_embd n_inner sample_tokens',
-    (0, 2**24): 'vocab_size',
+    (0, 2**24): 'vocab_size mlp_chunk',
     (0, 1e6): 'grad_clip table_lr_scale',
     (-1, 1): 'model_dropout',
 }
@@ -184,6 +185,22 @@ def problems_of_task(config):
     for key in typed(c, 'packing', 'sample_tokens'):
         if getattr(c, key):
             found.append(f"{key} is of language models, and task='classify' pads rows and writes no text: leave it out")
+    return found
+
+
+def problems_of_chunks(config):
+    """One sentence for each key that needs an MLP to see all tokens at once."""
+    c, found = config, []
+    if c.method == 'loqt':
+        found.append(
+            "mlp_chunk hands gradients on in parts, and method='loqt' makes a basis of the first one: set it to 0"
+        )
+    if getattr(c, 'dropout', 0):
+        found.append('dropout draws one mask for all tokens, which mlp_chunk has apart: leave out one of them')
+    if c.compile:
+        found.append('mlp_chunk computes parts again where compile=True cannot follow: set one of them to 0')
+    if c.coreset != 'none':
+        found.append(f"coreset='{c.coreset}' looks into whole blocks, and mlp_chunk has parts: leave out one of them")
     return found
 
 
@@ -224,6 +241,11 @@ def problems(config):
         found.append('offload_activations=True moves what checkpointing keeps: add --checkpointing=True')
     if c.offload_activations and c.compile:
         found.append('offload_activations=True copies beside what compile=True compiles: set one of them to False')
+    if c.mlp_chunk:
+        found += problems_of_chunks(c)
+    for key in ('offload_activations', 'mlp_chunk'):
+        if getattr(c, key) and c.parallel != 'dp':
+            found.append(f"{key} is of whole layers, and parallel='{c.parallel}' has parts of them: leave it out")
     readers = world // sharding.tp_of(c, world) or 1
     if c.gradient_accumulation_steps % readers:
         found.append(

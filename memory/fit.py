@@ -16,6 +16,7 @@ from memory.formula import Plan, UnknownMethod, estimate
 # touched, since each method wants its own (see its config files).
 LORA = dict(method='lora', rank=16, scale=2.0, dropout=0.0, merge_every=0, train_rest='auto')
 LOQT = dict(method='loqt', scale=0.5, train_rest='yes', quantize='nf4', double_quant=False)
+LONG = dict(offload_activations=True, mlp_chunk=8192)
 WAYS = {
     'AdamW': dict(method='adamw'),
     'AdamW, 8-bit': dict(method='adamw', state_bits=8),
@@ -25,6 +26,9 @@ WAYS = {
     'GaLore, 8-bit, offloaded': dict(
         method='galore', scale=0.25, basis_bits=4, state_bits=8, per_layer=True, offload=True
     ),
+    'GaLore, 8-bit, offloaded, long windows': dict(
+        method='galore', scale=0.25, basis_bits=4, state_bits=8, per_layer=True, offload=True
+    ) | LONG,
     'Q-GaLore': dict(
         method='qgalore', scale=0.25, basis_bits=4, weight_bits=8, lazy=0.0, state_bits=8, per_layer=True
     ),
@@ -35,10 +39,16 @@ WAYS = {
     'LoQT, 8-bit, per layer': LOQT | dict(state_bits=8, per_layer=True),
     'LoRA': LORA | dict(quantize='none', double_quant=False),
     'QLoRA': LORA | dict(quantize='nf4', double_quant=True),
+    'QLoRA, long windows': LORA | LONG | dict(quantize='nf4', double_quant=True),
 }  # fmt: skip
 WAYS = {name: way | dict(targets='all') for name, way in WAYS.items()}
 
-NO_PRETRAINING = ('LoRA', 'QLoRA')  # from scratch these leave the blocks' random weights as they are, but for rank r
+# From scratch these leave the blocks' random weights as they are, but for rank r.
+NO_PRETRAINING = (
+    'LoRA',
+    'QLoRA',
+    'QLoRA, long windows',
+)  # from scratch these leave the blocks' random weights as they are, but for rank r
 
 CARRIED = ('rank', 'update_proj_gap', 'stagger')  # how large a subspace is and how often it turns: to any other method
 
@@ -68,9 +78,11 @@ def seconds_per_token(config, shape):
     low_rank = c.method in ('galore', 'qgalore', 'loqt', 'lora')  # backward forms R, never G
     flops = forward + backward + (2 * both if low_rank else 2 * size) + 8 * V * D  # a token
     flops += 4 * both * (c.method == 'lora')
+    flops += 2 * 3 * L * D * F * (c.mlp_chunk > 0 and not c.offload_activations)  # chunks are computed once more
     per_batch = 2 * 2 * product * (c.method == 'loqt')  # s P B into W, forward and backward
     read = 3 * 2 * size * (1.5 if c.method in ('loqt', 'lora') and c.quantize == 'nf4' else 1)
-    micro = max((flops * N + per_batch) / TERAFLOPS, read / GB_PER_SECOND)
+    moved = 2 * 2 * L * N * D * c.offload_activations  # beside the arithmetic
+    micro = max((flops * N + per_batch) / TERAFLOPS, read / GB_PER_SECOND, moved / PCI_EXPRESS)
     states = estimate(SimpleNamespace(**vars(c) | {'offload': False}), shape).states
     update = (
         (2 * states + 4 * size) / GB_PER_SECOND
@@ -179,7 +191,7 @@ def turn(config, way):
     plain = configurator.switch(config, way['method'])
     carried = {key: getattr(config, key) for key in CARRIED if hasattr(config, key) and hasattr(plain, key)}
     trunk = dict(state_bits=32, per_layer=False, compile=False, save_merged=True)
-    trunk |= dict(offload=False, offload_activations=False)
+    trunk |= dict(offload=False, offload_activations=False, mlp_chunk=0)
     return configurator.switch(config, **trunk | carried | way)
 
 

@@ -15,6 +15,7 @@ is in matrices.py; a method that is not there is refused.
 
 from dataclasses import dataclass, field
 
+from memory.activations import activations, activations_of_a_block, activations_of_mlp, chunk, in_attention
 from memory.cuda import CONTEXT, workspace
 from memory.matrices import METHODS, PIECE, adam_moments, turns, update_of
 from memory.record import MB
@@ -151,38 +152,6 @@ def what_stays(run):
     }
 
 
-def activations_of_a_block(run):
-    """What a block keeps for its backward: x and its norm; q and k, rotated; v, and attention's result; x again and its
-    norm; gate, silu(gate), up and their product."""
-    c, a, N, D, F = run.config, run.a, run.N, run.D, run.F
-    kept = a * N * (4 * D + 2 * run.Q + 2 * run.K + 4 * F) + N * (4 * run.H + 8 * (1 + run.shape.layer_norm))
-    if run.shape.qk_norm:  # q and k before it
-        kept += a * N * (run.Q + run.K) + 4 * N * (run.Q + run.K) // run.shape.head_dim
-    if run.math_attention:  # q and k scaled, k and v repeated for each head, a number a score, the result copied
-        kept += a * N * (2 * run.Q - 2 * run.K) + 4 * run.H * N * (c.block_size - 1)
-    if c.method != 'lora':
-        return kept
-    # A frozen layer keeps no input. One with an adapter keeps its input, x A^T, and A and B in the activations' dtype.
-    adapted = {name: x for name, x in run.block.items() if x.r}
-    kept += sum(a * N * x.r + (a * sum(x.trained) if a != 4 else 0) for x in adapted.values())
-    need = set() if c.dropout else set(adapted)
-    kept -= a * N * (D * (not need & {'q', 'k', 'v'}) + D * (not need & {'gate', 'up'}) + F * ('down' not in need))
-    if c.dropout:  # each has an input of its own, and a mask of one byte a number
-        kept += sum((a + 1) * N * x.trained[0] // x.r for x in adapted.values())
-    return kept
-
-
-def activations(run):
-    """-> bytes of all blocks, as backward begins; of one; and what the recomputation of a block adds. Offloaded, a
-    block's input comes for that, and the next one's on its heels."""
-    kept = activations_of_a_block(run)
-    saved = run.a * run.N * run.D if run.config.checkpointing else kept
-    positions = run.a * run.config.block_size * run.shape.rotary_dim
-    if run.config.offload_activations:
-        return positions, 0, kept + saved
-    return run.L * saved + positions, saved, kept - saved
-
-
 def due(run):
     """The matrices that get a new basis, or merge, in one step: all; or in turns those whose gradients are largest."""
     c, block = run.config, list(run.block.values())
@@ -209,7 +178,8 @@ def waiting(run):
 def in_the_block(run):
     """-> bytes of the backward of a block's first matrix, `down`, whose input has the gradient a N F beside the
     residual stream a N D; and of making its basis, or merging it, there."""
-    down, stream, inner = run.block['down'], run.a * run.N * run.D, run.a * run.N * run.F
+    down, stream, inner = run.block['down'], run.a * run.N * run.D, run.a * chunk(run) * run.F
+    stream *= 1 + (chunk(run) < run.N)  # the other chunks' gradients
     one_matrix = max(down.decoded, down.backward + (0 if run.piles_up else down.update))
     return stream + inner + max(inner, one_matrix), (stream + inner + down.renewal) * bool(down.renewal)
 
@@ -238,6 +208,11 @@ def during_backward(run):
             'activations': all_activations + again,
             'gradients': at_the_last_block,
             'in the block': backward,
+        },
+        'backward of attention': {
+            'activations': all_activations + again - activations_of_mlp(run, chunk(run)) - a * N * D,
+            'gradients': at_the_last_block,
+            'in the block': in_attention(run),
         },
         'a new basis or a merge': {
             'activations': all_activations + again,

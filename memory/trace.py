@@ -173,6 +173,8 @@ def record_steps(run, model_config, n_layer):
             optimizer.home = main_memory(run)
         if config.offload_activations:
             model.home = main_memory(run)
+        if config.mlp_chunk:
+            model.set_chunk(config.mlp_chunk)
         located = list(storages(model, optimizer))
         record.give_to_layers(located)
         weights = bytes_of(t for _, t in located) + extra_layers * bytes_of(t for layer, t in located if layer == 2)

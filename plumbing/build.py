@@ -92,6 +92,10 @@ def build_model(config, data, vocab_size, dtype, device, source=None, linear=Lin
         check_vocabulary(built.config, vocab_size)
     built.checkpointing = config.checkpointing
     built.home = torch.device('cpu') if config.offload_activations else None
+    if config.mlp_chunk and not hasattr(built, 'set_chunk'):
+        raise Stop(f"mlp_chunk is of our own families, and {source} is computed by transformers' modules: leave it out")
+    if config.mlp_chunk:
+        built.set_chunk(config.mlp_chunk)
     return built
 
 

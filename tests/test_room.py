@@ -5,15 +5,19 @@ import weakref
 
 import pytest
 import torch
+from conftest import ROOT
 from hf_tiny import saved
 from test_trace import MODES, TINY, config_of, layers, plan_of, real_steps
 
+import configurator
+import memest
 import model as models
 from configurator import method_of
 from memory import trace
 from memory.record import LiveBytes
 from model import LLaMA, ModelConfig
 from plumbing import hf_models
+from plumbing.build import shape_of
 from train import problems, training_step
 
 METHODS = {
@@ -180,6 +184,85 @@ def test_offloaded_inputs_take_none_of_a_card_and_layers_repeat(monkeypatch):
 
     monkeypatch.setattr(trace, 'deeper', refuse)
     assert plan(True) == offloaded
+
+
+# ---- MLPs in chunks of tokens ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('accumulation', [1, 2, 8])
+@pytest.mark.parametrize('offload', [False, True])
+@pytest.mark.parametrize('method', ['adamw', 'galore', 'lora'])
+def test_an_mlp_in_chunks_is_the_whole_one(method, offload, accumulation):
+    expected, expected_losses = plain_run(method, accumulation)
+    keys = METHODS[method] | dict(checkpointing=True, gradient_accumulation_steps=accumulation)
+
+    def prepare(model):
+        model.set_chunk(5)  # of 16 tokens
+        model.home = torch.device('cpu') if offload else None
+
+    found, losses = run(prepare, **keys)
+    assert (found - expected).abs().max() < 1e-6 and (losses - expected_losses).abs().max() < 1e-6
+
+
+def test_a_chunk_is_computed_twice_under_offload_as_an_mlp_is_and_in_its_backward_alone():
+    seen, model = [], LLaMA(ModelConfig(**TINY))
+    model.set_chunk(8)
+    model.checkpointing, model.home = True, torch.device('cpu')
+    model.layers[1].mlp.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
+    model(*torch.randint(0, 301, (2, 1, 20))).backward()
+    assert seen == [(8, 64), (8, 64), (4, 64), (4, 64), (8, 64), (8, 64)]
+
+
+CHUNKED = ('adamw', 'galore everything', 'lora fine-tuning', 'qgalore everything')
+
+
+@pytest.mark.parametrize('mode', CHUNKED)
+def test_planned_bytes_of_chunks_are_those_of_real_steps(mode, monkeypatch):
+    config = config_of(**MODES[mode] | dict(checkpointing=True, mlp_chunk=24))
+    if mode == 'lora fine-tuning':
+        config.dropout = 0.0
+    planned = plan_of(config, ModelConfig(**TINY), torch.bfloat16, torch.float32, True).total
+    config.mlp_chunk = 0
+    assert planned < plan_of(config, ModelConfig(**TINY), torch.bfloat16, torch.float32, True).total
+    steps = models.Block.__init__
+    monkeypatch.setattr(
+        models.Block, '__init__', lambda self, *a, **n: (steps(self, *a, **n), setattr(self, 'chunk', 24))[0]
+    )
+    with LiveBytes() as live:
+        _kept = real_steps(config, torch.bfloat16, live)
+    assert abs(planned / live.peak - 1) < 0.001
+
+
+@pytest.mark.parametrize('keys', [dict(method='loqt'), dict(method='lora', dropout=0.1), dict(compile=True)])
+def test_what_chunks_do_not_go_with_is_said_by_name(keys):
+    assert any('mlp_chunk' in p for p in problems(config_of(**keys | dict(mlp_chunk=8))))
+    assert not any('mlp_chunk' in p for p in problems(config_of(**keys)))
+
+
+def test_a_long_window_fits_24_gb_and_fit_says_how_long(capsys):
+    """The target: 96,000 tokens. test_train.py dry-runs config/llama3_8b_4090_qlora_long.py, by a trace."""
+    folder = str(ROOT / 'tests/models/Llama-3.1-8B-Instruct')
+    words = [str(ROOT / 'config/llama3_8b_4090_qlora_long.py'), f'--init_from={folder}', '--dry_run']
+    config = configurator.load(ROOT / 'train.py', words)
+    shape = shape_of(config)
+    assert config.block_size >= 96_000 and memest.estimate(config, shape).card * 1.03 < 24 * 2**30
+    rows = {row.name: row for row in memest.fit(config, 24 * 2**30, shape, problems) if row.checkpointing}
+    assert rows['QLoRA, long windows'].context > 130_000 and 'QLoRA' not in rows
+
+
+@pytest.mark.parametrize(
+    'flags, within',
+    [
+        ('--method=lora --offload_activations --mlp_chunk=512', 0.005),
+        ('--method=lora --mlp_chunk=512', 0.005),
+        ('--method=galore --offload_activations --per_layer --state_bits=8', 0.01),
+    ],
+)
+def test_the_formula_is_near_the_trace(flags, within):
+    words = '--model=350m --batch_size=1 --block_size=4096 --dtype=bfloat16 --checkpointing --dry_run'
+    config = configurator.load(ROOT / 'train.py', [*words.split(), *flags.split()])
+    traced = memest.trace(config, 'cuda').total
+    assert abs(memest.estimate(config).total / traced - 1) < within
 
 
 def test_what_offload_activations_does_not_go_with_is_said_by_name():
