@@ -5,9 +5,8 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 
+import preloaded
 import pytest
 from conftest import ROOT
 
@@ -99,10 +98,7 @@ def test_the_readmes_commands_run_in_their_order(checkout):
     environment = os.environ | {'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1'}
     for command in COMMANDS:
         words = shortened(command)
-        done = subprocess.run(
-            [sys.executable, *words], cwd=checkout, capture_output=True, text=True, timeout=300, env=environment,
-            input='Hello!\n' if '--chat' in words else '',
-        )  # fmt: skip
+        done = preloaded.run(words, checkout, environment, 'Hello!\n' if '--chat' in words else '')
         how = f'{command}\nrun as {shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}'
         assert done.returncode == 0, how
     made = {path.name for path in (checkout / 'out').iterdir()}
