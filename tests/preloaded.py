@@ -41,7 +41,7 @@ def read(path):
 
 
 def serve():
-    """For each line on stdin: fork, become the script, and write its exit status as a line, None if it took too long."""
+    """For each line on stdin: fork, become the script, and write its exit status as a line; None: it took too long."""
     import gc
     import select
     import signal
@@ -77,7 +77,7 @@ def become(words, cwd, environment, files, timeout):
         opened = os.open(path, flags, 0o600)
         os.dup2(opened, number)
         os.close(opened)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, 'w'), open(2, 'w')
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, 'w'), open(2, 'w')  # noqa: SIM115
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)

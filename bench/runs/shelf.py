@@ -3,7 +3,7 @@ Every method of this house in one harness, each at its best learning rate: makes
 
     python data/sitepackages/prepare.py
     python -m bench.runs.shelf --jobs=2       # a run takes three minutes of a CPU core, a method five or six
-    python -m bench.runs.shelf --only=AdamW,Muon --steps=1000 --device=cuda --jobs=8
+    python -m bench.runs.shelf --only='AdamW; Muon' --steps=1000 --device=cuda --jobs=8
     python -m bench.runs.shelf --finished                   # the table and the picture of what is there
 
 The rates of a method stand apart by a factor of two. Where the best is the lowest or the highest tried, the next one is
@@ -18,7 +18,7 @@ if __name__ == '__main__':
     asked.add_argument('--data', default='sitepackages', help='folder in data/, or a path (sitepackages)')
     asked.add_argument('--steps', type=int, default=300, choices=range(10, 10**6), metavar='N', help='of a run (300)')
     asked.add_argument('--seeds', type=int, default=3, choices=range(1, 100), metavar='N', help='of the best rate (3)')
-    asked.add_argument('--only', default='', help='methods by their names, with commas (all)')
+    asked.add_argument('--only', default='', help='methods by their names, with semicolons (all)')
     asked.add_argument('--device', default='auto', choices=['auto', 'cpu', 'cuda'], help='of train.py (auto)')
     asked.add_argument('--jobs', type=int, default=1, choices=range(1, 65), metavar='N', help='runs at a time (1)')
     asked.add_argument('--finished', action='store_true', help='start nothing: the table of what is finished')
@@ -244,7 +244,7 @@ def written(args, runs, measured):
 
 
 def main(args):
-    names = args.only.split(',') if args.only else list(METHODS)
+    names = args.only.split(';') if args.only else list(METHODS)
     names = [name.strip() for name in names]
     if wrong := [name for name in names if name not in METHODS]:
         sys.exit(f'error: --only={args.only}: {wrong[0]!r} is none of: {"; ".join(METHODS)}')
