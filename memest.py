@@ -59,7 +59,11 @@ def main(argv):
 
 
 def answer(argv, own, config):
-    """Print what memest.py's own flags ask for. config: None with --hf."""
+    """Print what memest.py's own flags ask for. config: None with --hf and --script."""
+    if 'script' in own:
+        from memory import script
+
+        return script.main(own)
     if config is None:
         with terminal.patience("planning transformers' model"):
             from memory import hf_command

@@ -61,6 +61,14 @@ RUNS = {  # name: config, flags
     'qwen25_7b_4090_qlora': ('qwen25_7b_4090_qlora', TWO),
     'llama3_8b_4090_galore': ('llama3_8b_4090_galore', []),
     'llama3_8b_4090_qlora': ('llama3_8b_4090_qlora', TWO),
+    **{
+        f'{method}_130m': ('', [f'--method={method}', '--model=130m', '--block_size=256', *BATCH, *flags])
+        for method, flags in {
+            'muon': [], 'scale': [], 'sumo': ['--rank=256'], 'badam': [], 'grass': ['--rank=256'],
+            'adalomo': ['--per_layer=True'], 'ldadam': ['--rank=256'], 'adarankgrad': ['--rank=256'],
+            'sltrain': ['--rank=256'],
+        }.items()
+    },
 }  # fmt: skip
 PRETRAINED = {'qwen25': 'Qwen2.5-7B-Instruct', 'llama3': 'Llama-3.1-8B-Instruct'}  # their config.json, in tests/models/
 KINDS = (  # of kernels, by their names; the first that fits

@@ -19,6 +19,7 @@ FLAGS = {
     'json': (bool, '', 'numbers instead of a table'),
     'plot': (str, 'plan.png', 'what lives there while the model is built and takes three steps, as a picture'),
     'hf': (str, 'path/to/config.json', "transformers' own model instead: see python memest.py --hf --help"),
+    'script': (str, "'train_mine.py --lr=1e-4'", "somebody else's training script, run on fake tensors"),
 }
 
 
@@ -34,6 +35,8 @@ def read(argv, moved):
         own, rest = split(argv)
     except ValueError as error:
         sys.exit(f'error: {error}')
+    if 'script' in own:
+        return own, None
     return own, configurator.load_or_exit(TRAIN, [*rest, '--dry_run'], moved=moved)
 
 
@@ -77,6 +80,8 @@ def split(argv):
             raise ValueError(f'--{name}={value} is not a size: use more than 0, for example --{name}={example}')
         if bool(equals) == (kind is bool) or (kind is str and not value):
             raise ValueError(f'{word} is not how it is typed: use --{name}{f"={example}" if example else ""}')
+    if 'script' in own and (beside := [*(set(own) - {'script', 'gpu_gb', 'json'}), *rest]):
+        raise ValueError(f'--script plans what its own words say, beside --gpu_gb and --json: leave out {beside[0]}')
     tables = [name for name in ('fit', 'gpus', 'llmem') if name in own]
     if tables and {'json', 'plot', 'instant'} & set(own):
         raise ValueError(f'--{tables[0]} prints a table of its own: leave out --json, --plot and --instant')
