@@ -26,6 +26,18 @@ CHAT = """{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token if m.
 {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
 
 
+# Somebody's training script.
+SCRIPT = """import sys, torch
+assert sys.argv[1] == '--lr=2e-5'
+model = torch.nn.Linear(8, 8)
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
+for step in range(5):
+    model(torch.randn(4, 8)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
 @pytest.fixture(scope='module')
 def checkout(tmp_path_factory):
     """A copy of the code, with a text, a tiny Hugging Face model and a config.json where the README has path/to/..."""
@@ -64,6 +76,7 @@ def checkout(tmp_path_factory):
     for name in ('train', 'dev'):
         lines = (f'a{i}\t{i % 2}\t\tf{i} returns x and {i}\n' for i in range(40))
         (folder / 'my' / 'glue' / 'CoLA' / f'{name}.tsv').write_text(''.join(lines))
+    (folder / 'path' / 'to' / 'finetune.py').write_text(SCRIPT)
     rows = [{'question': f'What is {i} + {i}?', 'answer': f'{i} + {i} = {2 * i}\n#### {2 * i}'} for i in range(60)]
     for name in ('mine', 'test'):
         (folder / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
