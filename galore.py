@@ -494,9 +494,10 @@ class Options:
     stagger = True  # layers refresh in turns, so that no step stalls; False: all in the same step, as in the paper
     moments = 'keep'  # 'keep' | 'rotate' | 'reset': what becomes of Adam's moments when the subspace turns
     basis_bits = 16  # 16 | 8 | 4: of the bases; 16 stands for the weights' own dtype
+    project_tables = False  # embedding and head, too, along n_embd: for large vocabularies; else plain Adam moves them
 
 
-FIXED = ('rank', 'basis_bits')
+FIXED = ('rank', 'basis_bits', 'project_tables')
 
 
 def problems(config):
@@ -511,23 +512,28 @@ def linears_of(model, config):
     return [*adam.targeted(model, config, torch.nn.Linear).values()]
 
 
-def groups(model, linears):
-    """The weights of these modules in one group, all else in groups of rank 0: plain Adam."""
-    chosen = {id(module.weight) for module in linears}
+def groups(model, linears, config=None):
+    """The weights of these modules in one group, all else in groups of rank 0: plain Adam. Embedding and head have one
+    of their own where config.project_tables says so, with P (n_embd, r): rows of tokens that were not seen stay."""
+    asked = config is not None and config.project_tables
+    tables = list({id(W): W for W in (model.embed_tokens.weight, model.head)}.values()) if asked else []
+    chosen = {id(module.weight) for module in linears} | {id(W) for W in tables}
     others = adam.split_decay(p for p in model.parameters() if id(p) not in chosen)
-    return [{'params': [module.weight for module in linears]}, *({**group, 'rank': 0} for group in others)]
+    found = [{'params': [module.weight for module in linears]}, *({**group, 'rank': 0} for group in others)]
+    return [*found, {'params': tables, 'proj_type': 'right'}] if tables else found
 
 
 def arguments(config):
     """Of GaLoreAdamW, and of its descendants."""
     own = {name: getattr(config, name) for name in vars(Options) if not name.startswith('_')}
+    del own['project_tables']  # of `groups`
     return adam.common(config) | own
 
 
 def setup(model, config):
     """What train.py calls for method='galore'."""
     linears = linears_of(model, config)
-    optimizer = GaLoreAdamW(groups(model, linears), **arguments(config))
+    optimizer = GaLoreAdamW(groups(model, linears, config), **arguments(config))
     # torch.compile has its own backward, in which layers cannot change from R to G and back without compiling anew.
     if not config.compile:
         optimizer.attach(linears)

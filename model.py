@@ -134,7 +134,7 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02, generator=generator)
 
     def forward(self, tokens):
-        x = super().forward(tokens)  # (B, T, D)
+        x = super().forward(tokens.to(self.weight.device)).to(tokens.device)  # (B, T, D)
         return x if self.scale == 1 else x * self.scale
 
 
@@ -399,6 +399,87 @@ class KVCache:
         return self.k[i, rows, :, keys], self.v[i, rows, :, keys], self.mask
 
 
+class Int8Matrix:
+    """A frozen head W (V, D) in 8 bits: whole numbers q (V, D) times a power of two for each row, scale (V, 1).
+
+    A power of two costs up to one bit of eight, and makes W exact in bf16: what a checkpoint holds is coded to the same
+    q again. It multiplies PIECE rows at a time, so that no more of it is ever whole. dtype: what it computes in."""
+
+    requires_grad, PIECE, ROWS = False, 8192, 256  # of W at once, and of logits
+
+    def __init__(self, q, scale, dtype):
+        self.q, self.scale, self.dtype, self.device, self.shape = q, scale, dtype, q.device, q.shape
+
+    def take(self, W):
+        """Become W (V, D), wherever that lies."""
+        for a in range(0, len(W), self.PIECE):
+            rows = W[a : a + self.PIECE].float()  # (PIECE, D)
+            part, power = torch.frexp(rows.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127)  # (PIECE, 1)
+            scale = torch.ldexp(torch.ones_like(part), power - (part == 0.5).int())  # the power of two above
+            self.scale[a : a + self.PIECE] = scale
+            self.q[a : a + self.PIECE] = (rows / scale).round_()
+
+    def __len__(self):
+        return len(self.q)
+
+    def to(self, dtype):
+        return Int8Matrix(self.q, self.scale, dtype)
+
+    def new_empty(self, *size, dtype=None):
+        return self.q.new_empty(*size, dtype=dtype or self.dtype)
+
+    def element_size(self):
+        return self.dtype.itemsize
+
+    def pieces(self):
+        """Yield (rows, W's rows in its dtype), all in the same memory."""
+        room = self.new_empty(min(self.PIECE, len(self)), self.shape[1])  # (PIECE, D)
+        for a in range(0, len(self), self.PIECE):
+            rows = slice(a, min(a + self.PIECE, len(self)))
+            yield rows, room[: rows.stop - a].copy_(self.q[rows]).mul_(self.scale[rows].to(self.dtype))
+
+    def dense(self):
+        W = self.new_empty(*self.shape)  # (V, D)
+        for rows, part in self.pieces():
+            W[rows] = part
+        return W
+
+    def logits(self, x, out=None):
+        """x W^T (n, V) for x (n, D)."""
+        out = self.new_empty(len(x), len(self)) if out is None else out
+        for rows, W in self.pieces():
+            torch.mm(x, W.T, out=out[:, rows])
+        return out
+
+    def back(self, delta):
+        """delta W (n, D) for delta (n, V), summed over pieces in fp32."""
+        total = torch.zeros(len(delta), self.shape[1], dtype=torch.float32, device=self.device)
+        for rows, W in self.pieces():
+            total += delta[:, rows] @ W
+        return total.to(self.dtype)
+
+
+class Int8Head(nn.Module):
+    """An Int8Matrix in the place of LLaMA's lm_head, for `weight`."""
+
+    bias, reads_on = None, 'cpu'  # a file's bf16 never gets to the card
+
+    def __init__(self, W):
+        super().__init__()
+        self.register_buffer('q', torch.empty_like(W, dtype=torch.int8))
+        self.register_buffer('scale', W.new_empty(len(W), 1, dtype=torch.float32))
+        self.dtype, (self.out_features, self.in_features) = W.dtype, W.shape
+        if not W.is_meta:
+            self.weight.take(W.detach())
+
+    @property
+    def weight(self):
+        return Int8Matrix(self.q, self.scale, self.dtype)
+
+    def dense_weight(self):
+        return self.weight.dense()
+
+
 ROWS = 512  # of logits, at once
 
 
@@ -415,7 +496,7 @@ def cross_entropy_rows(x, W, targets, scale=None, room=None, bias=None):
     targets and scale (n,). A row whose target is -100 wants scale 0, and its loss means nothing. All but the products
     is fp32. room: `room_for_logits` of n rows or more, which delta lies in. bias (V,): added to the logits."""
     product, logits = (part[: len(x)] for part in room or room_for_logits(len(x), W))  # (n, V)
-    torch.mm(x, W.T, out=product)
+    W.logits(x, product) if isinstance(W, Int8Matrix) else torch.mm(x, W.T, out=product)
     if logits.dtype != product.dtype:
         logits.copy_(product)
     if bias is not None:
@@ -444,10 +525,10 @@ def trained_rows(targets):
     return rows if len(rows) < targets.numel() else None
 
 
-def blocks_of_rows(n, trained=None):
-    """Yield indices of the n rows, or of those that are trained, ROWS at a time; of none, one block without any."""
-    for a in range(0, max(n if trained is None else len(trained), 1), ROWS):
-        yield slice(a, a + ROWS) if trained is None else trained[a : a + ROWS]
+def blocks_of_rows(n, trained=None, size=ROWS):
+    """Yield indices of the n rows, or of those that are trained, `size` at a time; of none, one block without any."""
+    for a in range(0, max(n if trained is None else len(trained), 1), size):
+        yield slice(a, a + size) if trained is None else trained[a : a + size]
 
 
 class HeadLoss(torch.autograd.Function):
@@ -469,8 +550,9 @@ class HeadLoss(torch.autograd.Function):
             dx = torch.empty_like(x) if trained is None else torch.zeros_like(x)  # (N, D)
             dW = torch.empty_like(W_here) if ctx.needs_input_grad[1] else None  # (V, D); none of a frozen head
             db = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[7] else None  # (V,)
-        room = room_for_logits(min(len(x), ROWS), W_here)  # however many are trained
-        for i, rows in enumerate(blocks_of_rows(len(x), trained)):
+        size = W.ROWS if isinstance(W, Int8Matrix) else ROWS
+        room = room_for_logits(min(len(x), size), W_here)  # however many are trained
+        for i, rows in enumerate(blocks_of_rows(len(x), trained, size)):
             x_here, ids = x[rows], targets[rows]  # (n, D), (n,)
             keep = ids != -100
             factor = 1.0 if weights is None else weights[rows]
@@ -478,7 +560,7 @@ class HeadLoss(torch.autograd.Function):
             losses, delta = cross_entropy_rows(x_here, W_here, ids, scale, room, bias)  # (n,), (n, V)
             loss += torch.where(keep, losses * factor, 0).sum()
             if needs_grad:
-                dx[rows] = delta @ W_here
+                dx[rows] = W_here.back(delta) if isinstance(W_here, Int8Matrix) else delta @ W_here
                 if dW is not None:
                     dW.addmm_(delta.T, x_here, beta=float(i > 0))  # the first begins the sum
                 if db is not None:
@@ -785,8 +867,25 @@ class LLaMA(nn.Module):
         """-> what the head reads, (B, T, D)."""
         return self.norm(self.layers[-1](x, *rest))
 
+    def shrink_tables(self, head_bits=16, home=None):
+        """Keep a frozen head in 8 bits, and a frozen embedding on the device `home`, main memory, where its rows are
+        looked up; done again it does nothing. Raises ModelError for one table that is both."""
+        if self.config.tie_embeddings and (head_bits == 8 or home is not None):
+            raise ModelError(
+                'head_bits=8 and offload_embedding need two tables, and this model has one: leave them out'
+            )
+        if head_bits == 8 and not isinstance(self.lm_head, Int8Head):
+            self.lm_head = Int8Head(self.lm_head.weight)
+        if home is not None:
+            self.embed_tokens.reads_on, W = home, self.embed_tokens.weight
+            if W.device != home and not W.is_meta:
+                self.embed_tokens.weight = nn.Parameter(W.detach().to(home), requires_grad=False)
+
     def logits(self, x):
-        return F.linear(x, self.head.to(x.dtype))  # (..., V)
+        W = self.head.to(x.dtype)
+        if isinstance(W, Int8Matrix) and not x.requires_grad:
+            return W.logits(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], len(W))  # (..., V)
+        return F.linear(x, W.dense() if isinstance(W, Int8Matrix) else W)  # (..., V)
 
     def forward(self, tokens, targets=None, cache=None, weights=None, divisor=None, pieces=None, trained=None):
         """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> the loss: its sum over targets that are not -100 by

@@ -53,6 +53,7 @@ from plumbing.build import (
     layers_of,
     rows_of,
     shape_of,
+    shrink_tables,
     try_compile,
 )
 from plumbing.hf import AdapterError
@@ -111,6 +112,8 @@ offload = False  # keep Adam's moments in main memory; each visits the card once
 per_layer = False  # update each weight inside backward and drop its gradient; saves a copy of the weights, same result
 checkpointing = False  # keep only each block's input and recompute the block in backward: measured a quarter slower
 offload_activations = False  # with checkpointing: those inputs wait in main memory, T D 2 bytes for each block
+offload_embedding = False  # a frozen embedding in main memory, where a step's rows are looked up
+head_bits = 16  # 16 | 8: of a frozen head; 16 stands for what dtype says
 mlp_chunk = 0  # tokens that an MLP takes at a time, computed again for their backward, for long windows; 0: all
 parallel = 'dp'  # 'dp' | 'fsdp' | 'tp' | 'dp+tp': what several processes do, under torchrun: each holds all and reads
 #           batches of its own; or holds a part of each tensor; or of each layer, for the same batch; or both
@@ -133,7 +136,7 @@ tracker = 'none'  # 'none' | 'wandb' | 'trackio' | 'tensorboard': imported only 
 # ---- end of config ---------------------------------------------------------------------------------------------------
 
 # Keys that a resumed run must not change: they fix the shape or the meaning of the saved tensors.
-FIXED = ('model', *SHAPE, 'method', 'state_bits', 'dtype', 'targets', 'task', 'best_by', 'table_lr_scale')
+FIXED = ('model', *SHAPE, 'method', 'state_bits', 'dtype', 'targets', 'task', 'best_by', 'table_lr_scale', 'head_bits')
 
 
 def fixed(config):
@@ -165,7 +168,8 @@ def without_effect(config):
         found.append("overwrite=True replaces a run, and init_from='resume' goes on with it: leave out one of them")
     if c.min_lr > c.learning_rate or (c.min_lr < 0 and c.min_lr != -1):
         found.append(f'min_lr={c.min_lr} is out of range: use 0 to learning_rate={c.learning_rate}, or -1 for a tenth')
-    for key, what in (('offload', 'moments'), ('offload_activations', "blocks' inputs")):
+    moved = dict(offload='moments', offload_activations="blocks' inputs", offload_embedding='the embedding')
+    for key, what in moved.items():
         if getattr(c, key) and typed(c, key) and not c.dry_run and processes.device_and_dtype(c)[0] == 'cpu':
             found.append(f'{key}=True moves {what} to main memory, where all is on a CPU: leave it out')
     return found
@@ -243,7 +247,9 @@ def problems(config):
         found.append('offload_activations=True copies beside what compile=True compiles: set one of them to False')
     if c.mlp_chunk:
         found += problems_of_chunks(c)
-    for key in ('offload_activations', 'mlp_chunk'):
+    if c.head_bits == 8 and (c.compile or c.coreset != 'none'):
+        found.append('head_bits=8 is multiplied piece by piece, which compile and coreset cannot follow: set it to 16')
+    for key in ('offload_activations', 'mlp_chunk', 'offload_embedding'):
         if getattr(c, key) and c.parallel != 'dp':
             found.append(f"{key} is of whole layers, and parallel='{c.parallel}' has parts of them: leave it out")
     readers = world // sharding.tp_of(c, world) or 1
@@ -377,6 +383,11 @@ def setup(model, config):
         optimizer = method_of(config).setup(model, config)
     except ValueError as error:
         raise Stop(error) from None
+    if config.head_bits == 8 or config.offload_embedding:
+        shrink_tables(model, config)
+        if model.embed_tokens.weight.requires_grad:
+            what = f"are of frozen tables, and method='{config.method}' trains them"
+            raise Stop(f'head_bits=8 and offload_embedding {what}: use --method=lora --train_rest=no')
     if config.table_lr_scale != 1:
         scaled = [p for module in model.head_modules().values() for p in module.parameters()] or [model.head]
         scaled += [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]

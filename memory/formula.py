@@ -97,6 +97,8 @@ class Run:
             raise UnknownMethod("no formula knows train_rest='no' of loqt, only a trace: leave out --instant, --gpus")
         if c.targets != 'all' and c.method != 'lora':
             raise UnknownMethod(f"no formula knows targets='{c.targets}', only a trace: leave out --instant, --gpus")
+        if getattr(c, 'project_tables', False):
+            raise UnknownMethod('no formula knows project_tables, only a trace: leave out --instant, --gpus')
         self.config, self.shape = c, s
         self.a = self.w = 4 if c.dtype == 'float32' else 2
         self.a_logit = 4 if self.a == 4 else 4 + self.a  # in fp32, and in the activations' dtype
@@ -112,6 +114,8 @@ class Run:
         self.vectors, self.last_norm = vectors(s)
         self.norms = self.L * sum(self.vectors) + sum(self.last_norm)  # and biases
         self.outside = self.w * (self.tables * self.table + self.norms)  # bytes of these weights
+        self.outside -= self.w * self.table * c.offload_embedding
+        self.outside -= ((self.w - 1) * self.table - 4 * self.V) * (c.head_bits == 8)
         self.trains_outside = self.trains_vectors = True
         if c.method == 'lora':
             self.trains_vectors = c.train_rest == 'yes' or (c.train_rest == 'auto' and c.init_from == 'scratch')

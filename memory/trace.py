@@ -125,10 +125,14 @@ def renewals(model, config, n_layer):
     updates of all others; and where a turn in between has larger matrices, these, as deep in the model as they can be
     and as near to its start."""
     matrices = [*adam.targeted(model, config, (torch.nn.Linear, quant.Packed)).values()]
+    tables = []  # projected, too; they come last, and have turns of their own
+    if getattr(config, 'project_tables', False):
+        weights = {id(W): W for W in (model.head, model.embed_tokens.weight)}
+        tables = [SimpleNamespace(weight=W) for W in weights.values()]
     each = len(matrices) // len(model.layers)  # 7 in a LLaMA
     parts = turns(each * n_layer, config.update_proj_gap) if getattr(config, 'stagger', False) else []
     if len(parts) < 2:
-        return [matrices]
+        return [matrices + tables]
 
     def numbers(part):
         return sum(matrices[i % each].in_features * matrices[i % each].out_features for i in part)
@@ -143,11 +147,12 @@ def renewals(model, config, n_layer):
     found = [at(matrices[-each:], part) for part in with_larger(parts[-1], parts[::-1])]
     if config.gradient_accumulation_steps > 1:
         found += [at(matrices[:each], part) for part in with_larger(parts[0], parts)]
-    return found
+    return found + [[table] for table in tables]
 
 
 def bytes_of(tensors):
-    return sum(storage.nbytes() for storage in {t.untyped_storage() for t in tensors})
+    """Of the card: what is offloaded takes none."""
+    return sum(storage.nbytes() for storage in {t.untyped_storage() for t in tensors if t.device.type != 'meta'})
 
 
 # ---- building, and three steps -----------------------------------------------------------------------------------
@@ -166,9 +171,12 @@ def record_steps(run, model_config, n_layer):
     with FakeTensorMode(allow_non_fake_inputs=True):
         record = Record()
         with record:
+            if run.pretrained:
+                shrink_tables(run, model)
             build(record, run, model)
             model.checkpointing, model.compute_dtype = config.checkpointing, run.compute_dtype
             optimizer = run.setup(model, never)  # may put weights into fewer bits
+            shrink_tables(run, model)
         if config.offload:
             optimizer.home = main_memory(run)
         if config.offload_activations:
@@ -196,6 +204,12 @@ def record_steps(run, model_config, n_layer):
 def main_memory(run):
     """The device that stands for it: what lies there takes none of a card."""
     return torch.device('cpu' if run.on_cpu else 'meta')
+
+
+def shrink_tables(run, model):
+    """As plumbing/build.py does it."""
+    if run.config.head_bits == 8 or run.config.offload_embedding:
+        model.shrink_tables(run.config.head_bits, main_memory(run) if run.config.offload_embedding else None)
 
 
 def blank(shape, run):
@@ -243,7 +257,7 @@ def build(record, run, model):
         with mock.patch.object(models, 'tqdm', located):
             return model.materialise()
     for module in located(list(model.modules())):  # plumbing/hf.py reads one tensor after another
-        module.to_empty(device='cpu', recurse=False)
+        module.to_empty(device='cpu' if hasattr(module, 'q') else getattr(module, 'reads_on', 'cpu'), recurse=False)
         if hasattr(module, 'set_weight'):
             module.set_weight(torch.empty(module.out_features, module.in_features, dtype=run.dtype))
     model.set_block_size(model.config.block_size, 'cpu')

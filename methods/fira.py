@@ -64,7 +64,7 @@ def problems(config):
 def setup(model, config):
     """What train.py calls for method='fira'."""
     linears = linears_of(model, config)
-    optimizer = FiraAdamW(galore.groups(model, linears), **galore.arguments(config))
+    optimizer = FiraAdamW(galore.groups(model, linears, config), **galore.arguments(config))
     if not config.compile:
         optimizer.attach(linears)
     return optimizer

@@ -224,7 +224,7 @@ def setup(model, config):
     linears = linears_of(model, config)
     # One after another, so that no second copy of the model exists.
     packed = [getattr(m, 'packed', None) or pack(m) for m in linears] if config.weight_bits == 8 else []
-    optimizer = QGaLoreAdamW(galore.groups(model, linears), lazy=config.lazy, **galore.arguments(config))
+    optimizer = QGaLoreAdamW(galore.groups(model, linears, config), lazy=config.lazy, **galore.arguments(config))
     for module, parts in zip(linears, packed):
         optimizer.state[module.weight].update(parts)
         module.packed = None  # they are the optimizer's now

@@ -79,7 +79,7 @@ def setup(model, config):
     """What train.py calls for method='sumo'."""
     linears = linears_of(model, config)
     optimizer = SumoAdamW(
-        galore.groups(model, linears),
+        galore.groups(model, linears, config),
         momentum=config.momentum,
         orthogonal=config.orthogonal,
         **galore.arguments(config),

@@ -81,7 +81,10 @@ def build_model(config, data, vocab_size, dtype, device, source=None, linear=Lin
         if config.init_from != 'resume' and read_config(source)['packed_weights']:
             raise PackedError(source)
         check_targets(config)
-        built = LLaMA.from_pretrained(source, dtype=dtype, device=device, block_size=config.block_size, linear=linear)
+        built = LLaMA.from_pretrained(
+            source, dtype=dtype, device=device, block_size=config.block_size, linear=linear,
+            prepare=lambda model: shrink_tables(model, config),
+        )  # fmt: skip
     else:
         check_targets(config)
         with torch.device('meta'):
@@ -97,6 +100,15 @@ def build_model(config, data, vocab_size, dtype, device, source=None, linear=Lin
     if config.mlp_chunk:
         built.set_chunk(config.mlp_chunk)
     return built
+
+
+def shrink_tables(model, config):
+    """Head and embedding as config.head_bits and offload_embedding say."""
+    if config.head_bits == 16 and not config.offload_embedding:
+        return
+    if not hasattr(model, 'shrink_tables'):
+        raise Stop("head_bits=8 and offload_embedding are of our own families, not of transformers': leave them out")
+    model.shrink_tables(config.head_bits, torch.device('cpu') if config.offload_embedding else None)
 
 
 def check_targets(config):

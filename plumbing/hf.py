@@ -30,13 +30,13 @@ class PackedError(ModelError):
         super().__init__(f'{folder} keeps its weights packed: {way}')
 
 
-def load(folder, dtype=None, device='cpu', block_size=None, linear=Linear):
+def load(folder, dtype=None, device='cpu', block_size=None, linear=Linear, prepare=lambda model: None):
     """The model in a Hugging Face folder of one of families.FAMILIES: LLaMA, Qwen, Phi-3 and others.
 
     dtype None keeps the file's dtype; block_size None takes the longest window the model was made for, of at most
     131,072 tokens. Nothing is allocated before config.json and the headers of all files agree; then tensors are read
-    one at a time, straight into place. On the meta device none is, and config.json alone is enough. Raises ModelError
-    if a file is missing or broken, or the model is one that LLaMA cannot represent."""
+    one at a time, straight into place, after prepare(model). On the meta device none is, and config.json alone is
+    enough. Raises ModelError if a file is missing or broken, or the model is one that LLaMA cannot represent."""
     stored = read_config(folder)
     config = config_from_hf(stored, folder)
     if block_size is not None and block_size > config.block_size:
@@ -51,6 +51,7 @@ def load(folder, dtype=None, device='cpu', block_size=None, linear=Linear):
     first = held.get('embed_tokens.weight')
     with torch.device('meta'):  # packed layers keep the file's dtype, too
         model = LLaMA(config, dtype=dtype or (FLOATS[first.dtype] if first else None), linear=linear)
+    prepare(model)
     packed = [] if planned else check_tensors(model, held, folder, stored['packed_weights'])
     if torch.device(device).type != 'meta':
         if config.tie_embeddings and 'lm_head.weight' in held:
@@ -115,8 +116,11 @@ def read_tensors(model, held, dtype, device):
                 if not finite(tensor):
                     raise ModelError(f'{path}: {name} holds NaN or infinite numbers: {ADVICE}')
                 module, leaf = module_of(model, name), name.rpartition('.')[2]
-                tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)  # not the file's mmap
-                if hasattr(module, 'set_weight') and leaf == 'weight':
+                where = getattr(module, 'reads_on', device)
+                tensor = tensor.to(device=where, dtype=dtype or tensor.dtype, copy=True)  # not the file's mmap
+                if hasattr(module, 'reads_on') and hasattr(module, 'q'):
+                    module.to_empty(device=device, recurse=False).weight.take(tensor)
+                elif hasattr(module, 'set_weight') and leaf == 'weight':
                     bias = None if module.bias is None or module.bias.is_meta else module.bias.detach()  # read before
                     module.to_empty(device=device, recurse=False).set_weight(tensor)
                     module.bias = module.bias if bias is None else nn.Parameter(bias)

@@ -12,11 +12,12 @@ from test_trace import MODES, TINY, config_of, layers, plan_of, real_steps
 import configurator
 import memest
 import model as models
+import train
 from configurator import method_of
 from memory import trace
 from memory.record import LiveBytes
 from model import LLaMA, ModelConfig
-from plumbing import hf_models
+from plumbing import Stop, hf_models
 from plumbing.build import shape_of
 from train import problems, training_step
 
@@ -30,6 +31,12 @@ STEPS = {1: 20, 2: 8, 8: 4}  # by micro-batches; with 20 everywhere it held, too
 SMALL = TINY | dict(n_layer=2, n_embd=32, n_inner=80, n_head=2, n_kv_head=1, vocab_size=101)
 
 
+def tokens_of(step, n):
+    """x and y (2, 1, 16) of each micro-batch of a step."""
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randint(0, 101, (2, 1, 16), generator=generator) for _ in range(n)]
+
+
 def run(prepare, **changes):
     """-> weights and factors after some steps, and the losses, of a run with these keys in fp32."""
     config = config_of(**changes)
@@ -41,9 +48,7 @@ def run(prepare, **changes):
     prepare(model)
     losses = []
     for step in range(STEPS[config.gradient_accumulation_steps]):
-        generator = torch.Generator().manual_seed(step)
-        n = config.gradient_accumulation_steps
-        batches = [torch.randint(0, 101, (2, 1, 16), generator=generator) for _ in range(n)]
+        batches = tokens_of(step, config.gradient_accumulation_steps)
         losses.append(training_step(model, optimizer, [tuple(pair) for pair in batches], 1e-3, 'cpu'))
     parts = [*model.parameters(), *(whole() for _, _, whole in model.dense_weights())]
     return torch.cat([part.detach().flatten().float() for part in parts]), torch.stack(losses)
@@ -269,3 +274,122 @@ def test_what_offload_activations_does_not_go_with_is_said_by_name():
     assert any('add --checkpointing=True' in p for p in problems(config_of('adamw', offload_activations=True)))
     config = config_of('adamw', offload_activations=True, checkpointing=True, compile=True)
     assert any('offload_activations' in p and 'compile' in p for p in problems(config))
+
+
+# ---- large vocabularies: tables in 8 bits, in main memory, or projected ----------------------------------------------
+
+
+def test_a_head_in_8_bits_is_near_codes_to_itself_and_multiplies_as_its_decoded_self():
+    W = torch.randn(301, 64, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    W[7], W[9, 0] = 0, 127 * 2.0**-9  # a row of zeros, and one whose largest is a power of two times 127
+    once = models.Int8Head(W)
+    decoded = once.dense_weight()
+    again = models.Int8Head(decoded)
+    assert torch.equal(once.q, again.q) and torch.equal(again.dense_weight(), decoded), 'what a checkpoint holds'
+    assert decoded.dtype == W.dtype and ((decoded - W).norm() / W.norm()).item() < 0.02
+    x, delta = torch.randn(5, 64), torch.randn(5, 301)
+    head = once.weight.to(torch.float32)
+    assert torch.allclose(head.logits(x), x @ decoded.float().T, atol=1e-6)
+    assert torch.allclose(head.back(delta), delta @ decoded.float(), atol=1e-5)
+
+
+@pytest.mark.parametrize('accumulation', [1, 8])
+def test_twenty_steps_with_a_head_in_8_bits_are_those_with_what_it_decodes_to(accumulation, monkeypatch):
+    monkeypatch.setattr(models.Int8Matrix, 'PIECE', 40)  # of 101 rows
+
+    def decoded(model):
+        model.lm_head.weight.data = models.Int8Head(model.lm_head.weight).dense_weight()
+
+    keys, kept = METHODS['lora'] | dict(gradient_accumulation_steps=accumulation), []
+    _, losses = run(lambda model: (kept.append(model), model.shrink_tables(8)), **keys)
+    _, expected = run(lambda model: (kept.append(model), decoded(model)), **keys)
+    assert (losses - expected).abs().max() < 1e-6
+    for a, b in zip(*(model.layers.parameters() for model in kept), strict=True):
+        assert (a - b).abs().max() < 1e-6
+
+
+TABLES = {
+    'qlora': dict(method='lora', train_rest='no', head_bits=8, state_bits=8),
+    'qlora of a folder': dict(method='lora', train_rest='no', head_bits=8, offload_embedding=True, init_from='folder'),
+}
+
+
+def test_planned_bytes_of_small_tables_are_those_of_real_steps(monkeypatch):
+    config = config_of(**TABLES['qlora'], checkpointing=True)
+    planned = plan_of(config, ModelConfig(**TINY), torch.bfloat16, torch.float32, True)
+    setup = method_of(config).setup
+
+    def shrunk(model, config):
+        optimizer = setup(model, config)
+        model.shrink_tables(8)
+        return optimizer
+
+    monkeypatch.setattr(method_of(config), 'setup', shrunk)
+    with LiveBytes() as live:
+        _kept = real_steps(config, torch.bfloat16, live)
+    assert abs(planned.total / live.peak - 1) < 0.001
+
+
+def test_an_embedding_in_main_memory_takes_none_of_the_card_nor_does_a_heads_bf16(tmp_path):
+    shape = ModelConfig(**TINY | dict(vocab_size=20_000))
+    of = {name: plan_of(config_of(**TABLES[name]), shape, torch.bfloat16, pretrained=True) for name in TABLES}
+    assert of['qlora'].weights - of['qlora of a folder'].weights == 2 * 20_000 * 64
+    plain = plan_of(config_of(method='lora', train_rest='no'), shape, torch.bfloat16, pretrained=True)
+    assert plain.weights - of['qlora'].weights == 20_000 * 64 - 4 * 20_000
+    born = [e for c in of['qlora'].peak.chunks for e in c.events if e[0] == '+' and e[4] == (20_000, 64)]
+    assert {e[1] for e in born} == {20_000 * 64, 2 * 20_000 * 64} and len(born) == 2, 'the embedding, and q'
+
+
+def test_a_folder_is_read_straight_into_small_tables_and_a_run_of_them_goes_on_bit_for_bit(tmp_path):
+    model = LLaMA(ModelConfig(**SMALL))
+    model.save_pretrained(tmp_path)
+    small = LLaMA.from_pretrained(tmp_path, prepare=lambda model: model.shrink_tables(8, torch.device('cpu')))
+    expected = models.Int8Head(model.lm_head.weight).dense_weight()
+    assert torch.equal(small.lm_head.dense_weight(), expected)
+    tokens = torch.randint(0, 101, (1, 9))
+    model.lm_head.weight.data = expected
+    assert torch.allclose(small(tokens), model(tokens), atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(small(tokens), model(tokens), atol=1e-6)
+    small.save_pretrained(tmp_path / 'saved')
+    again = LLaMA.from_pretrained(tmp_path / 'saved', prepare=lambda model: model.shrink_tables(8))
+    assert torch.equal(again.lm_head.q, small.lm_head.q) and torch.equal(again.lm_head.scale, small.lm_head.scale)
+
+
+@pytest.mark.parametrize('keys', [dict(head_bits=8), dict(offload_embedding=True)])
+def test_tables_that_are_trained_stay_as_they_are(keys):
+    model = LLaMA(ModelConfig(**TINY))
+    with pytest.raises(Stop, match='train_rest=no'):
+        train.setup(model, config_of('galore', **keys))
+    with pytest.raises(models.ModelError, match='has one'):
+        LLaMA(ModelConfig(**TINY, tie_embeddings=True)).shrink_tables(8)
+
+
+@pytest.mark.parametrize('accumulation', [1, 2, 8])
+def test_projected_tables_per_layer_and_accumulated_are_the_same_and_unseen_rows_stay(accumulation):
+    keys = dict(project_tables=True, update_proj_gap=3, rank=8, gradient_accumulation_steps=accumulation)
+    begin = LLaMA(ModelConfig(**SMALL | dict(tie_embeddings=False)))
+
+    def prepare(model):
+        begin.load_state_dict(model.state_dict(), strict=False)
+        kept.append(model)
+
+    kept = []
+    (found, _), (expected, _) = run(prepare, per_layer=True, **keys), run(prepare, **keys)
+    assert (found - expected).abs().max() < 1e-6
+    n = STEPS[accumulation]
+    seen = {t for step in range(n) for x, _ in tokens_of(step, accumulation) for t in x.flatten().tolist()}
+    rows = [i for i in range(101) if i not in seen]
+    moved = (kept[0].embed_tokens.weight - begin.embed_tokens.weight).abs().amax(1)
+    assert not rows or moved[rows].max() == 0
+    assert moved[sorted(seen)].min() > 0
+
+
+@pytest.mark.parametrize('mode', ['galore per layer, accumulated'])
+def test_planned_bytes_of_projected_tables_are_those_of_real_steps(mode):
+    config = config_of(**MODES[mode] | dict(project_tables=True, checkpointing=True))
+    plan = plan_of(config, ModelConfig(**TINY), torch.bfloat16, torch.float32, True)
+    with LiveBytes() as live:
+        model, optimizer = real_steps(config, torch.bfloat16, live)
+    assert abs(plan.total / live.peak - 1) < 0.001
+    assert optimizer.state[model.lm_head.weight]['M'].numel() == 8 * 301

@@ -238,10 +238,11 @@ def test_every_key_has_a_comment_and_the_design_names_are_there():
         packing gradient_accumulation_steps model n_layer n_head n_kv_head n_embd n_inner vocab_size model_dropout
         learning_rate table_lr_scale warmup_iters lr_decay_iters decay min_lr weight_decay beta1 beta2 grad_clip
         method targets device dtype state_bits offload per_layer checkpointing offload_activations mlp_chunk
+        offload_embedding head_bits
         compile coreset parallel tp_size log_interval eval_interval eval_tokens save_interval best_by save_best
         save_merged sample_tokens tracker"""
     assert keys == set(expected.split())
-    galore = 'rank update_proj_gap scale refresh stagger moments basis_bits'
+    galore = 'rank update_proj_gap scale refresh stagger moments basis_bits project_tables'
     for file, expected in {
         'adam.py': '',
         'galore.py': galore,
