@@ -46,11 +46,12 @@ from plumbing.parallel import device_and_dtype
 __all__ = ['Plan', 'estimate', 'fit', 'trace']
 
 
-def trace(config, device=None):
+def trace(config, device=None, world=None):
     """The Plan of a configuration (a namespace with train.py's keys): of a run on a card, or, where the weights are
-    fp32 and there is none, on this CPU; device: 'cuda' plans for a card all the same. Raises what train.py raises."""
+    fp32 and there is none, on this CPU; device: 'cuda' plans for a card all the same. world: of how many processes it
+    plans one. Raises what train.py raises."""
     here, dtype = device_and_dtype(config)
-    return train.plan_memory(config, shape_of(config), device or here, dtype)
+    return train.plan_memory(config, shape_of(config), device or here, dtype, world=world)
 
 
 def main(argv):
@@ -83,7 +84,7 @@ def answer(argv, own, config):
         print_fit(config, shape, own)
     elif 'llmem' in own:
         print_llmem(config, shape, own)
-    elif 'gpus' in own:
+    elif 'gpus' in own and config.parallel in ('dp', 'auto'):
         print_gpus(config, shape, own)
     else:
         print_plan(config, shape, own)
@@ -105,16 +106,16 @@ def native_shape(config):
 def print_plan(config, shape, own):
     started, instant = time.perf_counter(), None
     try:
-        instant = estimate(config, shape)
+        instant = estimate(config, shape) if 'gpus' not in own else None
     except UnknownMethod:
         if 'instant' in own:
             raise
         print(f"no formula knows method='{config.method}': this is a trace alone", file=sys.stderr)
     if 'json' not in own:
         print(described(config, shape), flush=True)
-    plan = instant if 'instant' in own else trace(config)
+    plan = instant if 'instant' in own else trace(config, world=own.get('gpus'))
     seconds = time.perf_counter() - started
-    compared = instant if plan.context else None  # the formula is a card's
+    compared = instant if plan.context and instant else None  # the formula is a card's
     card = own.get('gpu_gb', 0) * 2**30
     if 'json' in own:
         found = {key: getattr(plan, key) for key in ('weights', 'states', 'total', 'allocated', 'reserved', 'context')}
@@ -198,7 +199,8 @@ def print_gpus(config, shape, own):
     exchanged = (6 if config.checkpointing else 4) * shape.n_layer * config.block_size * shape.n_embd * 2
     ways = llmem.choose(parts, gb * 2**30 / (1 + MARGIN) - CONTEXT, n, seconds, PCI_EXPRESS, exchanged,
                         tps=(tp,) if tp > 1 else ())  # fmt: skip
-    print('(train.py averages over processes, as ddp does; the others want torch around a loop of your own)')
+    print('(in train.py ddp is --parallel=dp, zero3 fsdp, tp tp, and zero3 with --tp dp+tp)')
+    print(f'(a trace of what train.py does, instead of formulas: --gpus={n} --parallel=fsdp)')
     if config.method in ('loqt', 'lora') or getattr(config, 'weight_bits', 16) == 8:
         print('(packed weights are buffers, which fully_shard does not cut: zero2 and zero3 are too low here)')
     print(
@@ -256,7 +258,7 @@ def print_fit(config, shape, own):
     if marked:
         print('* trains little beside frozen random weights: no substitute for pretraining from scratch')
     if n > 1:
-        print('way: train.py averages over processes, as ddp does; the others want a loop of your own (--gpus)')
+        print('way: ddp is --parallel=dp, zero3 fsdp, tp tp; the others want a loop of your own (--gpus)')
 
 
 if __name__ == '__main__':

@@ -27,6 +27,7 @@ import importlib.util
 import math
 import os
 import subprocess
+from types import SimpleNamespace
 
 import torch
 
@@ -37,7 +38,7 @@ from configurator import at_least, between, method_of, typed
 from data import DataError, agreement, tokenizer
 from data.batches import Labelled, keywords, load, read_meta, trained_tokens
 from data.tokenizer_files import files_of
-from memory import fit, trace
+from memory import fit, several, trace
 from memory.measure import Measure
 from memory.record import LiveBytes
 from model import SIZES, ModelConfig, ModelError, trained_rows
@@ -115,8 +116,9 @@ offload_activations = False  # with checkpointing: those inputs wait in main mem
 offload_embedding = False  # a frozen embedding in main memory, where a step's rows are looked up
 head_bits = 16  # 16 | 8: of a frozen head; 16 stands for what dtype says
 mlp_chunk = 0  # tokens that an MLP takes at a time, computed again for their backward, for long windows; 0: all
-parallel = 'dp'  # 'dp' | 'fsdp' | 'tp' | 'dp+tp': what several processes do, under torchrun: each holds all and reads
-#           batches of its own; or holds a part of each tensor; or of each layer, for the same batch; or both
+parallel = 'dp'  # 'dp' | 'fsdp' | 'tp' | 'dp+tp' | 'auto': what several processes do, under torchrun: each holds all
+#           and reads batches of its own; or holds a part of each tensor; or of each layer, for the same batch; or both.
+#           auto: the first of these that is planned to fit a card of this machine; on a CPU dp
 tp_size = 2  # of parallel='dp+tp': processes in a group that computes each layer together
 compile = False  # torch.compile: 15 s to start, then measured a sixth faster; off, with the reason printed, if it fails
 
@@ -358,11 +360,37 @@ def training_step(forward, optimizer, micro_batches, learning_rate, device):
     return total
 
 
-def plan_memory(config, shape, device, dtype, compute_dtype=None):
-    """The memory.formula.Plan of a run, from a trace of `training_step`. shape: the ModelConfig."""
+def plan_memory(config, shape, device, dtype, compute_dtype=None, world=None):
+    """The memory.formula.Plan of a process of a run, from a trace of `training_step`. shape: the ModelConfig; world:
+    processes, None for as many as torchrun started."""
     method, selection, rows = method_of(config), colm.setup(config), rows_of(config)
+    world = world or int(os.environ.get('WORLD_SIZE', 1))
+    tp = sharding.tp_of(config, world)
     with patience('planning the memory'):
-        return trace.plan_memory(config, shape, dtype, device, method, training_step, selection, compute_dtype, *rows)
+        shape = several.part_of(shape, tp) if tp > 1 else shape
+        plan = trace.plan_memory(
+            config, shape, dtype, device, method, training_step, selection, compute_dtype, *rows, readers=world // tp
+        )
+        if sharding.is_cut(config, world) and world > tp:
+            plan = several.share(config, shape, dtype, plan, world // tp)
+        return plan
+
+
+def choose_way(config, world, device, dtype, room):
+    """What parallel='auto' stands for: the first way whose plan fits a device of `room` bytes, those first that send
+    least; where none does, fsdp with all that stays in main memory (offload). On a CPU, or alone, dp."""
+    if world == 1 or device == 'cpu':
+        return {'parallel': 'dp'}
+    for way in ('dp', 'fsdp', 'dp+tp', 'tp'):
+        asked = SimpleNamespace(**vars(config) | {'parallel': way})
+        shape = shape_of(config)
+        cut = sharding.tp_of(asked, world) > 1 and not sharding.divides(shape, sharding.tp_of(asked, world))
+        if cut or sharding.problems(asked, world):
+            continue
+        if plan_memory(asked, shape, device, dtype, world=world).card * (1 + fit.MARGIN) <= room:
+            return {'parallel': way}
+    able = not sharding.problems(SimpleNamespace(**vars(config) | {'parallel': 'fsdp'}), world)
+    return {'parallel': 'fsdp', 'offload': True} if able else {'parallel': 'dp'}
 
 
 def plan_only(config):
@@ -402,6 +430,8 @@ def setup(model, config):
 def main(config):
     if config.dry_run:
         return plan_only(config)
+    if config.parallel == 'auto':
+        vars(config).update(choose_way(config, *processes.surroundings(config)))
     here = processes.start(config)  # this process: rank, world, device, dtype
     here.say(configurator.as_text(config, __file__))
 
@@ -511,8 +541,8 @@ def check_size(config, here):
     anything is built, downloaded or overwritten."""
     if config.init_from == 'scratch' or os.path.isdir(config.init_from):
         dtype = str(here.dtype).removeprefix('torch.')
-        shape = shape_of(config)
-        if isinstance(shape, ModelConfig) and (too_much := fit.cannot_fit(config, shape, dtype, here.room)):
+        shape, room = shape_of(config), here.room * (here.world if sharding.is_cut(config, here.world) else 1)
+        if isinstance(shape, ModelConfig) and (too_much := fit.cannot_fit(config, shape, dtype, room)):
             raise Stop(too_much)
 
 

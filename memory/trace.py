@@ -12,7 +12,6 @@ which layers are due for a new basis or a merge.
 import contextlib
 import copy
 import gc
-import os
 import sys
 import weakref
 from dataclasses import replace
@@ -328,17 +327,16 @@ def as_plan(peak, weights, states, on_cpu):
 
 
 def plan_memory(config, shape, dtype, device, method, training_step, selection=None, compute_dtype=None, pieces=0,
-                longest=0):  # fmt: skip
+                longest=0, readers=1):  # fmt: skip
     """The Plan of one process, from a trace of its step; shape: the ModelConfig, method: the module of config.method,
     training_step: train.py's, selection: its Coreset. On a card where there is one, or where a dry run of bf16 weights
-    says that there will be. Of examples: pieces in a packed row, or the longest of padded rows."""
+    says that there will be. Of examples: pieces in a packed row, or the longest of padded rows. readers: processes that
+    share the micro-batches."""
     on_card = device.startswith('cuda') or (config.dry_run and dtype == torch.bfloat16)
     run = SimpleNamespace(**vars(config) | {'block_size': longest or config.block_size})
     if hasattr(run, 'compensation'):  # a fourth round holds nothing that the third does not
         run.compensation = min(run.compensation, 3)
-    world = int(os.environ.get('WORLD_SIZE', 1))
-    group = {'tp': world, 'dp+tp': getattr(config, 'tp_size', 1)}.get(getattr(config, 'parallel', 'dp'), 1)
-    run.gradient_accumulation_steps = max(config.gradient_accumulation_steps * group // world, 1)  # of one process
+    run.gradient_accumulation_steps = max(config.gradient_accumulation_steps // readers, 1)  # of one process
     linear = method.linear(run) if hasattr(method, 'linear') else Linear
     pretrained = config.init_from not in ('scratch', 'resume')
 

@@ -88,6 +88,12 @@ def device_and_dtype(config):
     return device, dtype or (torch.bfloat16 if device == 'cuda' else torch.float32)
 
 
+def surroundings(config):
+    """-> processes that torchrun started, device, dtype, bytes of a device's memory: known before they meet."""
+    device, dtype = device_and_dtype(config)
+    return int(os.environ.get('WORLD_SIZE', 1)), device, dtype, Here(0, 1, device, dtype).room
+
+
 def start(config):
     """-> Here. Under torchrun, also start the process group: NCCL on CUDA, gloo on a CPU."""
     world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))

@@ -25,15 +25,25 @@ from plumbing import Stop
 
 COLUMNS = ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj', 'mlp.gate_proj', 'mlp.up_proj')
 ROWS = ('self_attn.o_proj', 'mlp.down_proj')
+HEADS = ('n_head', 'n_kv_head', 'n_inner')  # what tp cuts
 METHODS = {'fsdp': ('adamw', 'galore'), 'tp': ('adamw',), 'dp+tp': ('adamw',)}  # that hold on parts of weights
 
 
 # ---- before torch's engine starts --------------------------------------------------------------------------------
 
 
+def divides(shape, n):
+    """Can n processes share the heads and the inner units of this ModelConfig?"""
+    return not (getattr(shape, 'qk_norm', True) or any(getattr(shape, name) % n for name in HEADS))
+
+
 def tp_of(config, world):
     """How many processes share a layer's arithmetic, all on the same batch."""
     return {'tp': world, 'dp+tp': getattr(config, 'tp_size', 2)}.get(getattr(config, 'parallel', 'dp'), 1)
+
+
+def is_cut(config, world):
+    return world > 1 and getattr(config, 'parallel', 'dp') in METHODS
 
 
 def problems(config, world):
@@ -53,6 +63,11 @@ def problems(config, world):
     ):
         if getattr(c, key):
             found.append(f'{key}=True {why}: leave it out, or use --parallel=dp')
+    for key in ('offload_activations', 'offload_embedding', 'mlp_chunk', 'project_tables'):
+        if getattr(c, key, False):
+            found.append(f'{key}={getattr(c, key)} is of whole weights, and {here} cuts them: use --parallel=dp')
+    if getattr(c, 'head_bits', 16) != 16:
+        found.append(f'head_bits={c.head_bits} is of a whole head, and {here} cuts it: use --parallel=dp')
     if c.task != 'lm':
         found.append(f"{here} is of our own families, and task='{c.task}' trains transformers' modules: use dp")
     if c.parallel == 'dp+tp' and (c.tp_size < 2 or world % c.tp_size or world == c.tp_size) and world > 1:
@@ -66,7 +81,7 @@ def problems(config, world):
 def place(model, config, here):
     """Cut the model in place, as config.parallel says. -> what the optimizer is made of: `mirror` of this process's
     parts; the model itself where nothing is cut. Raises Stop for a model that cannot be cut."""
-    if here.world == 1 or config.parallel not in METHODS:
+    if not is_cut(config, here.world):
         if config.parallel in METHODS:
             here.say(f"note: parallel='{config.parallel}' cuts nothing, there is one process: torchrun starts more")
         return model
@@ -114,7 +129,7 @@ def cut(model, mesh):
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     c, n = model.config, mesh.size()
-    for name in ('n_head', 'n_kv_head', 'n_inner'):
+    for name in HEADS:
         if getattr(c, name) % n:
             raise Stop(f'{name}={getattr(c, name)} cannot be shared by {n} processes: use --parallel=fsdp')
     if c.qk_norm:
@@ -181,6 +196,7 @@ def part_of(p):
 def hand_on(p, q):
     """What has come to p goes to q, and calls q's hooks as autograd does."""
     G, p.grad = p.grad.to_local(), None
+    G = G.clone() if G.dim() < 2 else G  # else a norm's, kept, would keep the buffer of its whole block's
     for hook in list((q._backward_hooks or {}).values()):
         hook(G)
     q.grad = G if q.grad is None else q.grad.add_(G)

@@ -63,7 +63,7 @@ def worker(folder, data, which):
     class Measure(train.Measure):
         def step(self, n):
             states = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-            held[name] = [sum(t.nbytes for t in some) for some in (self.model.parameters(), states)]
+            held[name] = [sum(t.nbytes for t in some) for some in (self.model.parameters(), states)] + [self]
             return super().step(n)
 
     train.Measure = Measure
@@ -82,6 +82,7 @@ def worker(folder, data, which):
         config = configurator.load('train.py', tiny(f'--dataset={data}', f'--out_dir={out}', *STEP, *flags))
         assert not train.problems(config), train.problems(config)
         train.main(config)
+        held[name][2] = held[name][2].peak
     with open(os.path.join(folder, f'held {world} {rank}.json'), 'a') as f:
         f.write(json.dumps(held) + '\n')
     if world > 1:
@@ -169,11 +170,36 @@ def test_a_process_of_four_holds_a_quarter(folder, method):
             assert there[1] <= 0.30 * alone[1]
 
 
+@pytest.mark.parametrize('name', ['adamw fsdp', 'adamw tp', 'adamw dp+tp', 'galore fsdp'])
+def test_the_plan_of_a_process_is_what_it_holds(folder, data, name):
+    import configurator
+    import train as training
+
+    config = configurator.load('train.py', tiny(f'--dataset={data}', *STEP, *CASES[4][name]))
+    plan = training.plan_memory(config, training.shape_of(config), 'cpu', torch.float32, torch.float32, world=4)
+    assert plan.total == pytest.approx(held(folder, 4, 0, name)[2], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ('gb', 'way'),
+    [(99, {'parallel': 'dp'}), (2.2, {'parallel': 'fsdp'}), (1, {'parallel': 'fsdp', 'offload': True})],
+)
+def test_auto_takes_the_first_way_that_fits(gb, way, data):
+    import configurator
+    import train as training
+
+    flags = ['--method=adamw', '--model=130m', '--dataset=c4', '--batch_size=1', '--parallel=auto', '--device=cuda']
+    config = configurator.load('train.py', [*flags, '--dry_run', '--gradient_accumulation_steps=4'])
+    assert training.choose_way(config, 4, 'cuda', torch.bfloat16, gb * 1e9) == way
+    assert training.choose_way(config, 4, 'cpu', torch.float32, gb * 1e9) == {'parallel': 'dp'}
+
+
 @pytest.mark.parametrize(
     ('flags', 'says'),
     [
         ('--parallel=fsdp --method=muon', "method='muon' needs whole: use dp, or adamw or galore"),
         ('--parallel=tp --method=galore', "method='galore' needs whole: use dp, or adamw"),
+        ('--parallel=fsdp --mlp_chunk=16 --method=adamw', 'mlp_chunk=16 is of whole weights'),
         ('--parallel=fsdp --per_layer', 'per_layer=True moves weights in backward'),
         ('--parallel=fsdp --coreset=grad', "coreset='grad'"),
         ('--parallel=tp --compile --method=adamw', 'compile=True'),
