@@ -19,7 +19,7 @@ from memory.activations import activations, activations_of_a_block, activations_
 from memory.cuda import CONTEXT, workspace
 from memory.matrices import METHODS, PIECE, adam_moments, turns, update_of
 from memory.record import MB
-from model import ROWS, SIZES, ModelConfig
+from model import ROWS, SIZES, Int8Matrix, ModelConfig
 
 SLACK, SLACK_BYTES = 0.06, 60 * MB  # reserved beyond what is alive: about the mean of random configurations
 
@@ -169,8 +169,12 @@ def due(run):
 
 
 def logits(run):
-    """ROWS rows of them in fp32, and in the activations' dtype."""
-    return min(ROWS, run.N) * run.V * run.a_logit
+    """ROWS rows of them in fp32, and in the activations' dtype. Of a head in 8 bits fewer, a piece of it decoded, and
+    the rows' gradient in fp32, with the piece's part of it."""
+    if run.config.head_bits == 16:
+        return min(ROWS, run.N) * run.V * run.a_logit
+    rows = min(Int8Matrix.ROWS, run.N)
+    return rows * run.V * run.a_logit + (run.a * min(Int8Matrix.PIECE, run.V) + (4 + run.a) * rows) * run.D
 
 
 def waiting(run):

@@ -1,6 +1,7 @@
 """What makes room for longer windows and larger vocabularies: each equals the run without it, and memest plans it."""
 
 import functools
+import re
 import weakref
 
 import pytest
@@ -259,7 +260,7 @@ def test_a_long_window_fits_24_gb_and_fit_says_how_long(capsys):
     'flags, within',
     [
         ('--method=lora --offload_activations --mlp_chunk=512', 0.005),
-        ('--method=lora --mlp_chunk=512', 0.005),
+        ('--method=lora --mlp_chunk=512 --train_rest=no --head_bits=8 --offload_embedding', 0.005),
         ('--method=galore --offload_activations --per_layer --state_bits=8', 0.01),
     ],
 )
@@ -393,3 +394,9 @@ def test_planned_bytes_of_projected_tables_are_those_of_real_steps(mode):
         model, optimizer = real_steps(config, torch.bfloat16, live)
     assert abs(plan.total / live.peak - 1) < 0.001
     assert optimizer.state[model.lm_head.weight]['M'].numel() == 8 * 301
+
+
+@pytest.mark.parametrize('name, most', [('6gb_qlora', 5.5), ('16gb_qgalore', 16 * 2**30 / 1e9)])
+def test_the_targets_are_met_by_what_their_configs_say_which_test_train_compares_with_a_dry_run(name, most):
+    text = (ROOT / f'config/llama3_8b_{name}.py').read_text()
+    assert float(re.search(r'Planned peak of ([\d.]+) GB', text)[1]) <= most
