@@ -13,6 +13,8 @@ What is not in the papers, and why:
   the nearest holds three quarters.
 - per_layer=True updates a weight inside backward, as soon as its gradient is complete, and drops the gradient: the
   gradients of all layers never exist at once. The result is the same.
+- In several processes a gradient travels as soon as it is complete, in buckets, while backward goes on. When backward
+  ends, each has the mean, as torch's DistributedDataParallel leaves it.
 - What a backward leaves behind counts from `step()` on. A batch whose step a loop does not take, because its loss was
   not finite, leaves no trace, whoever drops its gradients: either zero_grad, or, where they are not finite, nobody.
   per_layer has moved the weights by then: it leaves out those whose gradient was not finite.
@@ -36,6 +38,8 @@ from torch.optim.adamw import adamw
 
 BLOCK = 256  # numbers that share a scale in 8-bit moments
 PIECE = 1 << 24  # numbers updated at once
+BUCKET = 25 << 20  # bytes of gradients that travel together, so that small ones need no message each
+SENT = [0.0]  # bytes that this process sent to others, until an optimizer's step tells and begins anew
 CUT = {torch.bfloat16: 16, torch.float16: 13}  # bits that a half has less than fp32
 SMALLEST_8BIT = 4096  # smaller tensors (norms) keep fp32 moments, as in bitsandbytes
 WATCHING = weakref.WeakValueDictionary()  # id of a tensor -> the optimizer that watched it last: who has its gradient
@@ -266,21 +270,32 @@ def several_processes():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def refuse_ddp(optimizer, p):
-    """Raise ValueError where torch's DistributedDataParallel waits for the gradient of p, of which it will see none."""
+def in_ddp(p):
+    """Does torch's DistributedDataParallel wait for the gradient of p?"""
     everything = gc.get_objects() if dist.is_available() and dist.is_initialized() else ()
     wrappers = [found for found in everything if issubclass(type(found), torch.nn.parallel.DistributedDataParallel)]
-    if any(p is q for wrapper in wrappers for q in wrapper.parameters()):
-        raise ValueError(
-            f'{type(optimizer).__name__} uses gradients inside backward (per_layer, attach), before '
-            'DistributedDataParallel has averaged them: leave DDP out, the optimizer averages them itself'
-        )
+    return any(p is q for wrapper in wrappers for q in wrapper.parameters())
+
+
+def travel(how, A, *owner, wait=True):
+    """A collective of torch.distributed on A, in place; its bytes are counted as in a ring, where each process sends
+    the (N - 1) / N-th part of A, in an all_reduce twice. -> what to wait for, unless `wait` does."""
+    share = 1 - 1 / dist.get_world_size()
+    SENT[0] += A.nbytes * share * (2 if how is dist.all_reduce else 1)
+    return how(A, *owner, async_op=not wait)
+
+
+def hand_out_(A, owner=0):
+    """A becomes that of process `owner`, so that rounding does not set the processes apart; alone, nothing."""
+    if several_processes():
+        travel(dist.broadcast, A, owner)
+    return A
 
 
 def average_(G):
     """Mean of G over the processes of a data-parallel run, in place; nothing where there is one."""
     if several_processes():
-        dist.all_reduce(G)
+        travel(dist.all_reduce, G)
         G /= dist.get_world_size()
     return G
 
@@ -305,7 +320,9 @@ class AdamW(torch.optim.Optimizer):
     for Adam's bias correction, and starts again where a method resets them.
 
     A method overrides `update` (one parameter moves), and, if it keeps something smaller than the gradient,
-    `gradient_ready` (what to do with each micro-batch's) and `take_gradient` (that of the whole step)."""
+    `gradient_ready` (what to do with each micro-batch's), `take_gradient` (that of the whole step) and `own_gradient`
+    (what the processes average of it). In several processes `metrics` says how many bytes each sent since the last
+    step, bytes_sent."""
 
     small_gradients = False  # True: what waits for clipping's norm is much smaller than the weights
 
@@ -324,7 +341,9 @@ class AdamW(torch.optim.Optimizer):
         self.squares = {}  # p -> squared norm of its gradient, of those taken so far in this step
         self.sums, self.counts = {}, {}  # p -> the sum of its gradients while the next arrives; how many are in it
         self.complete, self.sound = set(), {}  # those whose last micro-batch came, but no step; is their sum finite
-        self.flagged, self.asked = False, False  # does the loop set last_micro_batch; was a DDP looked for
+        self.flagged, self.wrapped = False, None  # does the loop set last_micro_batch; is there a DDP, once looked for
+        self.gathered, self.flying, self.shared = [], [], []  # on their way to the other processes, see `exchange`
+        self.means, self.task = set(), None  # p whose gradient is the mean of all; the backward that will wait
         self.index_of, self.group_of, self.watched, self.weight_of = {}, {}, [], {}
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, lr_scale=1.0)
         super().__init__(params, defaults | (group_defaults or {}))
@@ -430,6 +449,7 @@ class AdamW(torch.optim.Optimizer):
         """The first micro-batch of a step comes, or none: forget what is left of a step that was not taken."""
         self.counts[p] = 0
         self.complete.discard(p)
+        self.means.discard(p)
         self.sound.pop(p, None)
 
     @exactly
@@ -438,9 +458,14 @@ class AdamW(torch.optim.Optimizer):
         p = self.weight_of.get(q, q)
         if q.grad.is_sparse:
             raise ValueError(f'{type(self).__name__} takes no sparse gradients: use nn.Embedding(sparse=False)')
-        if self.keeps_gradients_back and not self.asked:
-            refuse_ddp(self, p)
-            self.asked = True
+        if self.wrapped is None:
+            self.wrapped = in_ddp(p)
+        if self.wrapped and self.keeps_gradients_back:
+            raise ValueError(
+                f'{type(self).__name__} uses gradients inside backward (per_layer, attach), before '
+                'DistributedDataParallel has averaged them: leave DDP out, the optimizer averages them itself'
+            )
+        self.means.discard(p)
         if p in self.sums:
             q.grad = self.sum_up(p, self.sums.pop(p), q.grad)
         self.gradient_ready(p)
@@ -457,7 +482,12 @@ class AdamW(torch.optim.Optimizer):
 
     def gradient_ready(self, p):
         """p has its gradient of one more micro-batch."""
-        if self.per_layer and self.last_micro_batch:
+        if self.last_micro_batch and self.together(p) and not self.wrapped:
+            if (task := torch._C._current_graph_task_id()) != self.task:  # the first one of this backward
+                self.task = task
+                torch.autograd.Variable._execution_engine.queue_callback(self.finish_exchange)
+            self.exchange(p)
+        elif self.last_micro_batch and self.per_layer:
             self.finish(p)
 
     def finish(self, p):
@@ -499,8 +529,15 @@ class AdamW(torch.optim.Optimizer):
         return self.add_to_norm(p, self.averaged(p, G))
 
     def averaged(self, p, G):
-        """The mean of G over the processes; of a p that is a part of a cut weight, G, which has come as that."""
-        return G if hasattr(p, 'part') else average_(G)
+        """The mean of p's gradient G over the processes, which may be there already."""
+        if self.together(p) and p not in self.means:
+            average_(G)
+        self.means.discard(p)
+        return G
+
+    def together(self, p):
+        """Do processes that have the same p average its gradient? Of a part of a cut weight it comes as the mean."""
+        return several_processes() and not hasattr(p, 'part')
 
     def add_to_norm(self, p, G):
         if G.dtype == torch.float32 and G.is_contiguous():  # three times faster than vector_norm on a CPU
@@ -537,6 +574,10 @@ class AdamW(torch.optim.Optimizer):
                 'GradScaler cannot scale gradients that are used up inside backward (by per_layer): train in bf16 '
                 'without it'
             )
+        if several_processes():
+            for p in [p for p in self.index_of if p.grad is not None and p not in self.means and self.together(p)]:
+                self.exchange(p)
+            self.finish_exchange()
         waiting = [p for group in self.param_groups for p in group['params'] if p.grad is not None]
         if self.grad_clip and waiting:
             gradients = [self.take_gradient(p) for p in waiting]
@@ -551,12 +592,82 @@ class AdamW(torch.optim.Optimizer):
             norm = {'grad_norm': self.norm()}
             self.metrics = norm | self.metrics | norm  # first in a log line, which takes them all and empties the dict
             self.squares = {}
+        if several_processes():
+            self.metrics['bytes_sent'], SENT[0] = torch.tensor(SENT[0]), 0.0
 
     def norm(self):
         part = getattr(next(iter(self.squares)), 'part', None)
         if part is None:
             return torch.stack(list(self.squares.values())).sum().sqrt()
         return part.sum_(torch.stack([square / p.part.copies for p, square in self.squares.items()]).sum()).sqrt()
+
+    # ---- several processes: what is complete travels while backward goes on
+
+    def exchange(self, p):
+        """p's gradient of the step is complete in this process: let the mean over all be on its way."""
+        self.gathered.append((p, self.own_gradient(p)))
+        if sum(G.nbytes for _, G in self.gathered) >= BUCKET:
+            self.send()
+
+    def own_gradient(self, p):
+        """What the processes average for p: its gradient, or what a method keeps of it."""
+        return p.grad
+
+    def send(self):
+        """The bucket goes off, and the one before has to be there, so that no third one takes memory."""
+        bucket, self.gathered, sent = self.gathered, [], []
+        for kind in dict.fromkeys((G.dtype, G.device) for _, G in bucket):
+            some = [G for _, G in bucket if (G.dtype, G.device) == kind]
+            alone = len(some) == 1 and some[0].is_contiguous()
+            flat = some[0].view(-1) if alone else torch.cat([G.reshape(-1) for G in some])
+            sent.append(([] if alone else some, flat, travel(dist.all_reduce, flat, wait=False)))
+        self.flying.append(([p for p, _ in bucket], sent))
+        if len(self.flying) > 1:
+            self.land()
+
+    def land(self):
+        """Wait for the oldest bucket under way: those in it have their mean gradient."""
+        those, sent = self.flying.pop(0)
+        for some, flat, work in sent:
+            work.wait()
+            flat /= dist.get_world_size()
+            for G, mean in zip(some, flat.split([G.numel() for G in some]) if some else ()):
+                G.copy_(mean.view(G.shape))
+        for p in those:
+            self.arrived(p)
+
+    def arrived(self, p):
+        self.means.add(p)
+        if self.per_layer:
+            self.finish(p)
+
+    def share(self, p, G):
+        """What p's method makes of the mean of G is dear: one process makes it and hands it out, p by p another. They
+        work side by side: as many G wait here as there are processes. A resumed run must choose the same one."""
+        G, owner = G.contiguous(), self.index_of[p] % dist.get_world_size()
+        self.shared.append((p, G, owner, travel(dist.reduce, G, owner, wait=False)))
+        if len(self.shared) == dist.get_world_size():
+            self.make_shared()
+
+    def make_shared(self):
+        shared, self.shared, me = self.shared, [], dist.get_rank()
+        for _, G, owner, work in shared:
+            work.wait()
+            if owner == me:
+                G /= dist.get_world_size()
+        made = [self.make(p, G, owner == me) for p, G, owner, _ in shared]
+        for (p, _, owner, _), tensors in zip(shared, made):
+            self.made(p, *(hand_out_(A, owner) for A in tensors))
+
+    @exactly
+    def finish_exchange(self):
+        """At the end of a backward, and of whatever else is still waiting at a step."""
+        if self.shared:
+            self.make_shared()
+        if self.gathered:
+            self.send()
+        while self.flying:
+            self.land()
 
     @property
     def keeps_gradients_back(self):

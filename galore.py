@@ -34,6 +34,7 @@ from adam import (
     BLOCK,
     AdamW,
     adam_direction,
+    hand_out_,
     is_finite,
     product_dtype,
     read_state,
@@ -357,24 +358,34 @@ class GaLoreAdamW(AdamW):
         write_state(state, 'P', P)
         return state
 
-    def new_basis(self, p, G):
-        """A new P for p, from G (m, n), pending until the step is taken. Computed once and handed to all processes, so
-        that rounding cannot set them apart."""
+    def new_basis(self, p, G, mine=True):
+        """A new P for p, from G (m, n), pending until the step is taken. mine: False where another process makes it,
+        and this one only room for it."""
         state, group, earlier = self.state[p], self.group_of[p], self.pending.get(p)
         G = p.part.whole(G, 1) if hasattr(p, 'part') else G  # (m, n)
         step, T, good = state.get('step', 0), group['update_proj_gap'], is_finite(G)
-        if self.refresh != 'subspace':  # of NaN it would not come to its end
+        if mine and self.refresh != 'subspace':  # of NaN it would not come to its end
             G = zero_unless_(good, G.to(torch.float32, copy=True))  # (m, n)
         old = self.decoded(p, state).float() if 'P' in state else None
-        P = orthonormal_basis(G, group['rank'], self.refresh, old, self.random_seed(p, step))  # (m, r)
-        P = torch.where(good, P, torch.eye(*P.shape, device=P.device) if old is None else old)
+        P = any_P = torch.eye(len(G), len(self.placeholder[p]), device=G.device) if old is None else old  # (m, r)
+        if mine:
+            P = orthonormal_basis(G, group['rank'], self.refresh, old, self.random_seed(p, step))  # (m, r)
+        P = torch.where(good, P, any_P)
         if earlier:  # of this step, in a loop without the flag, or of one that was not taken
             P = torch.where(self.sound.pop(p), self.decoded(p, earlier).float(), P)
-        if several_processes():
-            dist.broadcast(P, 0)
         self.pending[p] = {**self.encoded(p, P), 'next': step + (T if old is not None else self.offset[p] or T)}
         if old is not None:
             self.basis_turned(p, self.pending[p], old, P, G)
+
+    def first_basis(self, p, G):
+        """A new P for p from the first process's G (m, n), on all processes."""
+        self.new_basis(p, G, mine=not several_processes() or dist.get_rank() == 0)
+        for tensor in self.parts(p):
+            hand_out_(tensor)
+
+    def parts(self, p):
+        """The tensors of p's pending basis."""
+        return [part for part in self.pending[p].values() if torch.is_tensor(part)]
 
     def basis_turned(self, p, new, old, P, G):
         """p has a new basis P (m, r) in the place of the old one, by its gradient G (m, n); `new` is for its state."""
@@ -454,21 +465,29 @@ class GaLoreAdamW(AdamW):
             p.grad = Shadow(self.placeholder[p].grad, p)
             return super().gradient_ready(p)
         if 'P' not in self.state[p] and (p not in self.pending or p in self.sound):
-            self.new_basis(p, self.p_first(p, p.grad))
+            self.first_basis(p, self.p_first(p, p.grad))
         # A layer that is due keeps its full gradient until the step's last micro-batch; no other one ever does.
-        if (self.per_layer or p in self.attached) and (self.last_micro_batch or not self.is_due(p)):
-            self.fold(p)
-        super().gradient_ready(p)
+        if self.per_layer or p in self.attached:
+            if not self.is_due(p) or (self.last_micro_batch and not self.together(p)):
+                self.fold(p)
+            super().gradient_ready(p)
+
+    def needs_basis(self, p):
+        """Is P to be made of the gradient of this step, which is complete?"""
+        return ('P' not in self.state[p] or self.is_due(p)) and (p not in self.pending or p in self.sound)
 
     def fold(self, p):
         """R += P.T @ G, and G is dropped. Exact under accumulation, since P stays the same between refreshes."""
         if isinstance(p.grad, Shadow):
             return
-        known = p in self.pending and p not in self.sound
-        if ('P' not in self.state[p] or self.is_due(p)) and not known:
-            self.new_basis(p, self.p_first(p, self.averaged(p, p.grad)))
-        R, q = project(self.basis(p), self.p_first(p, p.grad)).to(p.dtype), self.placeholder[p]  # (r, n)
-        q.grad = R if q.grad is None else self.sum_up(p, q.grad, R)
+        G = self.p_first(p, p.grad)  # (m, n)
+        if self.needs_basis(p):
+            self.first_basis(p, G)
+        self.take_in(p, project(self.basis(p), G).to(p.dtype))
+
+    def take_in(self, p, R):
+        q = self.placeholder[p]
+        q.grad = R if q.grad is None else self.sum_up(p, q.grad, R)  # (r, n)
         p.grad = Shadow(q.grad, p)
 
     def take_gradient(self, p):
@@ -478,6 +497,30 @@ class GaLoreAdamW(AdamW):
         self.settle(p)
         R, self.placeholder[p].grad, p.grad = self.placeholder[p].grad, None, None
         return self.add_to_norm(p, self.averaged(p, R))
+
+    # ---- several processes: R travels, and G only where P is due, to the one process that makes it
+
+    def exchange(self, p):
+        if not self.is_projected(p) or self.full_gradient:
+            return super().exchange(p)
+        if not isinstance(p.grad, Shadow) and self.needs_basis(p):
+            return self.share(p, p.grad)
+        self.fold(p)
+        super().exchange(p)
+
+    def own_gradient(self, p):
+        return p.grad.R if isinstance(p.grad, Shadow) else p.grad
+
+    def make(self, p, G, mine):
+        """-> R (r, n) and the parts of a new basis by the mean gradient G, or room for them."""
+        G = self.p_first(p, G)  # (m, n)
+        self.new_basis(p, G, mine)
+        R = project(self.basis(p), G).to(p.dtype) if mine else self.placeholder[p].detach().clone()  # (r, n)
+        return [R.contiguous(), *self.parts(p)]
+
+    def made(self, p, R, *parts):
+        self.take_in(p, R)
+        self.arrived(p)
 
 
 # ---- for train.py ------------------------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ whatever its rate: SmolLM2-135M's from 3.218 to 3.266 with rank 128, and to 3.40
 from functools import partial
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 
 import adam
@@ -39,6 +38,7 @@ from adam import (
     average_,
     exactly,
     fast_bf16,
+    hand_out_,
     is_finite,
     several_processes,
     split_decay,
@@ -220,15 +220,16 @@ class LoQTLinear(Packed):
 
 
 @exactly
-def turn(layer, seed=0):
+def turn(layer, seed=0, shared=False):
     """Make a new P (m, r) of the gradient that the layer collected: `next`, for its next merge; the first one, which
-    replaces no other, at once. seed: of one that is drawn (refresh='sara' or 'random').
+    replaces no other, at once. seed: of one that is drawn (refresh='sara' or 'random'). shared: the gradient is the
+    mean over processes already, and who calls this hands P out.
 
     Raises ValueError where no gradient was collected."""
     if layer.G is None:
         raise ValueError('the layer collected no gradient: set layer.collect = True before a backward, then merge')
     # The first one comes from the first process's first micro-batch, so that more processes change nothing.
-    G, layer.G, layer.added = average_(layer.G) if layer.started else layer.G, None, 0
+    G, layer.G, layer.added = average_(layer.G) if layer.started and not shared else layer.G, None, 0
     good = is_finite(G)
     if layer.refresh != 'subspace':  # of NaN it would not come to its end
         zero_unless_(good, G)
@@ -241,8 +242,8 @@ def turn(layer, seed=0):
     P = torch.where(good, P, fallback if layer.next is None else layer.next)
     if layer.has_P:  # from an earlier micro-batch of this step, or of one that was not taken
         P = torch.where(is_finite(layer.B.grad), old, P)
-    if several_processes():  # rounding must not set the processes apart
-        dist.broadcast(P, 0)
+    if not shared:
+        hand_out_(P)
     if layer.started:
         layer.next = P
     else:
@@ -367,9 +368,29 @@ class LoQTAdamW(AdamW):
         if p in self.layers:
             layer = self.layers[p]
             layer.ended, layer.complete = True, self.last_micro_batch
-            if layer.G is not None and self.last_micro_batch:
+            if layer.G is not None and self.last_micro_batch and not several_processes():
                 turn(layer, self.random_seed(p, self.state[p].get('step', 0)))
         super().gradient_ready(p)
+
+    # ---- several processes: B's gradient travels, and G to the one process that makes P of it
+
+    def exchange(self, p):
+        if p in self.layers and self.layers[p].G is not None:
+            return self.share(p, self.layers[p].G)
+        super().exchange(p)
+
+    def make(self, p, G, mine):
+        """-> [P (m, r)] of a layer's next merge, by its mean gradient G, or room for it."""
+        layer = self.layers[p]
+        layer.G, layer.added = G, 0
+        if mine:
+            turn(layer, self.random_seed(p, self.state[p].get('step', 0)), True)
+        else:
+            layer.G, layer.next = None, torch.empty(layer.shapes['P'], device=G.device)
+        return [layer.next]
+
+    def made(self, p, P):
+        super().exchange(p)
 
     def is_due(self, p):
         return p in self.layers and self.layers[p].collect

@@ -17,11 +17,10 @@ Not for: small batches, whose gradients are mostly noise of full rank: then noth
 """
 
 import torch
-import torch.distributed as dist
 
 import adam
 import galore
-from adam import MOMENTS, at_least_fp32, exactly, make_moments, read_state, several_processes, write_state
+from adam import MOMENTS, at_least_fp32, exactly, make_moments, read_state, write_state
 from galore import GaLoreAdamW, linears_of, project
 
 
@@ -42,9 +41,6 @@ class AdaRankGradAdamW(GaLoreAdamW):
         k = (held.cumsum(0) < self.energy * whole).sum() + 1
         new['dims'] = torch.where(whole.isfinite() & (whole > 0), k, len(held))
         new['order'] = order
-        if several_processes():  # rounding must not set them apart
-            dist.broadcast(new['dims'], 0)
-            dist.broadcast(order, 0)
 
     def advance(self, p, G=None):
         super().advance(p, G)

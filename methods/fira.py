@@ -33,7 +33,7 @@ class FiraAdamW(GaLoreAdamW):
         group, state, dtype = self.group_of[p], self.state[p], product_dtype(p)
         G = self.p_first(p, G).to(dtype)  # (m, n)
         if 'P' not in state or self.is_due(p):
-            self.new_basis(p, G)
+            self.first_basis(p, G)
             self.settle(p)
         R = project(self.basis(p), G)  # (r, n)
         seed = self.random_seed(p, state['step'])

@@ -18,11 +18,10 @@ Not for: a small r. In a step r / m of the rows move, GaLore's move all.
 """
 
 import torch
-import torch.distributed as dist
 
 import adam
 import galore
-from adam import at_least_fp32, is_finite, several_processes
+from adam import at_least_fp32, is_finite
 from galore import GaLoreAdamW, linears_of
 
 
@@ -53,8 +52,9 @@ class GrassAdamW(GaLoreAdamW):
         self.choose = choose
         super().__init__(params, lr, rank, update_proj_gap, scale, proj_type, 'subspace', stagger, 16, 'reset', **adam)
 
-    def new_basis(self, p, G):
-        """New rows for p, by its gradient G (m, n), pending until the step is taken."""
+    def new_basis(self, p, G, mine=True):
+        """New rows for p, by its gradient G (m, n), pending until the step is taken. They cost little: all make them,
+        and the one whose G it is hands its own out."""
         state, T, earlier = self.state[p], self.group_of[p]['update_proj_gap'], self.pending.get(p)
         good, step = is_finite(G), state.get('step', 0)
         score = torch.linalg.vector_norm(G, dim=1, dtype=at_least_fp32(G)).nan_to_num(0.0, 0.0)  # (m,)
@@ -66,8 +66,6 @@ class GrassAdamW(GaLoreAdamW):
         S = torch.where(good, S, state['P']) if 'P' in state else S
         if earlier:  # of this step, in a loop without the flag, or of one that was not taken
             S = torch.where(self.sound.pop(p), earlier['P'], S)
-        if several_processes():
-            dist.broadcast(S, 0)
         self.pending[p] = {'P': S, 'next': step + (T if 'P' in state else self.offset[p] or T)}
         if 'P' in state and len(S) < len(G):
             self.pending[p]['Q'] = S  # the moments are reset

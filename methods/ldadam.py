@@ -18,11 +18,10 @@ Not for: the least memory. E takes as much as half of Adam's moments where the w
 """
 
 import torch
-import torch.distributed as dist
 
 import adam
 import galore
-from adam import adam_direction, at_least_fp32, read_state, several_processes, write_state
+from adam import adam_direction, at_least_fp32, hand_out_, read_state, write_state
 from galore import GaLoreAdamW, linears_of, orthonormal_basis, rotate_moments
 
 
@@ -51,8 +50,7 @@ class LDAdamW(GaLoreAdamW):
         B = A if old is None else torch.lerp(A, old @ read_state(state, 'M') / (1 - b1 ** state['fill']), self.rho)
         P = orthonormal_basis(B, len(self.placeholder[p]), 'subspace', old).to(A.dtype)  # (m, r)
         del B
-        if several_processes():
-            dist.broadcast(P, 0)
+        hand_out_(P)
         R = P.T @ A  # (r, n)
         E = torch.addmm(A, P, R, alpha=-1) if self.feedback else None  # (m, n)
         if old is not None:

@@ -17,10 +17,9 @@ import math
 from functools import partial
 
 import torch
-import torch.distributed as dist
 
 import galore
-from adam import BLOCK, add_, at_least_fp32, several_processes
+from adam import BLOCK, add_, at_least_fp32
 from galore import GaLoreAdamW, linears_of, project
 
 
@@ -106,8 +105,6 @@ class QGaLoreAdamW(GaLoreAdamW):
         new['next'] += state.get('gap', self.group_of[p]['update_proj_gap']) - self.group_of[p]['update_proj_gap']
         if self.lazy:
             new['kept'] = share_kept(old, self.basis(p), G)  # of the new basis as it is in few bits, as the old one
-            if several_processes():  # rounding must not set them apart
-                dist.broadcast(new['kept'], 0)
         super().basis_turned(p, new, old, P, G)
 
     def maybe_skip_refresh(self, p):

@@ -1,5 +1,6 @@
 """Two processes and torch's DDP: our optimizers take one step on the loss of the whole batch, or refuse by name."""
 
+import functools
 import json
 import sys
 
@@ -44,8 +45,8 @@ def worker(rank, port):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope='module')
-def found():
+def together(world, *words):
+    """Run this file in so many processes. -> what the first printed."""
     import socket
     import subprocess
 
@@ -54,10 +55,17 @@ def found():
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    other = subprocess.Popen([sys.executable, __file__, '1', str(port)], cwd=ROOT)
-    done = run([__file__, '0', port])
-    assert done.returncode == 0 and other.wait(60) == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    others = [
+        subprocess.Popen([sys.executable, __file__, str(r), str(port), *words], cwd=ROOT) for r in range(1, world)
+    ]
+    done = run([__file__, '0', port, *words])
+    assert done.returncode == 0 and not any(other.wait(60) for other in others), done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope='module')
+def found():
+    return json.loads(together(2).splitlines()[-1])
 
 
 def whole_batch(method):
@@ -89,6 +97,145 @@ def test_what_ddp_would_not_see_is_refused_by_name(found, case):
     assert 'leave DDP out, the optimizer averages them itself' in found[f'{case} DDP']
 
 
+# ---- N processes equal one ------------------------------------------------------------------------------------------
+
+# Micro-batches of one example, whose trained tokens are 1 to 25. In 20 steps each layer gets several new bases. The
+# last ones, of the shelf, take eight steps, and on two processes alone.
+EXACT = {
+    'adamw': ('adamw', {}),
+    'galore': ('galore', {}),
+    'galore per_layer': ('galore', dict(per_layer=True)),
+    'galore as in the paper': ('galore', dict(refresh='svd', stagger=False, per_layer=True)),
+    'galore clipped': ('galore', dict(grad_clip=0.1, per_layer=True)),
+    'loqt': ('loqt', dict(quantize='none')),
+    'loqt per_layer': ('loqt', dict(quantize='none', per_layer=True, stagger=False)),
+    'lora': ('lora', dict(quantize='none', dropout=0.1)),
+    'lora per_layer': ('lora', dict(quantize='none', per_layer=True)),
+    'colm': ('adamw', dict(coreset='grad', coreset_from=2)),
+    'fira': ('fira', {}),
+    'sumo': ('sumo', {}),
+    'grass': ('grass', {}),
+    'muon': ('muon', dict(per_layer=True)),
+}
+
+
+SHELF = ('fira', 'sumo', 'grass', 'muon')
+
+
+def trained(folder, case, rank=0, world=1):
+    """A run of so many steps. -> its weights, and the bytes that each step sent."""
+    from test_contract import config_of, model_and_optimizer
+
+    import coreset
+    import train as training
+    from data.batches import Examples
+    from plumbing import parallel
+
+    (name, options), steps = EXACT[case], 8 if case in SHELF else 20
+    own = dict(update_proj_gap=5, gradient_accumulation_steps=4, batch_size=1, parallel='dp', max_iters=steps)
+    choice = {key: value for key, value in vars(coreset.Options).items() if key[0] != '_'}
+    config = config_of(name, **choice | own | options)
+    model, optimizer = model_and_optimizer(name, **own, **options)
+    model.set_block_size(48)
+    data, sent = Examples(folder, 'train', 48, packing=False), []
+    selection = coreset.setup(config, data)
+    here = parallel.Here(rank, world, 'cpu', torch.float32)
+    for step in range(steps):
+        batches = training.batches_of(step, data, selection, model, config, here)
+        training.training_step(model, optimizer, batches, 1e-3, 'cpu')
+        sent.append(optimizer.metrics.pop('bytes_sent', torch.zeros(())).item())
+    dense = {name: module.dense_weight() for name, module in model.named_modules() if hasattr(module, 'dense_weight')}
+    others = {name: p.detach() for name, p in model.named_parameters() if name.rpartition('.')[0] not in dense}
+    return dense | others, sent
+
+
+def exact_worker(rank, port, world, folder, target):
+    import torch.distributed as dist
+
+    import adam
+
+    adam.BUCKET = 20000  # so that several are under way in each backward of a tiny model
+    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=world)
+    found = {
+        f'{case} run': trained(folder, case, rank=rank, world=world)
+        for case in EXACT
+        if world == 2 or case not in SHELF
+    }
+    if world == 2:
+        found |= {name: counted(name) for name in ('adamw', 'galore')}
+    if rank == 0:
+        torch.save(found, target)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def counted(method):
+    """The bytes that each of 200 steps sent, of a model whose blocks are 96 % of it, with rank m / 4 and T = 200."""
+    from adam import AdamW
+    from galore import GaLoreAdamW, groups
+    from model import LLaMA, ModelConfig
+
+    shape = ModelConfig(n_layer=4, n_head=4, n_embd=64, n_inner=172, vocab_size=61, block_size=8)
+    model = LLaMA(shape).materialise(seed=0)
+    if method == 'adamw':
+        optimizer = AdamW(model.parameters())
+    else:
+        linears = [module for module in model.layers.modules() if isinstance(module, torch.nn.Linear)]
+        optimizer = GaLoreAdamW(groups(model, linears), rank=16, update_proj_gap=200)
+        optimizer.attach(linears)
+    sent = []
+    for step in range(201 if method == 'galore' else 2):
+        x = torch.randint(0, 61, (1, 9), generator=torch.Generator().manual_seed(step))
+        model(x[:, :-1], x[:, 1:]).backward()
+        optimizer.step()
+        sent.append(optimizer.metrics.pop('bytes_sent').item())
+    return sent[1:], sum(p.nbytes for p in model.parameters())
+
+
+@pytest.fixture(scope='module')
+def examples(tmp_path_factory):
+    from test_examples import LENGTHS, written
+
+    return written(tmp_path_factory.mktemp('examples'), LENGTHS)
+
+
+@pytest.fixture(scope='module')
+def alone(examples):
+    return functools.cache(functools.partial(trained, examples))
+
+
+@pytest.fixture(scope='module', params=[2, 4])
+def exact(request, examples, tmp_path_factory):
+    target = str(tmp_path_factory.mktemp('found') / 'found.pt')
+    together(request.param, str(request.param), examples, target)
+    return torch.load(target)
+
+
+@pytest.mark.parametrize('case', EXACT)
+def test_n_processes_end_in_the_weights_of_one(exact, alone, case):
+    if f'{case} run' not in exact:
+        pytest.skip('of the shelf, on two processes alone')
+    alone, sent = alone(case)
+    assert not any(sent), 'alone, nothing is sent'
+    apart = {name: (exact[f'{case} run'][0][name] - alone[name]).abs().max().item() for name in alone}
+    assert max(apart.values()) <= 1e-5, apart
+
+
+def test_galore_at_a_quarter_of_the_rank_sends_at_most_0_30_of_the_bytes_of_ddp(exact):
+    if 'adamw' not in exact:
+        pytest.skip('counted on two processes')
+    (whole, size), (sent, _) = exact['adamw'], exact['galore']
+    assert whole == [size], 'two processes, all gradients: DDP in a ring'
+    share = sum(sent) / len(sent) / size
+    assert 0.25 < share <= 0.30
+    assert min(sent) > 0.25 * size, 'R in every step'
+    assert max(sent) < 0.5 * size, 'G of a layer or two, by turns'
+
+
 if __name__ == '__main__':
     sys.path[:0] = ['.', 'tests']
-    worker(int(sys.argv[1]), int(sys.argv[2]))
+    rank, port, *words = sys.argv[1:]
+    if words:
+        exact_worker(int(rank), int(port), int(words[0]), *words[1:])
+    else:
+        worker(int(rank), int(port))

@@ -164,9 +164,9 @@ def refreshes(monkeypatch, stagger, T, layers, steps):
     seen = {}
     original = GaLoreAdamW.new_basis
 
-    def spy(self, p, G):
+    def spy(self, p, *more, **how):
         seen.setdefault(self.index_of[p], []).append(self.state[p].get('step', 0))
-        original(self, p, G)
+        original(self, p, *more, **how)
 
     monkeypatch.setattr(GaLoreAdamW, 'new_basis', spy)
     parameters = [torch.nn.Parameter(torch.randn(4, 6)) for _ in range(layers)]
