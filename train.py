@@ -21,6 +21,9 @@ from plumbing import MOVED, Stop, resume
 
 if __name__ == '__main__':  # before the imports that take seconds: --help and mistyped keys are answered at once
     config = configurator.load_or_exit(__file__, sys.argv[1:], moved=MOVED, earlier=resume.settings)
+    if words := resume.words_after_restart(config):
+        sys.argv[1:] = words
+        config = configurator.load_or_exit(__file__, words, moved=MOVED, earlier=resume.settings)
 
 import difflib
 import importlib.util
@@ -587,6 +590,8 @@ def cli(config):
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or 'allocate memory' in str(error):
             kept = fixed(config) * (config.init_from == 'resume')
             sys.exit(f'error: {fit.explain_out_of_memory(config, error, problems, kept)}')
+        if lost := processes.lost(error):
+            sys.exit(f'error: {lost}')
         raise
     except KeyboardInterrupt:
         sys.exit(130)

@@ -18,7 +18,17 @@ import torch
 
 from plumbing import sharding
 from plumbing.hf import first_line
-from plumbing.resume import CheckpointError, advice_for_broken, checksum_of, exists, find, older, place, read_run
+from plumbing.resume import (
+    CheckpointError,
+    advice_for_broken,
+    checksum_of,
+    exists,
+    find,
+    launch,
+    older,
+    place,
+    read_run,
+)
 from plumbing.terminal import patience
 
 STATES = ('optimizer.pt', 'coreset.pt')  # what a run needs to go on, beside the weights
@@ -137,7 +147,7 @@ def save_all(config, model, optimizer, selection, files, run, begin, save_now, b
     settings = {key: value for key, value in vars(config).items() if not key.startswith('_')}
     if begin.saved_at:
         settings['init_from'] = begin.run['config']['init_from']  # its first source, on which a LoRA adapter rests
-    run, all_of_it = run | {'config': settings}, config.save_best == 'all'
+    run, all_of_it = run | {'config': settings, 'launch': launch()}, config.save_best == 'all'
     with patience(f'saving to {config.out_dir}'):
         if better:  # best first: a crash between the two is repaired by the next evaluation
             save(best, model, optimizer, run, files, selection, all_of_it)

@@ -21,7 +21,7 @@ class Metrics:
         self.path, self.tracker, self.rows, self.head, self.said = str(path), tracker, [], [], set()
         self.complete = False  # is all that the file should hold in it?
         old = self.path + '.old'
-        if replaces and os.path.exists(path):
+        if replaces and os.path.exists(path) and not os.path.exists(old):  # or one that replaces it was started again
             os.replace(path, old)
         elif first_step and os.path.exists(old):  # the run that was to replace this one never saved anything
             os.replace(old, path)

@@ -2,6 +2,8 @@
 
 import math
 import os
+import platform
+import re
 import signal
 import sys
 import threading
@@ -104,8 +106,43 @@ def start(config):
             device = f'cuda:{os.environ["LOCAL_RANK"]}'
             torch.cuda.set_device(device)
         threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+        # torchrun keeps its store when it starts processes again: in there are addresses of those that are gone
+        store, _, _ = next(dist.rendezvous('env://'))
+        store = dist.PrefixStore('start ' + os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        backend = 'nccl' if device.startswith('cuda') else 'gloo'
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        PEERS.extend([None] * world)
+        dist.all_gather_object(PEERS, (platform.node(), os.getpid()))
     return Here(rank, world, device, dtype, tp_of(config, world))
+
+
+PEERS = []  # machine and process id of each rank
+
+
+def lost(error):
+    """A sentence that names the process that is gone, if `error` says that a connection to one ended; else None.
+
+    It waits a moment, so that torchrun sees the end of that process, and reports it, before this one's."""
+    if not PEERS or not re.search('onnection (closed|reset)|roken pipe|remote process exited', str(error)):
+        return None
+    gone, end = [], time.monotonic() + 2
+    while not gone and time.monotonic() < end:
+        gone = [rank for rank, (machine, pid) in enumerate(PEERS) if machine == platform.node() and ended(pid)]
+        time.sleep(0.05)
+    time.sleep(1)
+    if len(gone) != 1:  # on another machine; or those who found it have left, too
+        return 'another process of this run ended: torchrun says below which was the first'
+    rank = gone[0]
+    return f'process {rank} of {len(PEERS)} (rank {rank}, process id {PEERS[rank][1]}) ended, and with it this run'
+
+
+def ended(pid):
+    """Is this process of this machine gone, or dead and not yet collected by its parent?"""
+    try:
+        with open(f'/proc/{pid}/stat') as f:
+            return f.read().rpartition(')')[2].split()[0] in 'ZX'
+    except OSError:
+        return True
 
 
 def end_with(parent):

@@ -147,6 +147,11 @@ def command(*extra, init_from='resume'):
         if processes > 1
         else []
     )
+    return shlex.join(['python', *launch, 'train.py', *words_without(*extra), f'--init_from={init_from}', *extra])
+
+
+def words_without(*extra):
+    """The words that the user typed, without --init_from, --overwrite and these flags."""
     replaced = {'__init_from', '__overwrite', *(word.partition('=')[0].replace('-', '_') for word in extra)}
     words, kept = sys.argv[1:], []
     while words:
@@ -156,7 +161,7 @@ def command(*extra, init_from='resume'):
             kept.append(word)
         elif '=' not in word and words and (name != '__overwrite' or words[0].lower() in BOOLS):
             words.pop(0)  # its value
-    return shlex.join(['python', *launch, 'train.py', *kept, f'--init_from={init_from}', *extra])
+    return kept
 
 
 def advice_for_broken(path):
@@ -168,6 +173,36 @@ def advice_for_broken(path):
     if not os.path.exists(os.path.join(best, 'optimizer.pt')):  # weights alone
         return f'start anew from the best weights with {command("--out_dir=" + folder + "_2", init_from=best)}'
     return f'go on from best/, which is older, with\nmv {shlex.quote(path)} {shlex.quote(path)}.damaged && {command()}'
+
+
+# ---- processes that torchrun starts again ---------------------------------------------------------------------------
+
+
+def launch():
+    """The name of this launch of torchrun, which is the same when it starts its processes again; None without one."""
+    env = os.environ
+    if 'TORCHELASTIC_RUN_ID' not in env:
+        return None
+    alone = env.get('LOCAL_WORLD_SIZE') == env.get('WORLD_SIZE')  # else the nodes have launchers of their own
+    return ' '.join([env['TORCHELASTIC_RUN_ID'], env.get('MASTER_PORT', '') if not alone else str(os.getppid())])
+
+
+def words_after_restart(config):
+    """What these processes do, if torchrun --max-restarts has started them again: command-line words to go on from what
+    this launch has saved; to replace it, if that is weights alone. None: as they were told, since nothing is saved."""
+    if not int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
+        return None
+    try:
+        path, run = find(last_or_best(config.out_dir))
+    except CheckpointError:
+        return None
+    if run.get('launch') != launch():  # an earlier run's, which this one was to replace
+        return None
+    again = '--init_from=resume' if 'optimizer.pt' in run.get('files', ()) else '--overwrite'
+    if os.environ.get('RANK') == '0':
+        what = f'going on from {path}' if again != '--overwrite' else 'beginning anew'
+        print(f'a process of this run ended, and torchrun has started all again: {what}', flush=True)
+    return [*words_without(), again]
 
 
 # ---- one run at a time ---------------------------------------------------------------------------------------------

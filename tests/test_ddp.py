@@ -1,12 +1,22 @@
-"""Two processes and torch's DDP: our optimizers take one step on the loss of the whole batch, or refuse by name."""
+"""Several processes take the steps of one: alone, under torch's DDP or refused by name, and after one was killed."""
 
+import contextlib
+import csv
 import functools
 import json
+import os
+import re
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run, tiny
+from safetensors.torch import load_file
 
 METHODS = ['adamw', 'galore', 'loqt', 'lora', 'muon', 'scale', 'sumo']
 
@@ -48,9 +58,6 @@ def worker(rank, port):
 def together(world, *words):
     """Run this file in so many processes. -> what the first printed."""
     import socket
-    import subprocess
-
-    from conftest import ROOT
 
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -230,6 +237,74 @@ def test_galore_at_a_quarter_of_the_rank_sends_at_most_0_30_of_the_bytes_of_ddp(
     assert 0.25 < share <= 0.30
     assert min(sent) > 0.25 * size, 'R in every step'
     assert max(sent) < 0.5 * size, 'G of a layer or two, by turns'
+
+
+# ---- a process that is killed ---------------------------------------------------------------------------------------
+
+
+def kill_rank(launcher, rank):
+    """SIGKILL for the worker of this rank, which the launcher started."""
+    for folder in Path('/proc').glob('[0-9]*'):
+        with contextlib.suppress(OSError):
+            mine = (folder / 'stat').read_text().rpartition(')')[2].split()[1] == str(launcher)
+            if mine and f'RANK={rank}' in (folder / 'environ').read_text().split('\0'):
+                os.kill(int(folder.name), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/environ'), reason='finds the worker in /proc')
+def test_a_killed_process_ends_all_by_name_and_a_restart_ends_in_the_weights_of_an_undisturbed_run(tmp_path, data):
+    flags = ['--gradient_accumulation_steps=2', '--max_iters=12', '--save_interval=4', '--eval_interval=12']
+    flags += ['--log_interval=1', '--sample_tokens=0', f'--dataset={data}']
+    undisturbed = run(['train.py', *tiny(*flags, f'--out_dir={tmp_path / "one"}')])
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    words = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1', 'train.py']
+    words = [sys.executable, *words, *tiny(*flags, f'--out_dir={tmp_path / "two"}')]
+    text, killed, ended = [], None, None
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
+        for line in launcher.stdout:
+            text.append(line)
+            if killed is None and line.startswith('step 6/12'):
+                kill_rank(launcher.pid, 1)
+                killed = time.monotonic()
+            elif killed and ended is None and 'torchrun has started all again' in line:
+                ended = time.monotonic()
+    text = ''.join(text)
+    assert launcher.returncode == 0, text
+    assert ended - killed < 60 and f'going on from {tmp_path / "two/last"}' in text
+    assert re.search(r'^error: process 1 of 2 \(rank 1, process id \d+\) ended, and with it this run$', text, re.M), (
+        text
+    )
+    a, b = (load_file(tmp_path / name / 'last/model.safetensors') for name in ('one', 'two'))
+    assert max((a[name] - b[name]).abs().max() for name in a) < 2e-6
+    with open(tmp_path / 'two/metrics.csv') as f:
+        rows = list(csv.DictReader(f))
+    assert [int(row['step']) for row in rows] == list(range(13)), 'none twice'
+    assert float(rows[-1]['bytes_sent']) > 0
+
+
+@pytest.mark.parametrize(
+    'saved,expected',
+    [
+        (None, None),
+        (dict(launch='another 1'), None),
+        (dict(launch='a 1', files={'model.safetensors': ''}), '--overwrite'),
+        (dict(launch='a 1', files={'optimizer.pt': ''}), '--init_from=resume'),
+    ],
+)
+def test_processes_started_again_go_on_from_what_their_launch_saved_alone(saved, expected, tmp_path, monkeypatch):
+    from plumbing import resume
+
+    if saved:
+        (tmp_path / 'best').mkdir()
+        (tmp_path / 'best/run.json').write_text(json.dumps({'config': {}, **saved}))
+    monkeypatch.setattr(sys, 'argv', ['train.py', 'config/x.py', '--init_from', 'out/a', '--overwrite', '--rank=8'])
+    monkeypatch.setattr(os, 'getppid', lambda: 1)
+    for name, value in dict(RUN_ID='a', RESTART_COUNT='1').items():
+        monkeypatch.setenv(f'TORCHELASTIC_{name}', value)
+    config = SimpleNamespace(out_dir=str(tmp_path))
+    assert resume.words_after_restart(config) == (expected and ['config/x.py', '--rank=8', expected])
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
+    assert resume.words_after_restart(config) is None, 'the first time, all is as typed'
 
 
 if __name__ == '__main__':
