@@ -68,7 +68,7 @@ def beside(phase, layer, done, s, n, last, projects, accumulates, copies):
     if layer is None:
         return 2 * R + copies * R // n  # gradients and their packed copy, or that and what comes of it
     here = 2 * l + copies * l + 2 * projects * s['matrix'] if done == 1 else done * l + l * (layer < last)
-    return R + 2 * l + head + here
+    return R + (2 if layer else 1) * l + head + here  # behind the first block none is fetched
 
 
 def share(config, shape, dtype, plan, n):
