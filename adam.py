@@ -38,7 +38,7 @@ from torch.optim.adamw import adamw
 
 BLOCK = 256  # numbers that share a scale in 8-bit moments
 PIECE = 1 << 24  # numbers updated at once
-BUCKET = 25 << 20  # bytes of gradients that travel together, so that small ones need no message each
+BUCKET = 25 << 20, 1 << 20  # bytes of gradients that travel together; under per_layer, where they are not to gather
 SENT = [0.0]  # bytes that this process sent to others, until an optimizer's step tells and begins anew
 CUT = {torch.bfloat16: 16, torch.float16: 13}  # bits that a half has less than fp32
 SMALLEST_8BIT = 4096  # smaller tensors (norms) keep fp32 moments, as in bitsandbytes
@@ -280,9 +280,15 @@ def in_ddp(p):
 def travel(how, A, *owner, wait=True):
     """A collective of torch.distributed on A, in place; its bytes are counted as in a ring, where each process sends
     the (N - 1) / N-th part of A, in an all_reduce twice. -> what to wait for, unless `wait` does."""
-    share = 1 - 1 / dist.get_world_size()
-    SENT[0] += A.nbytes * share * (2 if how is dist.all_reduce else 1)
+    share, tensors = 1 - 1 / dist.get_world_size(), A if how is together else [A]
+    SENT[0] += sum(A.nbytes for A in tensors) * share * (2 if how in (dist.all_reduce, together) else 1)
     return how(A, *owner, async_op=not wait)
+
+
+def together(tensors, async_op):
+    """The all_reduce of tensors of one kind as one message. A card needs no copy of them for that, as a bucket would
+    be; gloo makes one."""
+    return dist.group.WORLD.allreduce_coalesced(tensors, dist.AllreduceCoalescedOptions())
 
 
 def hand_out_(A, owner=0):
@@ -482,7 +488,7 @@ class AdamW(torch.optim.Optimizer):
 
     def gradient_ready(self, p):
         """p has its gradient of one more micro-batch."""
-        if self.last_micro_batch and self.together(p) and not self.wrapped:
+        if self.last_micro_batch and self.in_common(p) and not self.wrapped:
             if (task := torch._C._current_graph_task_id()) != self.task:  # the first one of this backward
                 self.task = task
                 torch.autograd.Variable._execution_engine.queue_callback(self.finish_exchange)
@@ -530,12 +536,12 @@ class AdamW(torch.optim.Optimizer):
 
     def averaged(self, p, G):
         """The mean of p's gradient G over the processes, which may be there already."""
-        if self.together(p) and p not in self.means:
+        if self.in_common(p) and p not in self.means:
             average_(G)
         self.means.discard(p)
         return G
 
-    def together(self, p):
+    def in_common(self, p):
         """Do processes that have the same p average its gradient? Of a part of a cut weight it comes as the mean."""
         return several_processes() and not hasattr(p, 'part')
 
@@ -575,7 +581,7 @@ class AdamW(torch.optim.Optimizer):
                 'without it'
             )
         if several_processes():
-            for p in [p for p in self.index_of if p.grad is not None and p not in self.means and self.together(p)]:
+            for p in [p for p in self.index_of if p.grad is not None and p not in self.means and self.in_common(p)]:
                 self.exchange(p)
             self.finish_exchange()
         waiting = [p for group in self.param_groups for p in group['params'] if p.grad is not None]
@@ -606,7 +612,7 @@ class AdamW(torch.optim.Optimizer):
     def exchange(self, p):
         """p's gradient of the step is complete in this process: let the mean over all be on its way."""
         self.gathered.append((p, self.own_gradient(p)))
-        if sum(G.nbytes for _, G in self.gathered) >= BUCKET:
+        if sum(G.nbytes for _, G in self.gathered) >= BUCKET[self.per_layer]:
             self.send()
 
     def own_gradient(self, p):
@@ -615,25 +621,20 @@ class AdamW(torch.optim.Optimizer):
 
     def send(self):
         """The bucket goes off, and the one before has to be there, so that no third one takes memory."""
-        bucket, self.gathered, sent = self.gathered, [], []
+        bucket, self.gathered, works = self.gathered, [], []
         for kind in dict.fromkeys((G.dtype, G.device) for _, G in bucket):
-            some = [G for _, G in bucket if (G.dtype, G.device) == kind]
-            alone = len(some) == 1 and some[0].is_contiguous()
-            flat = some[0].view(-1) if alone else torch.cat([G.reshape(-1) for G in some])
-            sent.append(([] if alone else some, flat, travel(dist.all_reduce, flat, wait=False)))
-        self.flying.append(([p for p, _ in bucket], sent))
+            works.append(travel(together, [G for _, G in bucket if (G.dtype, G.device) == kind], wait=False))
+        self.flying.append((bucket, works))
         if len(self.flying) > 1:
             self.land()
 
     def land(self):
         """Wait for the oldest bucket under way: those in it have their mean gradient."""
-        those, sent = self.flying.pop(0)
-        for some, flat, work in sent:
+        bucket, works = self.flying.pop(0)
+        for work in works:
             work.wait()
-            flat /= dist.get_world_size()
-            for G, mean in zip(some, flat.split([G.numel() for G in some]) if some else ()):
-                G.copy_(mean.view(G.shape))
-        for p in those:
+        for p, G in bucket:
+            G /= dist.get_world_size()
             self.arrived(p)
 
     def arrived(self, p):

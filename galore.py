@@ -468,7 +468,7 @@ class GaLoreAdamW(AdamW):
             self.first_basis(p, self.p_first(p, p.grad))
         # A layer that is due keeps its full gradient until the step's last micro-batch; no other one ever does.
         if self.per_layer or p in self.attached:
-            if not self.is_due(p) or (self.last_micro_batch and not self.together(p)):
+            if not self.is_due(p) or (self.last_micro_batch and not self.in_common(p)):
                 self.fold(p)
             super().gradient_ready(p)
 

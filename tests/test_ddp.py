@@ -161,7 +161,7 @@ def exact_worker(rank, port, world, folder, target):
 
     import adam
 
-    adam.BUCKET = 20000  # so that several are under way in each backward of a tiny model
+    adam.BUCKET = 20000, 20000  # so that several are under way in each backward of a tiny model
     dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=world)
     found = {
         f'{case} run': trained(folder, case, rank=rank, world=world)
