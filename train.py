@@ -308,7 +308,7 @@ def evaluate(model, data, config, here):
                 loss = loss_of(model, (x, y, None, *pieces), count.to(here.device), here.device)
                 total += torch.tensor([loss.item() * count, count], dtype=torch.float64)
             tell(min((i + 1) * y.numel() / min(n, len(data.tokens)), 1))
-        if here.world > 1 and here.reader > i % here.readers:  # no batch is left for it, but it may have to gather
+        if sharding.is_cut(config, here.world) and here.reader > i % here.readers:  # others need it to gather
             loss_of(model, (x, y, None, *pieces), 1.0, here.device)
     total = average_(total.to(here.device))
     return (total[0] / total[1]).item()
