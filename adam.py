@@ -34,6 +34,7 @@ import zlib
 
 import torch
 import torch.distributed as dist
+from torch._subclasses import FakeTensor
 from torch.optim.adamw import adamw
 
 BLOCK = 256  # numbers that share a scale in 8-bit moments
@@ -288,6 +289,8 @@ def travel(how, A, *owner, wait=True):
 def together(tensors, async_op):
     """The all_reduce of tensors of one kind as one message. A card needs no copy of them for that, as a bucket would
     be; gloo makes one."""
+    if isinstance(tensors[0], FakeTensor):  # of a plan, for which torch knows single ones alone
+        return [dist.all_reduce(A, async_op=True) for A in tensors][-1]
     return dist.group.WORLD.allreduce_coalesced(tensors, dist.AllreduceCoalescedOptions())
 
 
