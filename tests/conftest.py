@@ -49,7 +49,8 @@ def run(words, **kw):
     changed = kw.pop('env', {})
     environment = os.environ | {'PYTHONWARNINGS': 'ignore'} | changed
     read_before = any(name.startswith(('PYTHON', 'OMP_', 'TORCH')) for name in changed)  # when torch was imported
-    if not kw and not read_before and words[0] != '-c' and hasattr(os, 'fork'):
+    script = words[0] == '-m' or str(words[0]).endswith('.py')
+    if script and not kw and not read_before and hasattr(os, 'fork'):
         return preloaded.run(words, ROOT, environment)
     command = [sys.executable, *map(str, words)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment, **kw)
