@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from galore import orthonormal_basis
 from methods.qgalore import Int8Linear, QGaLoreAdamW, decode_int8, encode_int8, share_kept
 from model import LLaMA
-from plumbing import Stop, report
+from plumbing import Stop, parallel, report
 
 # ---- lazy refreshes ----------------------------------------------------------------------------------------------
 
@@ -159,7 +159,8 @@ def test_a_gradient_of_nan_stops_a_run_of_int8_weights_as_it_does_any_other():
     optimizer.step()
     assert not model(x, x).isfinite()
     with pytest.raises(Stop, match='weights that are not finite'):
-        report.check_finite(model, optimizer, 2, SimpleNamespace(learning_rate=1e-3, out_dir='nowhere'))
+        here = parallel.Here(0, 1, 'cpu', torch.float32)
+        report.check_finite(model, optimizer, 2, SimpleNamespace(learning_rate=1e-3, out_dir='nowhere'), here)
 
 
 def test_int8_rounded_at_random_is_right_on_average():
