@@ -18,7 +18,7 @@ from model import SIZES, LLaMA, ModelConfig
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=56, vocab_size=61, block_size=16)
 CONFIG = dict(learning_rate=1e-3, beta1=0.9, beta2=0.999, weight_decay=0.0, rank=8, update_proj_gap=3, scale=0.25)
 CONFIG |= dict(refresh='subspace', stagger=True, state_bits=32, grad_clip=0.0, per_layer=False, offload=False, seed=0)
-CONFIG |= dict(method='galore', moments='keep', basis_bits=16, compile=False)
+CONFIG |= dict(method='galore', moments='keep', basis_bits=16, compile=False, project_tables=False)
 CONFIG |= dict(lazy=0.0, weight_bits=16, tensorwise=False)  # of relatives
 
 
