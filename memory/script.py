@@ -5,11 +5,11 @@ The peak memory of somebody else's training script on one GPU, known without a G
     python memest.py --script='finetune.py' --gpu_gb=24 --json
     plan = plan_script(['finetune.py', '--lr=2e-5'])                      # an HFPlan, and how many numbers it read
 
-The script runs as `python finetune.py ...` on a machine without CUDA would, and is stopped after its third optimizer
-step. Parameters and buffers are fake from birth: they have shapes and take no memory, so a model of any size is planned
-on a laptop; transformers' from_pretrained reads the config.json and no weights. What data loaders make is real. What a
-card does differently is told by hand, as in hf.py. A number that the script reads from a tensor, such as the loss that
-it prints, has no value here: it is taken as 1, and counted.
+The script runs as it would on a machine without CUDA, and is stopped after its third optimizer step. Parameters and
+buffers are fake from birth: they have shapes and take no memory, so a model of any size is planned on a laptop;
+transformers' from_pretrained reads the config.json and no weights. What data loaders make is real. What a card does
+differently is told by hand, as in hf.py. A number that the script reads from a tensor, such as the loss that it prints,
+has no value here: it is taken as 1, and counted.
 Not for: scripts that insist on CUDA, that load weights in 4 bits, or whose step depends on numbers that it computes;
 torch.compile; several processes.
 """

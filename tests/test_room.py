@@ -264,7 +264,9 @@ def test_a_long_window_fits_24_gb_and_fit_says_how_long(capsys):
     ],
 )
 def test_the_formula_is_near_the_trace(flags, within):
-    words = '--model=350m --batch_size=1 --block_size=4096 --dtype=bfloat16 --checkpointing --dry_run'
+    words = (
+        '--model=350m --vocab_size=32000 --batch_size=1 --block_size=4096 --dtype=bfloat16 --checkpointing --dry_run'
+    )
     config = configurator.load(ROOT / 'train.py', [*words.split(), *flags.split()])
     traced = memest.trace(config, 'cuda').total
     assert abs(memest.estimate(config).total / traced - 1) < within
