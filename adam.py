@@ -546,7 +546,7 @@ class AdamW(torch.optim.Optimizer):
 
     def in_common(self, p):
         """Do processes that have the same p average its gradient? Of a part of a cut weight it comes as the mean."""
-        return several_processes() and not hasattr(p, 'part')
+        return several_processes() and not (hasattr(p, 'part') and p.part.as_mean)
 
     def add_to_norm(self, p, G):
         if G.dtype == torch.float32 and G.is_contiguous():  # three times faster than vector_norm on a CPU

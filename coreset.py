@@ -285,11 +285,14 @@ def features(model, tokens, targets, feature, batch_size, directions=1, seed=0, 
              layer='auto'):  # fmt: skip
     """{name: tensor} of a pool, tokens and targets (n, T): H (n, D), each example's mean hidden state, and for 'zo' p
     (n, m), for 'grad' X (n, T, in) and D (n, T, out). batch_size examples at a time; process `rank` of `world` fills in
-    its share of these micro-batches and leaves zeros elsewhere. widths: `widths_of` the targets, to run no padding."""
+    its share of these micro-batches and leaves zeros elsewhere. widths: `widths_of` the targets, to run no padding.
+
+    All run the model equally often, as those must that gather its weights together; what is too much is dropped."""
     found, n = {}, len(tokens)
     widths = widths or [tokens.shape[1]] * -(-n // batch_size)
-    mine = range(rank * batch_size, n, world * batch_size)
-    for a in mine or [0]:  # a process without a share needs the shapes all the same
+    for first in range(0, n, world * batch_size):
+        mine = first + rank * batch_size < n
+        a = first + rank * batch_size if mine else 0
         rows, T = slice(a, a + batch_size), widths[a // batch_size]
         x, y = tokens[rows, :T], targets[rows, :T]
         trained = trained_rows(y)  # the others have no logits

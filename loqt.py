@@ -108,6 +108,8 @@ class LoQTLinear(Packed):
     To merge later on, set `collect` before a backward and call `merge(layer)` after it. LoQTAdamW does both, and makes
     the first W_q and B in its own step (`in_step`): until then P alone is there, which changes nothing while B is 0."""
 
+    in_full = ('P',)  # small, read more often than W, and by one process alone when it makes the next one
+
     def __init__(self, n_in, n_out, rank=128, scale=0.5, quantize='nf4', double_quant=False, compensation=5,
                  refresh='subspace', bias=False, device=None, dtype=None):  # fmt: skip
         super().__init__()
@@ -273,7 +275,7 @@ def merge(layer):
     B, parts, layer.lost = compensate(W, P.pop(), layer, rounds)
     layer.B.copy_(B)
     for part, tensor in parts.items():
-        layer.register_buffer('W' + part, tensor)
+        layer.put('W' + part, tensor)
     layer.collect = False
     return Q
 

@@ -34,6 +34,11 @@ from adam import AdamW, add_, exactly, several_processes, split_decay
 from quant import Packed
 
 
+def processes():
+    """How many share the micro-batches of a step."""
+    return dist.get_world_size() if several_processes() else 1
+
+
 class FrozenLinear(torch.autograd.Function):
     """y = x @ W.T + b with W as it is kept: decoded in forward and again in backward, never in between.
 
@@ -135,7 +140,7 @@ class LoRALinear(Packed):
         when a run resumes. Processes share the micro-batches, so more of them change no mask."""
         if not (self.dropout and self.training and torch.is_grad_enabled()):
             return x
-        world, rank = (dist.get_world_size(), dist.get_rank()) if several_processes() else (1, 0)
+        world, rank = processes(), dist.get_rank() if several_processes() else 0
         drawn = self.drawn + (self.ahead if self.B.grad is not None else 0)  # what a loop dropped does not count
         seed = zlib.crc32(f'{self.seed} {drawn * world + rank}'.encode())
         generator = torch.Generator(x.device).manual_seed(seed)
@@ -208,7 +213,8 @@ class LoRAAdamW(AdamW):
                     state.update({name: 0 * value for name, value in state.items() if name != 'step'})
 
     def state_dict(self):
-        layers, drawn = [dict(layer.state_dict()) for layer in self.layers], [layer.drawn for layer in self.layers]
+        layers = [dict(layer.state_dict()) for layer in self.layers]
+        drawn = [layer.drawn * processes() for layer in self.layers]  # by all, who share them evenly
         return super().state_dict() | {'layers': layers, 'drawn': drawn}
 
     def load_state_dict(self, state_dict):
@@ -219,7 +225,7 @@ class LoRAAdamW(AdamW):
         super().load_state_dict({'state': states, 'param_groups': state_dict['param_groups']})
         for layer, saved, drawn in zip(self.layers, state_dict['layers'], state_dict['drawn']):
             layer.restore(saved)
-            layer.drawn, layer.ahead = drawn, 0
+            layer.drawn, layer.ahead = drawn // processes(), 0
 
 
 # ---- for train.py ------------------------------------------------------------------------------------------------

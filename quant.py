@@ -92,14 +92,33 @@ def decode(parts, shape, dtype):
 class Packed(torch.nn.Module):
     """A module whose large tensors are kept encoded, in buffers: 'W' in the buffers W, W_absmax and so on.
 
-    `how` are the arguments of `encode`, `shapes` the tensors' shapes by name."""
+    `how` are the arguments of `encode`, `shapes` the tensors' shapes by name. pieces: None, or, of a model that lies in
+    parts on several processes, what cuts a buffer and gathers it (plumbing/sharding.py): then a buffer is this
+    process's piece, and is whole only while it is read; but those `in_full`, by name, stay whole."""
+
+    pieces, in_full = None, ()
 
     def keep(self, name, A):
         for part, tensor in encode(A, *self.how).items():
-            self.register_buffer(name + part, tensor)
+            self.put(name + part, tensor)
+
+    def put(self, name, tensor):
+        """Let the whole `tensor` be the buffer of this name, or what of it this process keeps."""
+        whole = self.pieces is None or name.partition('_')[0] in self.in_full
+        self.register_buffer(name, tensor if whole else self.pieces.cut(tensor))
+
+    def in_pieces(self, pieces):
+        """From now on keep a piece of each buffer."""
+        self.pieces = pieces
+        for name, tensor in list(self._buffers.items()):
+            self.put(name, tensor)
+
+    def whole_of(self, buffer):
+        """The whole of a buffer; of a model in parts all processes must call it."""
+        return self.pieces.gather(buffer) if hasattr(buffer, 'of') else buffer
 
     def read(self, name, dtype):
-        parts = {part: self._buffers[name + part] for part in PARTS if name + part in self._buffers}
+        parts = {part: self.whole_of(self._buffers[name + part]) for part in PARTS if name + part in self._buffers}
         return decode(parts, self.shapes[name], dtype)
 
     def forget(self, name):
@@ -115,4 +134,4 @@ class Packed(torch.nn.Module):
                 p = self._parameters[name]
                 p.data = tensor.to(p.device, p.dtype, copy=True)  # of another rank, perhaps
             else:
-                self.register_buffer(name, tensor.to(next(self.parameters()).device, copy=True))
+                self.put(name, tensor.to(next(self.parameters()).device, copy=True))

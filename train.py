@@ -381,7 +381,7 @@ def plan_memory(config, shape, device, dtype, compute_dtype=None, world=None):
 
 def choose_way(config, world, device, dtype, room):
     """What parallel='auto' stands for: the first way whose plan fits a device of `room` bytes, those first that send
-    least; where none does, fsdp with all that stays in main memory (offload). On a CPU, or alone, dp."""
+    least; where none does, fsdp, with all that stays in main memory (offload) if it can. On a CPU, or alone, dp."""
     if world == 1 or device == 'cpu':
         return {'parallel': 'dp'}
     for way in ('dp', 'fsdp', 'dp+tp', 'tp'):
@@ -392,8 +392,8 @@ def choose_way(config, world, device, dtype, room):
             continue
         if plan_memory(asked, shape, device, dtype, world=world).card * (1 + fit.MARGIN) <= room:
             return {'parallel': way}
-    able = not sharding.problems(SimpleNamespace(**vars(config) | {'parallel': 'fsdp'}), world)
-    return {'parallel': 'fsdp', 'offload': True} if able else {'parallel': 'dp'}
+    ways = {'parallel': 'fsdp', 'offload': True}, {'parallel': 'fsdp'}, {'parallel': 'dp'}
+    return next(way for way in ways if not sharding.problems(SimpleNamespace(**vars(config) | way), world))
 
 
 def plan_only(config):
@@ -403,6 +403,8 @@ def plan_only(config):
     shape_of(config)  # whatever is wrong with it is said before the model is built
     model, folder, meta = build_on_meta(config)
     setup(model, config)
+    if note := sharding.nothing_to_cut(config, int(os.environ.get('WORLD_SIZE', 1))):
+        print(note, flush=True)
     plan = plan_memory(config, model.config, device, dtype)
     report.print_plan(config, model, plan, folder, meta, device)
     print('dry run: nothing was trained')
@@ -457,6 +459,7 @@ def main(config):
             here.say(f'note: {note}')
         mine = sharding.place(model, config, here)  # what of the model this process trains
         optimizer = setup(mine, config)
+        sharding.freeze(model, mine)
     selection = colm.setup(config, train_data)
     begin.restore(mine, optimizer, selection, train_data, config)
     if config.eval_only:

@@ -9,10 +9,16 @@ A model on several processes, each with a part of it: torch's fully_shard and pa
 heads and by inner units (Megatron, 1909.08053), so that each process computes a part of every layer, on the same batch;
 embedding, head and norms are whole. 'dp+tp' does the second in groups of tp_size and the first between the groups.
 
+Weights that a method keeps encoded in buffers (quant.Packed: LoRA's, LoQT's) are no parameters, and fully_shard knows
+nothing of them. Under 'fsdp' each process has a piece of every such buffer, which is gathered while a layer reads it,
+in forward and again in backward. The factors beside them and the blocks' norms, which are small, are whole everywhere.
+
 An optimizer never meets a DTensor. Where a gradient comes to one, what this process has of it is handed on to the plain
 parameter that shares its memory, with the hooks that a method has put there.
 """
 
+import math
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -22,11 +28,16 @@ from torch import nn
 import adam
 from adam import BLOCK, MOMENTS, read_state, write_state
 from plumbing import Stop
+from quant import Packed
 
 COLUMNS = ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj', 'mlp.gate_proj', 'mlp.up_proj')
 ROWS = ('self_attn.o_proj', 'mlp.down_proj')
 HEADS = ('n_head', 'n_kv_head', 'n_inner')  # what tp cuts
-METHODS = {'fsdp': ('adamw', 'galore'), 'tp': ('adamw',), 'dp+tp': ('adamw',)}  # that hold on parts of weights
+HALVES = ('before_last', 'last')  # of the model's forward: what CoLM calls
+REPLACED = ('forward', *HALVES)  # of a module, by a method or by torch: no part of a copy
+# which methods hold on parts of weights
+METHODS = {'fsdp': ('adamw', 'galore', 'lora', 'loqt'), 'tp': ('adamw',), 'dp+tp': ('adamw',)}
+GATHER = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
 
 # ---- before torch's engine starts --------------------------------------------------------------------------------
@@ -46,6 +57,13 @@ def is_cut(config, world):
     return world > 1 and getattr(config, 'parallel', 'dp') in METHODS
 
 
+def nothing_to_cut(config, world):
+    """What to say of a run that is alone, though it was to be cut; else None."""
+    if config.parallel in METHODS and world == 1:
+        return f"note: parallel='{config.parallel}' cuts nothing, there is one process: torchrun starts more"
+    return None
+
+
 def problems(config, world):
     """One sentence for each key that does not go with `parallel`."""
     c, found = config, []
@@ -53,10 +71,13 @@ def problems(config, world):
         return found
     here = f"parallel='{c.parallel}'"
     if c.method not in METHODS[c.parallel]:
-        able = ' or '.join(METHODS[c.parallel])
+        *some, last = METHODS[c.parallel]
+        able = f'{", ".join(some)} or {last}' if some else last
         found.append(f"{here} holds parts of the weights, which method='{c.method}' needs whole: use dp, or {able}")
-    if c.coreset != 'none':
-        found.append(f"{here} has no whole gradients to choose by, as coreset='{c.coreset}' does: use --parallel=dp")
+    if c.coreset != 'none' and c.parallel != 'fsdp':
+        found.append(f"{here} has no whole gradients to choose by, as coreset='{c.coreset}' does: use fsdp or dp")
+    if c.offload and hasattr(c, 'quantize'):
+        found.append(f"offload=True moves no pieces of method='{c.method}' to main memory: leave it out, or use dp")
     for key, why in (
         ('per_layer', 'moves weights in backward, where each process knows its own part alone'),
         ('compile', 'compiles a forward in which no weights come and go'),
@@ -82,8 +103,8 @@ def place(model, config, here):
     """Cut the model in place, as config.parallel says. -> what the optimizer is made of: `mirror` of this process's
     parts; the model itself where nothing is cut. Raises Stop for a model that cannot be cut."""
     if not is_cut(config, here.world):
-        if config.parallel in METHODS:
-            here.say(f"note: parallel='{config.parallel}' cuts nothing, there is one process: torchrun starts more")
+        if note := nothing_to_cut(config, here.world):
+            here.say(note)
         return model
     if hasattr(model, 'inner'):
         raise Stop(f"parallel='{config.parallel}' is of our own families: use --parallel=dp with transformers' modules")
@@ -94,12 +115,17 @@ def place(model, config, here):
         cut(model, mesh['tp'])
     if here.readers > 1:
         shard(model, mesh['dp'], config)
-    return mirror(model, part_of)
+    return mirror(model, partial(part_of, as_mean=config.parallel != 'fsdp'), shared=Packed)
 
 
 def shard(model, mesh, config):
-    """fully_shard of each block, and of all else together."""
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    """fully_shard of each block, and of all else together; of packed blocks the latter alone."""
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     wide = torch.float32 if model.head.dtype != torch.float64 else None  # sums of gradients
     how = {'mesh': mesh, 'mp_policy': MixedPrecisionPolicy(reduce_dtype=wide, cast_forward_inputs=False)}
@@ -107,9 +133,41 @@ def shard(model, mesh, config):
         how['offload_policy'] = CPUOffloadPolicy()
     if config.method == 'galore':
         how['shard_placement_fn'] = unprojected_side(model, mesh.size())
-    for layer in model.layers:
-        fully_shard(layer, **how)
+    if packed := [module for module in model.modules() if isinstance(module, Packed)]:
+        how['ignored_params'] = set(model.layers.parameters())
+        for module in packed:
+            module.in_pieces(Pieces(mesh.size(), mesh.get_local_rank(), mesh.get_group()))
+    else:
+        for layer in model.layers:
+            fully_shard(layer, **how)
     fully_shard(model, **how)
+    for name in HALVES:
+        register_fsdp_forward_method(model, name)
+
+
+class Pieces:
+    """What of a buffer this process keeps: the rank-th of n pieces of the flat tensor, filled up to one length."""
+
+    def __init__(self, n, rank=0, group=None):
+        self.n, self.rank, self.group = n, rank, group
+
+    def cut(self, tensor):
+        size = -(-tensor.numel() // self.n)
+        mine, piece = tensor.flatten()[self.rank * size : (self.rank + 1) * size], tensor.new_zeros(size)
+        piece[: len(mine)] = mine
+        piece.of = tensor.shape
+        return piece
+
+    def gather(self, piece):
+        whole = piece.new_empty(self.n * len(piece))
+        GATHER(whole, piece, self.group)
+        return whole[: math.prod(piece.of)].view(piece.of)
+
+
+def freeze(model, view):
+    """What a method trains of the view is trained of the model, and no gradient comes to the rest."""
+    for p, q in zip(model.parameters(), view.parameters(), strict=True):
+        p.requires_grad_(q.requires_grad)
 
 
 def unprojected_side(model, n):
@@ -142,13 +200,15 @@ def cut(model, mesh):
 class Part:
     """What of a tensor this process holds.
 
-    shape: the whole one's. slices: where the part is in it. copies: how many processes hold this very part."""
+    shape: the whole one's. slices: where the part is in it. copies: how many processes hold this very part. as_mean: is
+    its gradient the mean over processes when it comes, or has the optimizer to average it."""
 
-    def __init__(self, p):
+    def __init__(self, p, as_mean=True):
         from torch.distributed.tensor import DTensor
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         self.shape, self.mesh, self.placements, self.copies = p.shape, None, None, dist.get_world_size()
+        self.as_mean = as_mean or isinstance(p, DTensor)
         local, first = p.shape, [0] * p.dim()
         if isinstance(p, DTensor):
             self.mesh, self.placements = p.device_mesh, p.placements
@@ -181,12 +241,12 @@ class Part:
         return x
 
 
-def part_of(p):
+def part_of(p, as_mean):
     """A plain parameter in the memory of what this process has of p; its gradient is handed on to it."""
     from torch.distributed.tensor import DTensor
 
     q = nn.Parameter(p.to_local().detach(), p.requires_grad) if isinstance(p, DTensor) else p
-    q.part = Part(p)
+    q.part = Part(p, as_mean)
     if q is not p and p.requires_grad:
         p.register_post_accumulate_grad_hook(lambda p: hand_on(p, q))
     return q
@@ -224,8 +284,16 @@ def gathered(model, optimizer, here):
 
     found = mirror(model, whole)
     for module in found.modules():
-        module._buffers = {name: None if b is None else b.cpu() for name, b in module._buffers.items()}
+        module._buffers, pieces = {}, module._buffers
+        for name, b in pieces.items():
+            b = module.whole_of(b) if isinstance(module, Packed) else b
+            if here.rank == 0:
+                module._buffers[name] = None if b is None else b.cpu()
+        if isinstance(module, Packed):
+            module.pieces = None
     states = optimizer and whole_states(optimizer, here)
+    if states and 'layers' in states:
+        states['layers'] = [dict(module.state_dict()) for module in found.modules() if isinstance(module, Packed)]
     return found, SimpleNamespace(state_dict=lambda: states)
 
 
@@ -265,7 +333,7 @@ def spread(saved, optimizer):
     states = dict(saved['state'])
     for i, p in enumerate(parameters_of(optimizer)):
         state, part = dict(states.get(i, {})), getattr(p, 'part', None)
-        if 'parts' not in state and part is None:
+        if 'parts' not in state and (part is None or part.mesh is None):
             continue
         of, parts = state.pop('of', None), state.pop('parts', None)
         at = part and [[s.start, s.stop] for s in part.slices]
@@ -310,9 +378,10 @@ def encoded(moments, eight):
     return state
 
 
-def mirror(model, replace):
+def mirror(model, replace, shared=()):
     """The same tree of modules, without the hooks of torch's engines, with replace(p) in the place of each parameter p,
-    once for each. Buffers and all else are shared."""
+    once for each. Modules of the class `shared` are the same, those whose own forward a method steers; of others all
+    tensors but the parameters are."""
     from torch.distributed.fsdp import FSDPModule
 
     made = {}
@@ -323,9 +392,13 @@ def mirror(model, replace):
         return None if p is None else made[id(p)]
 
     def copied(module):
+        if isinstance(module, shared):
+            for p in module.parameters():
+                once(p)
+            return module
         kind = type(module)
         new = object.__new__(kind.__mro__[2] if isinstance(module, FSDPModule) else kind)
-        new.__dict__.update({name: value for name, value in vars(module).items() if name != 'forward'})  # of a method
+        new.__dict__.update({name: value for name, value in vars(module).items() if name not in REPLACED})
         for name in vars(module):
             if name.endswith('_hooks') or name.endswith('_hooks_with_kwargs'):
                 new.__dict__[name] = type(vars(module)[name])()

@@ -16,11 +16,26 @@ GALORE = ['--method=galore', '--moments=rotate', '--grad_clip=1.0']
 EIGHT = ['--state_bits=8']
 HALF = ['--max_iters=10', '--lr_decay_iters=20']
 ON = ['--init_from=resume', '--max_iters=20', '--lr_decay_iters=20']
+LORA = ['--method=lora', '--double_quant', '--dropout=0.1', '--grad_clip=1.0']
+RELORA = ['--method=lora', '--quantize=none', '--merge_every=8', '--train_rest=no', '--lora_plus=4']
+LOQT = ['--method=loqt', '--quantize=none', '--moments=rotate', '--grad_clip=1.0']
+COLM = ['--method=adamw', '--coreset=grad', '--coreset_from=2']
+# examples, of each of which 1 to 25 tokens are trained
+MASKED = [*ADAMW, '--dataset=EXAMPLES', '--batch_size=1', '--block_size=48', '--packing=False']
 # The first basis is of the first micro-batch of all processes, so one process has to read as much at once.
 ONE_BATCH = ['--batch_size=16', '--gradient_accumulation_steps=1']
 # name: flags, in the order in which they run; a name with '>' goes on from a copy of the run before it
 CASES = {
-    1: {'adamw': ADAMW, 'galore': [*GALORE, *ONE_BATCH], 'from1': [*ADAMW, *HALF]},
+    1: {
+        'adamw': ADAMW,
+        'galore': [*GALORE, *ONE_BATCH],
+        'from1': [*ADAMW, *HALF],
+        'lora': LORA,
+        'relora': RELORA,
+        'loqt': LOQT,
+        'colm': COLM,
+        'masked': MASKED,
+    },
     2: {
         'adamw fsdp': [*ADAMW, '--parallel=fsdp', '--sample_tokens=4'],
         'adamw8 fsdp': [*ADAMW, *EIGHT, '--parallel=fsdp'],
@@ -31,6 +46,15 @@ CASES = {
         'from2 > fsdp': [*ADAMW, *ON, '--parallel=fsdp'],
         'eight from2 > fsdp': [*ADAMW, *EIGHT, *ON, '--parallel=fsdp'],
         'from1 > tp': [*ADAMW, *ON, '--parallel=tp', '--checkpointing'],
+        'lora fsdp': [*LORA, '--parallel=fsdp'],
+        'lora from2': [*LORA, *HALF, '--parallel=fsdp'],
+        'lora from2 > fsdp': [*LORA, *ON, '--parallel=fsdp'],
+        'loqt fsdp': [*LOQT, '--parallel=fsdp'],
+        'loqt from2': [*LOQT, *HALF, '--parallel=fsdp'],
+        'loqt from2 > fsdp': [*LOQT, *ON, '--parallel=fsdp'],
+        'colm fsdp': [*COLM, '--parallel=fsdp'],
+        'masked fsdp': [*MASKED, '--parallel=fsdp'],
+        'masked tp': [*MASKED, '--parallel=tp'],
     },
     4: {
         'adamw fsdp': [*ADAMW, '--parallel=fsdp', '--checkpointing'],
@@ -41,6 +65,8 @@ CASES = {
         'from2 > half': [*ADAMW, *ON, '--parallel=fsdp', '--max_iters=15'],
         'eight from2 > fsdp': [*ADAMW, *EIGHT, *ON, '--parallel=fsdp'],
         'galore8 from2 > fsdp': [*GALORE, *EIGHT, *ON, '--parallel=fsdp'],
+        'relora fsdp': [*RELORA, '--parallel=fsdp', '--checkpointing'],
+        'loqt fsdp': [*LOQT, '--parallel=fsdp'],
     },
 }
 
@@ -62,6 +88,7 @@ def worker(folder, data, which):
 
     class Measure(train.Measure):
         def step(self, n):
+            self.compiled = world < 4  # nobody asks for the peak of these, and a recorder takes time
             states = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
             held[name] = [sum(t.nbytes for t in some) for some in (self.model.parameters(), states)] + [self]
             return super().step(n)
@@ -82,7 +109,7 @@ def worker(folder, data, which):
         config = configurator.load('train.py', tiny(f'--dataset={data}', f'--out_dir={out}', *STEP, *flags))
         assert not train.problems(config), train.problems(config)
         train.main(config)
-        held[name][2] = held[name][2].peak
+        held[name][2] = held[name][2].peak if world == 4 else None
     with open(os.path.join(folder, f'held {world} {rank}.json'), 'a') as f:
         f.write(json.dumps(held) + '\n')
     if world > 1:
@@ -93,9 +120,12 @@ def worker(folder, data, which):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory, data):
+    from test_examples import LENGTHS, written
+
     folder = tmp_path_factory.mktemp('runs')
+    examples = written(tmp_path_factory.mktemp('examples'), LENGTHS)
     for world, cases in CASES.items():
-        words = [__file__, folder, data, json.dumps(cases)]
+        words = [__file__, folder, data, json.dumps(cases).replace('EXAMPLES', examples)]
         if world > 1:
             words = ['-m', 'torch.distributed.run', f'--nproc_per_node={world}', '--standalone', *words]
         done = run(words)
@@ -112,9 +142,13 @@ def apart(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-@pytest.mark.parametrize('name', ['2 adamw fsdp', '4 adamw fsdp', '4 adamw tp', '4 adamw dp+tp'])
+FSDP = [f'2 {name} fsdp' for name in ('adamw', 'lora', 'loqt', 'colm', 'masked')]
+FSDP += [f'4 {name} fsdp' for name in ('adamw', 'relora', 'loqt')]
+
+
+@pytest.mark.parametrize('name', [*FSDP, '4 adamw tp', '2 masked tp', '4 adamw dp+tp'])
 def test_parts_of_weights_come_to_the_weights_of_one_process(folder, name):
-    assert apart(weights(folder, '1 adamw'), weights(folder, name)) < 2e-6
+    assert apart(weights(folder, f'1 {name.split()[1]}'), weights(folder, name)) < 2e-6
 
 
 def test_galore_on_parts_is_galore(folder):
@@ -127,7 +161,13 @@ def test_a_run_goes_on_with_another_number_of_processes_or_another_way(folder, n
 
 
 @pytest.mark.parametrize(
-    ('whole', 'resumed'), [('2 adamw fsdp', '2 from2 > fsdp'), ('2 adamw8 fsdp', '2 eight from2 > fsdp')]
+    ('whole', 'resumed'),
+    [
+        ('2 adamw fsdp', '2 from2 > fsdp'),
+        ('2 adamw8 fsdp', '2 eight from2 > fsdp'),
+        ('2 lora fsdp', '2 lora from2 > fsdp'),
+        ('2 loqt fsdp', '2 loqt from2 > fsdp'),
+    ],
 )
 def test_the_same_number_goes_on_bit_for_bit(folder, whole, resumed):
     assert apart(weights(folder, whole), weights(folder, resumed)) == 0
@@ -146,13 +186,16 @@ def test_moments_in_8_bits_go_on_in_other_parts(folder, whole, half, name):
     assert (at[2] - at[0]).norm() < (at[1] - at[0]).norm() / 10
 
 
-def test_four_came_from_two_and_one_goes_on(folder, data, tmp_path):
-    shutil.copytree(folder / '4 from2 > half', tmp_path / 'run')
-    words = ['train.py', *tiny(f'--dataset={data}', f'--out_dir={tmp_path / "run"}', *STEP, *ADAMW, *ON)]
+@pytest.mark.parametrize(
+    ('was', 'flags', 'alone'), [('4 from2 > half', ADAMW, 'adamw'), ('2 lora from2', LORA, 'lora')]
+)
+def test_several_stopped_and_one_goes_on(was, flags, alone, folder, data, tmp_path):
+    shutil.copytree(folder / was, tmp_path / 'run')
+    words = ['train.py', *tiny(f'--dataset={data}', f'--out_dir={tmp_path / "run"}', *STEP, *flags, *ON)]
     done = run(words)
     assert done.returncode == 0, done.stderr
     assert 'one process' in done.stdout, 'parallel=fsdp cuts nothing here'
-    assert apart(weights(folder, '1 adamw'), load_file(tmp_path / 'run/last/model.safetensors')) < 2e-6
+    assert apart(weights(folder, f'1 {alone}'), load_file(tmp_path / 'run/last/model.safetensors')) < 2e-6
 
 
 def held(folder, world, rank, name):
@@ -197,11 +240,12 @@ def test_auto_takes_the_first_way_that_fits(gb, way, data):
 @pytest.mark.parametrize(
     ('flags', 'says'),
     [
-        ('--parallel=fsdp --method=muon', "method='muon' needs whole: use dp, or adamw or galore"),
+        ('--parallel=fsdp --method=muon', "method='muon' needs whole: use dp, or adamw, galore, lora or loqt"),
         ('--parallel=tp --method=galore', "method='galore' needs whole: use dp, or adamw"),
         ('--parallel=fsdp --mlp_chunk=16 --method=adamw', 'mlp_chunk=16 is of whole weights'),
         ('--parallel=fsdp --per_layer', 'per_layer=True moves weights in backward'),
-        ('--parallel=fsdp --coreset=grad', "coreset='grad'"),
+        ('--parallel=tp --coreset=grad --method=adamw', "coreset='grad' does: use fsdp or dp"),
+        ('--parallel=fsdp --method=lora --offload', "pieces of method='lora'"),
         ('--parallel=tp --compile --method=adamw', 'compile=True'),
     ],
 )
