@@ -60,17 +60,21 @@ def nf4_on_cpu(A):
 
 
 def room_for_nf4(A):
-    """Codes (n / 2, 1) and scales (n / 64,) of a flat A (n,), empty; and [(piece of A, its codes, its scales)]."""
+    """Codes (n / 2, 1) and scales (n / 64,) of a flat A (n,), empty; and [(piece of A, its codes, its scales, room to
+    work in)]. The pieces share the room, since new pages from the system take longer than the arithmetic."""
     packed = torch.empty(A.numel() // 2, 1, dtype=torch.uint8)
-    absmax = torch.empty(A.numel() // BLOCK_4BIT)
-    return packed, absmax, [*zip(A.split(1 << 17), packed.split(1 << 16), absmax.split((1 << 17) // BLOCK_4BIT))]
+    absmax, size = torch.empty(A.numel() // BLOCK_4BIT), min(1 << 17, A.numel())
+    room = [torch.empty(size, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.uint8, torch.bool)]
+    pieces = zip(A.split(1 << 17), packed.split(1 << 16), absmax.split((1 << 17) // BLOCK_4BIT))
+    return packed, absmax, [(*piece, [one[: len(piece[0])] for one in room]) for piece in pieces]
 
 
-def code_piece_(piece, pairs, scales):
-    blocks = piece.float().view(-1, BLOCK_4BIT)
-    torch.amax(blocks.abs(), 1, out=scales)
-    blocks = blocks / (scales + (scales == 0))[:, None]
-    codes, above = torch.zeros(blocks.shape, dtype=torch.uint8), torch.empty(blocks.shape, dtype=torch.bool)
+def code_piece_(piece, pairs, scales, room):
+    blocks, sizes, codes, above = (one.view(-1, BLOCK_4BIT) for one in room)
+    blocks.view(-1).copy_(piece)
+    torch.amax(torch.abs(blocks, out=sizes), 1, out=scales)
+    blocks /= (scales + (scales == 0))[:, None]
+    codes.zero_()
     for low, high in itertools.pairwise(NF4):
         codes += torch.gt(blocks, (low + high) / 2, out=above).view(torch.uint8)
     codes = codes.view(-1, 2)

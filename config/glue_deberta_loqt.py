@@ -25,7 +25,6 @@ rank = 32
 scale = 2.0
 update_proj_gap = 2400
 psi = 0.0  # the paper's gaps here do not grow
-compensation = 5
 stagger = False
 train_rest = 'no'
 eval_interval = 115  # an epoch

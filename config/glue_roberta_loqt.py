@@ -1,4 +1,4 @@
-"""RoBERTa-base on GLUE's MRPC with LoQT: NF4 weights, rank 32, five rounds of compensation (arXiv 2405.16528).
+"""RoBERTa-base on GLUE's MRPC with LoQT: NF4 weights, rank 32, compensation (arXiv 2405.16528).
 
 32 examples x 1 micro-batches = 32 examples a step; 6,900 steps = 220,800 examples, 60 epochs of 3,668.
 The paper has DeBERTa alone on GLUE, config/glue_deberta_loqt.py, whose rate and rank these are.
@@ -24,7 +24,6 @@ rank = 32
 scale = 2.0
 update_proj_gap = 2400
 psi = 0.0  # the paper's gaps here do not grow
-compensation = 5
 stagger = False
 eval_interval = 115  # an epoch
 best_by = 'metric'

@@ -19,7 +19,6 @@ rank = 256
 scale = 0.5
 update_proj_gap = 100  # tau
 psi = 1.2
-compensation = 5
 moments = 'keep'
 dtype = 'bfloat16'
 log_interval = 100

@@ -21,7 +21,6 @@ rank = 1024
 scale = 0.5
 update_proj_gap = 200  # tau
 psi = 1.2
-compensation = 5
 moments = 'keep'
 double_quant = True
 state_bits = 8

@@ -20,6 +20,5 @@ rank = 48  # a quarter of the width, as in the paper
 scale = 0.25
 update_proj_gap = 50  # tau: a short run has few steps to merge in
 psi = 1.2
-compensation = 5
 moments = 'keep'
 eval_interval = 250

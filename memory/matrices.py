@@ -168,10 +168,10 @@ def loqt(run, name, out, into):
     r, packed = min(c.rank, m), c.quantize == 'nf4'
     W_q, P = (nf4(k, c.double_quant) if packed else w * k for k in (m * n, m * r))
     many = run.N * (out + into) > out * into  # s P B is added to W, and not multiplied by itself
-    # A merge: G and its fp32 copy make P; then W, what is to be packed, in fp32 and in W's dtype, or W, what was packed
-    # and the difference; beside the packed tensors of up to three rounds.
+    # A merge: G and its fp32 copy make P; then W, what was packed and the difference, in W's dtype where that is
+    # packed, else in fp32; beside the packed tensors of up to three rounds.
     rounds = min(max(c.compensation, 1), 3) if packed else 1
-    in_rounds = (12 if packed or w == 2 else 8) - (w == 2) * (2 if c.compensation < 2 else 0) * packed
+    in_rounds = 3 * w if packed else 12 if w == 2 else 8
     new_P = (a + 4 * (a < 4)) * m * n + (4 * (m * m + m * n) if c.refresh != 'subspace' else 4 * n * r) + 8 * m * r
     merge = in_rounds * m * n + rounds * (W_q if packed else w * m * n * (w == 2) // 2) + 8 * m * r + 2 * w * r * n
     return Matrix(
