@@ -521,8 +521,6 @@ def problems(config):
             f"coreset='{c.coreset}' compares gradients of {own}, which targets leaves out: "
             f'add {own}, or use --coreset=random'
         )
-    if c.coreset_weights == 'cluster' and c.compile:
-        found.append('compile=True compiles a loss without weights: use --compile=False or --coreset_weights=uniform')
     return found
 
 

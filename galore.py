@@ -577,7 +577,5 @@ def setup(model, config):
     """What train.py calls for method='galore'."""
     linears = linears_of(model, config)
     optimizer = GaLoreAdamW(groups(model, linears, config), **arguments(config))
-    # torch.compile has its own backward, in which layers cannot change from R to G and back without compiling anew.
-    if not config.compile:
-        optimizer.attach(linears)
+    optimizer.attach(linears)
     return optimizer

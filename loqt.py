@@ -471,8 +471,6 @@ def problems(config):
     if config.quantize == 'none':
         useless = [name for name in typed(config, 'compensation', 'double_quant') if getattr(config, name)]
         found += [f"{name} is of weights in 4 bits: leave it out with quantize='none'" for name in useless]
-    if config.compile:
-        found.append("compile=True cannot follow method='loqt', which merges inside backward: set --compile=False")
     return found
 
 
@@ -490,8 +488,6 @@ def linear(config):
 
 def setup(model, config):
     """What train.py calls for method='loqt': the blocks' layers become LoQTLinears, where they are not yet."""
-    if config.compile:
-        raise ValueError("method='loqt' merges inside backward, which compile=True cannot follow: use compile=False")
     named = adam.targeted(model, config, (LoQTLinear, nn.Linear))
     replace_linears(model.layers, named.values(), **layer_options(config))
     layers = [*adam.targeted(model, config, LoQTLinear).values()]

@@ -259,8 +259,6 @@ def problems(config):
         found.append("double_quant is of weights in 4 bits: leave it out with quantize='none'")
     if not 0 <= c.dropout < 1:
         found.append(f'dropout={c.dropout} is not a share of the inputs: use at least 0 and less than 1')
-    if c.dropout and c.compile:
-        found.append('dropout draws its masks where compile=True cannot follow: set --compile=False or --dropout=0')
     return found
 
 

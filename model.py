@@ -138,8 +138,29 @@ class Embedding(nn.Embedding):
         return x if self.scale == 1 else x * self.scale
 
 
+# ---- what lies between the products: functions of tensors alone, each the attribute of a module under one of these
+# names, where compile=True puts the compiled one, the same for all layers (plumbing.build.compile_between). The
+# products stay outside, so that a method's own backward, its hooks and its packed weights are as without it.
+
+BETWEEN = 'norm', 'rotated', 'gated'
+
+
+def rms_norm(x, w, eps):
+    return F.rms_norm(x, w.shape, w.to(x.dtype), eps)
+
+
+def layer_norm(x, w, eps, b):
+    return F.layer_norm(x, w.shape, w.to(x.dtype), b.to(x.dtype), eps)
+
+
+def gated(gate, up):
+    return F.silu(gate) * up
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * w, over the last dimension. divisor: of what comes out."""
+
+    norm = staticmethod(rms_norm)
 
     def __init__(self, n, eps, divisor=1.0, **kw):
         super().__init__()
@@ -150,12 +171,14 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x):
-        x = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        x = self.norm(x, self.weight, self.eps)
         return x if self.divisor == 1 else x / self.divisor
 
 
 class LayerNorm(RMSNorm):
     """(x - mean(x)) / std(x) * w + b, over the last dimension."""
+
+    norm = staticmethod(layer_norm)
 
     def __init__(self, n, eps, divisor=1.0, **kw):
         super().__init__(n, eps, divisor, **kw)
@@ -166,7 +189,7 @@ class LayerNorm(RMSNorm):
         nn.init.zeros_(self.bias)
 
     def forward(self, x):
-        x = F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        x = self.norm(x, self.weight, self.eps, self.bias)
         return x if self.divisor == 1 else x / self.divisor
 
 
@@ -243,6 +266,10 @@ def rotate(x, cos, sin):
     a, b, *rest = x.split([half, half] + [rest] * (rest > 0), dim=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
     return torch.cat([a * cos - b * sin, b * cos + a * sin, *rest], dim=-1)
+
+
+def rotate_both(q, k, cos, sin):
+    return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
 # ---- packed rows: pieces (P + 1,) int32 = 0, ..., B T, where the pieces of B rows of T tokens end, rows one after
@@ -577,6 +604,8 @@ class HeadLoss(torch.autograd.Function):
 
 
 class Attention(nn.Module):
+    rotated = staticmethod(rotate_both)
+
     def __init__(self, c, linear, rotates=True, **kw):
         super().__init__()
         self.d, self.scale, self.rotates, self.qk_norm = c.head_dim, c.attention_scale, rotates, c.qk_norm
@@ -593,7 +622,7 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotates:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = self.rotated(q, k, cos, sin)
         if pieces is not None:
             y = attend_packed(q, k, v, pieces, self.scale)  # (B, T, H, d)
             return self.o_proj(y.reshape(B, T, -1))  # (B, T, D)
@@ -616,6 +645,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    gated = staticmethod(gated)
+
     def __init__(self, c, linear, **kw):
         super().__init__()
         self.gate_proj = linear(c.n_embd, c.n_inner, bias=c.mlp_bias, **kw)
@@ -623,7 +654,7 @@ class MLP(nn.Module):
         self.down_proj = linear(c.n_inner, c.n_embd, bias=c.mlp_bias, **kw)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, D)
+        return self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))  # (B, T, D)
 
 
 class Block(nn.Module):

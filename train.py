@@ -52,13 +52,13 @@ from plumbing.build import (
     SHAPE,
     build_model,
     build_on_meta,
+    compile_between,
     data_folder,
     labels_of,
     layers_of,
     rows_of,
     shape_of,
     shrink_tables,
-    try_compile,
 )
 from plumbing.hf import AdapterError
 from plumbing.terminal import patience
@@ -123,7 +123,7 @@ parallel = 'dp'  # 'dp' | 'fsdp' | 'tp' | 'dp+tp' | 'auto': what several process
 #           and reads batches of its own; or holds a part of each tensor; or of each layer, for the same batch; or both.
 #           auto: the first of these that is planned to fit a card of this machine; on a CPU dp
 tp_size = 2  # of parallel='dp+tp': processes in a group that computes each layer together
-compile = False  # torch.compile: 15 s to start, then measured a sixth faster; off, with the reason printed, if it fails
+compile = False  # torch.compile for what lies between a block's products; off, with the reason printed, if it fails
 
 # choice of batches
 coreset = 'none'  # 'none' | 'random' | 'zo' | 'grad': choose each step's windows from a pool (CoLM); random: by source
@@ -206,8 +206,6 @@ def problems_of_chunks(config):
         )
     if getattr(c, 'dropout', 0):
         found.append('dropout draws one mask for all tokens, which mlp_chunk has apart: leave out one of them')
-    if c.compile:
-        found.append('mlp_chunk computes parts again where compile=True cannot follow: set one of them to 0')
     if c.coreset != 'none':
         found.append(f"coreset='{c.coreset}' looks into whole blocks, and mlp_chunk has parts: leave out one of them")
     return found
@@ -241,19 +239,12 @@ def problems(config):
         found.append(f"model='{c.model}' is not a size: use one of {' '.join(SIZES)}{hint}")
     if not c.save_merged and not hasattr(method_of(c), 'linear'):
         found.append(f"save_merged=False leaves out packed weights, and method='{c.method}' packs none: leave it out")
-    if c.per_layer and c.compile:
-        found.append(
-            'per_layer=True saves nothing with compile=True, whose backward returns all gradients at its end: '
-            'set one of them to False'
-        )
     if c.offload_activations and not c.checkpointing:
         found.append('offload_activations=True moves what checkpointing keeps: add --checkpointing=True')
-    if c.offload_activations and c.compile:
-        found.append('offload_activations=True copies beside what compile=True compiles: set one of them to False')
     if c.mlp_chunk:
         found += problems_of_chunks(c)
-    if c.head_bits == 8 and (c.compile or c.coreset != 'none'):
-        found.append('head_bits=8 is multiplied piece by piece, which compile and coreset cannot follow: set it to 16')
+    if c.head_bits == 8 and c.coreset != 'none':
+        found.append('head_bits=8 is multiplied piece by piece, which coreset cannot follow: set it to 16')
     for key in ('offload_activations', 'mlp_chunk', 'offload_embedding'):
         if getattr(c, key) and c.parallel != 'dp':
             found.append(f"{key} is of whole layers, and parallel='{c.parallel}' has parts of them: leave it out")
@@ -343,7 +334,7 @@ def loss_of(forward, micro_batch, divisor, device):
     labelled examples (x, y, weights or None, lengths, types)."""
     x, y, *more = micro_batch
     given = keywords(y, more)
-    if y.dim() > 1 and not hasattr(forward, '_orig_mod'):  # a compiled model is compiled again for each number of them
+    if y.dim() > 1:
         given['trained'] = trained_rows(y)
     given = {name: part.to(device) for name, part in given.items() if part is not None}
     return forward(x.to(device), y.to(device), divisor=divisor, **given)
@@ -470,7 +461,8 @@ def main(config):
     log = report.Log(config, model, plan, begin, here)
     measure = Measure(mine, optimizer, here.on_cuda, building.peak, config.compile)
     stop = processes.CtrlC(here)
-    forward = try_compile(model, train_data, config, here.device) if config.compile else model
+    if config.compile:
+        compile_between(model, config, here.device)
 
     # ---- the loop ----
     save_interval = config.save_interval or config.eval_interval
@@ -490,7 +482,7 @@ def main(config):
         # once in a while: evaluate
         better = False
         if eval_now:
-            found = measured(forward, val_data, config, here)
+            found = measured(model, val_data, config, here)
             log.evaluation(step, found)
             value = found['val_loss'] if config.best_by == 'val_loss' else -found[f'val_{val_data.metrics[0]}']
             better = step > begin.step and value < best
@@ -522,7 +514,7 @@ def main(config):
         with measure.step(step - begin.step):
             model.at_step(step)
             batches = batches_of(step, train_data, selection, model, config, here)
-            loss = training_step(forward, optimizer, batches, learning_rate_at(step, config), here.device)
+            loss = training_step(model, optimizer, batches, learning_rate_at(step, config), here.device)
         log.note(loss, optimizer, *([selection.kept_share] if selection else []))
         step += 1
 

@@ -99,7 +99,7 @@ def prepared(name, folder):
     import train
     from bench.examples import written
     from data.batches import Examples
-    from plumbing.build import ROOT, build_model, layers_of
+    from plumbing.build import ROOT, build_model, compile_between, layers_of
 
     file, flags = RUNS[name]
     shape, vocabulary = PRETRAINED.get(name.split('_')[0]), 32000
@@ -118,7 +118,8 @@ def prepared(name, folder):
     if shape:
         model.materialise('cuda', config.seed)
     optimizer = train.setup(model, config)
-    forward = torch.compile(model) if config.compile else model
+    if config.compile:
+        compile_between(model, config, 'cuda')
     parts = range(config.gradient_accumulation_steps)
     if shape:
         data = Examples(folder, 'train', config.block_size)
@@ -128,7 +129,7 @@ def prepared(name, folder):
         batches = [(x, x.roll(-1, 1)) for x in tokens]
 
     def step():
-        return train.training_step(forward, optimizer, batches, config.learning_rate / 100, 'cuda')
+        return train.training_step(model, optimizer, batches, config.learning_rate / 100, 'cuda')
 
     return config, model, optimizer, step
 

@@ -8,7 +8,7 @@ import torch
 
 import galore
 import train
-from bench.measure import block_matrices, clear, made_in, named, on_meta, rank_of, run_config, sizes
+from bench.measure import block_matrices, clear, made_in, named, nothing_attached, on_meta, rank_of, run_config, sizes
 from configurator import method_of
 from data.batches import Tokens
 from plumbing.build import build_model, data_folder
@@ -108,7 +108,7 @@ def measure_memory(config):
     modes = {
         'AdamW': ['--method=adamw'],
         'AdamW, per_layer': ['--method=adamw', '--per_layer=True'],
-        'GaLore, drop-in': ['--compile=True'],
+        'GaLore, drop-in': [],
         'GaLore': [],
         'GaLore, per_layer': ['--per_layer=True'],
         'AdamW, 4 micro-batches': ['--method=adamw', micro],
@@ -116,7 +116,8 @@ def measure_memory(config):
         'GaLore, per_layer, 4 micro-batches': ['--per_layer=True', micro],
     }
     for (size, blocks), (name, flags) in itertools.product(sizes(config.memory_sizes), modes.items()):
-        step, model, optimizer = real_run(config, size, blocks, '--batch_size=1', *flags)
+        with nothing_attached('drop-in' in name):
+            step, model, optimizer = real_run(config, size, blocks, '--batch_size=1', *flags)
         step(0)  # every P is made here, from one layer's gradient at a time
         most = watch(model, optimizer)
         made = made_in(functools.partial(step, 1))

@@ -1,5 +1,6 @@
 """The tools of the bench: sizes by name, clocks, bytes, tables."""
 
+import contextlib
 import ctypes
 import functools
 import gc
@@ -7,10 +8,12 @@ import math
 import platform
 import statistics
 import time
+from unittest import mock
 
 import torch
 
 import configurator
+import galore
 import train
 from memory.record import LiveBytes
 from model import SIZES, LLaMA, ModelConfig
@@ -129,3 +132,10 @@ def cell(value):
 
 def table(head, rows):
     return [f'| {" | ".join(map(cell, row))} |' for row in (head, ['---'] * len(head), *rows)]
+
+
+def nothing_attached(so=True):
+    """While active, if `so`: train.py's setup leaves the layers as they are, as in a loop that knows an optimizer
+    alone, and torch makes the gradients."""
+    unchanged = mock.patch.object(galore.GaLoreAdamW, 'attach', lambda self, linears: None)
+    return unchanged if so else contextlib.nullcontext()

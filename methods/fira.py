@@ -65,6 +65,5 @@ def setup(model, config):
     """What train.py calls for method='fira'."""
     linears = linears_of(model, config)
     optimizer = FiraAdamW(galore.groups(model, linears, config), **galore.arguments(config))
-    if not config.compile:
-        optimizer.attach(linears)
+    optimizer.attach(linears)
     return optimizer

@@ -102,6 +102,5 @@ def setup(model, config):
     linears = linears_of(model, config)
     own = {name: getattr(config, name) for name in vars(Options) if not name.startswith('_')}
     optimizer = GrassAdamW(galore.groups(model, linears), **own, **adam.common(config))
-    if not config.compile:
-        optimizer.attach(linears)
+    optimizer.attach(linears)
     return optimizer

@@ -204,8 +204,6 @@ def problems(config):
     found = galore.problems(config) + between(config, 0, 1, 'lazy')
     if config.weight_bits == 8 and not config.save_merged:
         found.append('save_merged=False leaves out the int8 weights, which only a run that resumes could read: drop it')
-    if config.weight_bits == 8 and config.compile:
-        found.append('weight_bits=8 keeps weights where compile=True does not find them: set --compile=False')
     return found
 
 
@@ -226,6 +224,5 @@ def setup(model, config):
         optimizer.state[module.weight].update(parts)
         module.packed = None  # they are the optimizer's now
         module.dense_weight = partial(optimizer.weight, module.weight)
-    if not config.compile:
-        optimizer.attach(linears)
+    optimizer.attach(linears)
     return optimizer

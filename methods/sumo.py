@@ -84,6 +84,5 @@ def setup(model, config):
         orthogonal=config.orthogonal,
         **galore.arguments(config),
     )
-    if not config.compile:
-        optimizer.attach(linears)
+    optimizer.attach(linears)
     return optimizer

@@ -4,15 +4,16 @@ import difflib
 import os
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 
 from configurator import method_of
 from data import DataError, fields, tokenizer
-from data.batches import keywords, longest_of, of_task, read_meta
+from data.batches import longest_of, of_task, read_meta
 from data.fields import check, text, whole
-from model import SIZES, Linear, LLaMA, ModelConfig, ModelError
+from model import BETWEEN, SIZES, Linear, LLaMA, ModelConfig, ModelError
 from plumbing import Stop, classify, hf_models
 from plumbing.families import ADVICE, FAMILIES, read_config
 from plumbing.folder import AdapterError, read_adapter
@@ -144,22 +145,41 @@ def check_rank(config, shape):
         raise Stop(f'rank={config.rank} is above every dimension of the blocks: use less than {most}')
 
 
-def try_compile(model, data, config, device):
-    """The compiled model, tried on one batch. If that fails, print why and return the model as it is."""
+def compile_between(model, config, device):
+    """Compile what lies between a block's products (model.BETWEEN), once for all layers, each tried on numbers of a
+    block's size. If that fails, print why and leave the model as it is."""
     if hasattr(model, 'inner'):  # whose dropout draws from a seed of each step, which would be compiled in
-        print("compile off: transformers' own modules are not compiled here")
-        return model
+        return print("compile off: transformers' own modules are not compiled here")
+    places = [(module, name) for module in model.modules() for name in BETWEEN if hasattr(type(module), name)]
     try:
-        x, y, _, *more = data.batch(config.seed, 0, config.batch_size)
-        more = {name: t.to(device) for name, t in keywords(y, [None, *more]).items()}
-        compiled = torch.compile(model)
         with patience('compiling'):
-            compiled(x.to(device), y.to(device), divisor=torch.ones((), device=device), **more)
-        return compiled
+            compiled = {getattr(*place): torch.compile(getattr(*place)) for place in places}
+            for function, arguments in examples_between(model, config.batch_size, config.block_size, device):
+                made = compiled[function](*arguments)
+                sum(A.sum() for A in (made if isinstance(made, tuple) else [made])).backward()
     except Exception as error:
         print(f'compile off: {type(error).__name__}: {first_line(error)}')
-        torch._dynamo.reset()
-        return model
+        return torch._dynamo.reset()
+    for module, name in places:  # evaluation and sampling come in all shapes, which would each be compiled
+        fast, plain = compiled[getattr(module, name)], getattr(module, name)
+        setattr(module, name, partial(grad_or_not, fast, plain))
+
+
+def grad_or_not(fast, plain, *arguments):
+    return (fast if torch.is_grad_enabled() else plain)(*arguments)
+
+
+def examples_between(model, B, T, device):
+    """[(function, arguments)] of the first block's functions in BETWEEN, on B x T tokens that ask for gradients."""
+    s, block, dtype = model.config, model.layers[0], model.activation_dtype
+    attention, mlp, norm = block.self_attn, block.mlp, block.input_layernorm
+    new = partial(torch.ones, device=device, dtype=dtype, requires_grad=True)
+    weights = [new(A.shape, dtype=A.dtype) for A in norm.parameters()]
+    found = [(norm.norm, (new(B, T, s.n_embd), weights[0], norm.eps, *weights[1:]))]
+    if attention.rotates:
+        q, k = (new(B, T, heads, s.head_dim) for heads in (s.n_head, s.n_kv_head))
+        found.append((attention.rotated, (q, k, *(A.to(dtype) for A in model.rotary(T)))))
+    return [*found, (mlp.gated, (new(B, T, s.n_inner), new(B, T, s.n_inner)))]
 
 
 def layers_of(config):

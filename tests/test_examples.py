@@ -226,19 +226,6 @@ def test_neighbours_and_their_order_change_nothing(folder):
     assert len(made[3]) == 3
 
 
-def test_a_compiled_model_takes_packed_rows(folder):
-    pytest.importorskip('torch._inductor')
-    model = LLaMA(ModelConfig(n_layer=1, n_head=2, n_embd=16, n_inner=32, vocab_size=61, block_size=WINDOW))
-    compiled = torch.compile(model, backend='aot_eager')
-    data = Examples(folder, 'train', WINDOW)
-    for t in range(3):
-        x, y, _, pieces = data.batch(0, t, 2)
-        a, b = (f(x, y, divisor=torch.tensor(9.0), pieces=pieces) for f in (model, compiled))
-        torch.testing.assert_close(a, b)
-        grads = [torch.autograd.grad(loss, model.layers[0].self_attn.q_proj.weight)[0] for loss in (a, b)]
-        torch.testing.assert_close(*grads)
-
-
 # ---- what a step is divided by, every method -------------------------------------------------------------------------
 
 

@@ -443,5 +443,3 @@ def test_impossible_arguments_name_the_thing_and_what_to_type():
             LoQTLinear(8, 8, **arguments)
     with pytest.raises(ValueError, match="moments='turn' is not known: use 'reset', 'keep' or 'rotate'"):
         LoQTAdamW([], [], 10, moments='turn')
-    with pytest.raises(ValueError, match='compile=False'):
-        model_and_optimizer(compile=True)

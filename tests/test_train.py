@@ -477,9 +477,6 @@ IMPOSSIBLE = {
     '--lr_decay_iters=1': 'ends before warmup_iters=2',
     '--device=cuda': 'torch sees no CUDA device',
     '--seed=-1': 'seed=-1 is too small: use 0 or more',
-    '--per_layer --compile': 'set one of them to False',
-    '--method=loqt --compile': 'set --compile=False',
-    '--method=qgalore --compile': 'weight_bits=8 .* set --compile=False',
     '--method=loqt --psi=-1': 'psi=-1.0 is too small: use 0 or more',
     '--scale=0': 'scale=0.0 is too small: use 1e-06 or more',
     '--save_merged=False': "method='galore' packs none: leave it out",
@@ -714,17 +711,6 @@ def test_a_tracker_gets_every_row(kind, tmp_path, data):
         logged = [json.loads(line[7:]) for line in out.stdout.splitlines() if line.startswith('logged')]
         assert [step for step, _ in logged] == [0, 5, 10, 15, 20] and 'val_loss' in logged[-1][1]
         assert 'finished' in out.stdout
-
-
-def test_compile_off_says_why_and_goes_on(monkeypatch, capsys, data):
-    def no_compiler(model):
-        raise RuntimeError('no compiler here\nand more')
-
-    monkeypatch.setattr(torch, 'compile', no_compiler)
-    model = object()
-    config = configurator.load(ROOT / 'train.py', tiny(f'--dataset={data}'))
-    assert build.try_compile(model, training.load(data, 'train', 32), config, 'cpu') is model
-    assert capsys.readouterr().out == 'compile off: RuntimeError: no compiler here\n'
 
 
 def test_help_lists_every_key_with_its_comment():
