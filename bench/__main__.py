@@ -24,7 +24,7 @@ import time
 
 import torch
 
-from bench import examples, gradients, merges, optimizers, states
+from bench import compiled, examples, gradients, merges, optimizers, states
 from bench import steps as whole_steps  # `steps` is a key
 from bench.measure import keep_freed_memory, matmul_rate, table
 from bench.optimizers import BASELINE
@@ -34,7 +34,7 @@ from plumbing.build import ROOT
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 only = 'all'  # 'all' | 'optimizers' | 'training' | 'stall' | 'examples' | 'states' | 'refresh' | 'memory' | 'merge' |
-#                'nf4' | 'peaks' | 'picture': the part to measure, or the picture anew from the tables in `out`
+#     'nf4' | 'peaks' | 'compiled' | 'picture': the part to measure, or the picture anew from the tables in `out`
 out = 'results/bench.md'  # file for the tables of a full run, with the picture beside it; '': none
 
 # optimizers, training, stall: time. A size is a name in model.SIZES and a number of blocks, as in 130m:12
@@ -86,6 +86,11 @@ memory_sizes = '350m:2'  # models whose live gradients and peaks are counted
 
 # merge: LoQT
 merge_sizes = '130m 1b'  # models whose layers are merged
+
+# compiled: whole steps with and without compile=True
+compiled_sizes = '60m:2 130m:2'  # models
+compiled_windows = 4  # of 256 tokens in a step
+compiled_rounds = 7  # timed steps of each
 # ---- end of config ---------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +122,7 @@ def problems(config):
 
 # {name: (function that returns the rows, heading, description with keys of the config in braces, head of the table)}
 PARTS = optimizers.PARTS | whole_steps.PARTS | examples.PARTS | states.PARTS | gradients.PARTS | merges.PARTS
+PARTS |= compiled.PARTS
 
 
 def draw(path):

@@ -64,8 +64,8 @@ def test_a_compiled_run_walks_as_without_it_in_one_graph_for_each_function(name,
     found, expected = walk(flags, True), walk(flags, False)
     for a, b in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
         torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)
-    # The norm, the rotation, the gate; once more where a norm's weight or its input asks for no gradient; and BAdam, all
-    # of whose layers ask in turns, has each function in both kinds.
+    # The norm, the rotation, the gate; once more where a norm's weight or its input asks for no gradient; and BAdam,
+    # whose layers ask in turns, has each function in both kinds.
     assert 3 <= len(graphs) <= (9 if name == 'badam' else 5), [graph.code for graph in graphs]
 
 
