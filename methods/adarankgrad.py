@@ -37,10 +37,9 @@ class AdaRankGradAdamW(GaLoreAdamW):
         super().basis_turned(p, new, old, P, G)
         energies = project(P, G).to(at_least_fp32(G)).square().sum(1)  # (r,)
         whole = torch.linalg.vector_norm(G, dtype=energies.dtype).square()
-        held, order = energies.sort(descending=True)
+        held, new['order'] = energies.sort(descending=True)
         k = (held.cumsum(0) < self.energy * whole).sum() + 1
         new['dims'] = torch.where(whole.isfinite() & (whole > 0), k, len(held))
-        new['order'] = order
 
     def advance(self, p, G=None):
         super().advance(p, G)
@@ -66,12 +65,9 @@ class AdaRankGradAdamW(GaLoreAdamW):
 
     def fit_placeholder(self, p):
         """What receives R has as many rows as P has columns."""
-        old = self.placeholder[p]
-        r = self.state[p].get('rank', min(self.group_of[p]['rank'], *p.shape))
-        if r == len(old):
-            return
-        self.placeholder[p] = new = old.detach()[:1].expand(r, -1).requires_grad_()
-        if p in self.attached:
+        old, r = self.placeholder[p], self.state[p].get('rank', min(self.group_of[p]['rank'], *p.shape))
+        self.placeholder[p] = new = old.detach()[:1].expand(r, -1).requires_grad_() if r != len(old) else old
+        if p in self.attached and new is not old:
             self.watched = [q for q in self.watched if q is not old]
             self.weight_of[new] = self.weight_of.pop(old)
             self.watch(new)
@@ -79,8 +75,7 @@ class AdaRankGradAdamW(GaLoreAdamW):
     @exactly
     def take_step(self):
         super().take_step()
-        ranks = [len(q) for q in self.placeholder.values()]
-        if ranks:
+        if ranks := [len(q) for q in self.placeholder.values()]:
             self.metrics['mean_rank'] = torch.tensor(sum(ranks) / len(ranks))
 
     def load_state_dict(self, state_dict):
@@ -117,7 +112,7 @@ def problems(config):
 def setup(model, config):
     """What train.py calls for method='adarankgrad'."""
     linears = linears_of(model, config)
-    own = {name: getattr(config, name) for name in vars(Options) if not name.startswith('_')}
-    optimizer = AdaRankGradAdamW(galore.groups(model, linears), **own, **adam.common(config))
+    own = {name: getattr(config, name) for name in vars(Options) if name[0] != '_'} | adam.common(config)
+    optimizer = AdaRankGradAdamW(galore.groups(model, linears), **own)
     optimizer.attach(linears)
     return optimizer
