@@ -21,7 +21,6 @@ from model import ModelError
         ('--gpus=two', '--gpus=two is not a number'),
         ('--gpu=24', 'use --gpu_gb=24'),
         ('--model=60x', "model='60x' is not a size"),
-        ('--method=loqt --compile=True', 'compile'),
         ('--init_from=/nope', 'no folder'),
         ('--dataset=nope', 'no data set nope'),
         ('--plot', 'use --plot=plan.png'),

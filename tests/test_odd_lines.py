@@ -29,7 +29,7 @@ VALUES = ['', '-1', '0', '1', '8', '1.5', '1e300', '-1e300', '1e-40', 'nan', 'in
 VALUES += ["'x'", 'é', '日本語', '\udcff', '9' * 25, '9' * 5000, '100000000', '1000000000000', '../x', 'a b', '--', '(']
 VALUES += ['0x10', '1_000', '1e400', '-', '*', '9m', 'cpu', 'grad', 'resume', '{}', '1;2', '128', '0.5', '\x00', '\n']
 PAIRS = ['--method=adamw --basis_bits=4', '--method=adamw --quantize=none', '--residual=fira --method=adamw', '--x']
-PAIRS += ['--method=qgalore --lazy=-1', '--per_layer --compile', '--init_from=resume --overwrite', '--min_lr=5']
+PAIRS += ['--method=qgalore --lazy=-1', '--per_layer --grad_clip=1', '--init_from=resume --overwrite', '--min_lr=5']
 PAIRS += ['--coreset=none --coreset_from=9', '--device=cuda --device=cpu', '--rank=8 --rank=-8', '--method=galor']
 PAIRS += ['--coreset=random --zo_directions=3', '---rank=8', '-rank=8', 'rank=8', '--rank', '--', '=', '--=', '--=8']
 PAIRS += ['--save_merged=False', '--method=lora --quantize=none --double_quant', '--model=60m --init_from=data']
