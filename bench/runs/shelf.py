@@ -89,7 +89,8 @@ def words_of(args, name, rate, seed):
     warmup = max(args.steps // 10, 1)
     words = ['train.py', f'--dataset={args.data}', *SHAPE, *METHODS[name][1], f'--learning_rate={rate:g}']
     if not any(word.startswith(TABLES) for word in words):
-        words[1:1] = [f'{TABLES}{TABLE_RATE / rate:g}', *USUAL]
+        own = {word.partition('=')[0] for word in words}
+        words += [f'{TABLES}{TABLE_RATE / rate:g}', *(word for word in USUAL if word.partition('=')[0] not in own)]
     words += [f'--seed={seed}', f'--max_iters={args.steps}', f'--warmup_iters={warmup}', f'--device={args.device}']
     return [*words, '--dtype=float32', f'--eval_interval={args.steps}', '--eval_tokens=65536', '--sample_tokens=0']
 
@@ -225,10 +226,10 @@ def written(args, runs, measured):
         'side. Val loss: the median of the seeds. MB kept: weights and optimizer states; MB peak: all tensors at the',
         f'peak of a step of 8 x 256 tokens; time: seconds of a step over those of {PLAIN}, in turns in one',
         'process, without the refresh of a basis (of BAdam and BlockLLM: while they train the first block). Embedding',
-        f'and head learn at {TABLE_RATE:g} under all methods, by AdamW with betas of .9 and .95, gradients are clipped to',
-        '1 and weights decay by 0.1; of AdamW, one rate, and of SCALE and AdaLomo, which have no AdamW, the tables learn',
-        'at the rate of the blocks, with the defaults. GaLore, full rank and random P are the controls: of what the',
-        'subspace costs, and of what its choice is worth.',
+        f'and head learn at {TABLE_RATE:g} under all methods, by AdamW with betas of .9 and .95, gradients are clipped',
+        'to 1, weights decay by 0.1. In AdamW, one rate, and in SCALE and AdaLomo, which have no AdamW, the tables learn',
+        'at the rate of the blocks, and the rest is as by default. GaLore, full rank and random P are the controls: of',
+        'what the subspace costs, and of what its choice is worth.',
         '',
         '![loss against bytes](shelf.png)',
         '',
