@@ -227,7 +227,7 @@ def written(args, runs, measured):
         f'peak of a step of 8 x 256 tokens; time: seconds of a step over those of {PLAIN}, in turns in one',
         'process, without the refresh of a basis (of BAdam and BlockLLM: while they train the first block). Embedding',
         f'and head learn at {TABLE_RATE:g} under all methods, by AdamW with betas of .9 and .95, gradients are clipped',
-        'to 1, weights decay by 0.1. In AdamW, one rate, and in SCALE and AdaLomo, which have no AdamW, the tables learn',
+        'to 1, weights decay by 0.1. In AdamW, one rate, and in SCALE and AdaLomo, which have no AdamW, they learn',
         'at the rate of the blocks, and the rest is as by default. GaLore, full rank and random P are the controls: of',
         'what the subspace costs, and of what its choice is worth.',
         '',
