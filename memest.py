@@ -34,7 +34,7 @@ import configurator
 import model as models
 import train
 from data import DataError
-from memory import llmem
+from memory import llmem, rates
 from memory.cuda import CONTEXT
 from memory.fit import MARGIN, NO_PRETRAINING, PCI_EXPRESS, fit, fit_several, seconds_per_token
 from memory.formula import Plan, UnknownMethod, estimate
@@ -117,16 +117,22 @@ def print_plan(config, shape, own):
     seconds = time.perf_counter() - started
     compared = instant if plan.context and instant else None  # the formula is a card's
     card = own.get('gpu_gb', 0) * 2**30
+    no_time, times = rates.why_not(plan, config, device_and_dtype(config)[0], own.get('gpus', 1)), None
+    if not no_time:
+        with terminal.patience('measuring this device'):
+            times = rates.planned(plan, config, *device_and_dtype(config), anew='calibrate' in own)
     if 'json' in own:
         found = {key: getattr(plan, key) for key in ('weights', 'states', 'total', 'allocated', 'reserved', 'context')}
         found |= {'card': plan.card, 'moment': plan.moment, 'parts': plan.parts}
         found |= dict(zip(('device', 'dtype'), place(config)))
+        found |= {'seconds': times and times.step, 'seconds_of': times and times.phases, 'no_seconds': no_time}
         print(json.dumps(found | ({'formula': compared.total} if compared else {})))
     else:
         print(table(plan))
         if compared:
             error = 100 * (compared.total / plan.total - 1)
             print(f'by the formula {compared.total / 1e9:.3f} GB ({error:+.2f} %); {seconds:.1f} s')
+        print(no_time or f'time: {times}')
         if card:
             print(verdict(plan.card, card) + '; --fit shows what else does')
     if 'plot' in own and plan.peak:

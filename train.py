@@ -41,7 +41,7 @@ from configurator import at_least, between, method_of, typed
 from data import DataError, agreement, tokenizer
 from data.batches import Labelled, keywords, load, read_meta, trained_tokens
 from data.tokenizer_files import files_of
-from memory import fit, several, trace
+from memory import fit, rates, several, trace
 from memory.measure import Measure
 from memory.record import LiveBytes
 from model import SIZES, ModelConfig, ModelError, trained_rows
@@ -548,7 +548,10 @@ def announce(config, model, folder, meta, begin, here, windows):
     """Print what the run is about to do, what of it has changed since it was saved, and whether it fits. -> Plan"""
     plan = plan_memory(config, model.config, here.device, here.dtype, model.activation_dtype)
     report.print_plan(config, model, plan, folder, meta, here.device, windows)
-    report.print_times(config, eval_tokens_of(config, meta['val_tokens']), warmup_of(config))
+    times = rates.why_not(plan, config, here.device, here.world) or (
+        rates.planned(plan, config, here.device, model.activation_dtype)
+    )
+    report.print_times(config, eval_tokens_of(config, meta['val_tokens']), warmup_of(config), times, begin.step)
     report.print_changes(config, begin, learning_rate_at)
     if here.on_cuda and plan.card > here.room:
         shape = model.config if isinstance(model.config, ModelConfig) else None

@@ -17,6 +17,7 @@ FLAGS = {
     'tp': (int, 2, 'with --gpus: size of the tensor-parallel groups'),
     'instant': (bool, '', 'by the formula, without a trace'),
     'json': (bool, '', 'numbers instead of a table'),
+    'calibrate': (bool, '', 'how fast this device is, measured anew in ten seconds, for the seconds of a step'),
     'plot': (str, 'plan.png', 'what lives there while the model is built and takes three steps, as a picture'),
     'hf': (str, 'path/to/config.json', "transformers' own model instead: see python memest.py --hf --help"),
     'script': (str, "'train_mine.py --lr=1e-4'", "somebody else's training script, run on fake tensors"),

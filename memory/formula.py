@@ -35,7 +35,8 @@ class Plan:
 
     allocated, reserved: what CUDA's allocator makes of it, as torch.cuda.max_memory_allocated and max_memory_reserved
     would say, cuBLAS's workspaces included; context: CUDA's own; card: nvidia-smi's figure. peak: of a traced plan,
-    the record's (record.Peak). pieces: of a formula's, what llmem.several_gpus distributes."""
+    the record's (record.Peak). pieces: of a formula's, what llmem.several_gpus distributes. work: of a traced plan,
+    what a run does (work.Work), of which rates.py makes seconds."""
 
     weights: int
     states: int
@@ -47,6 +48,7 @@ class Plan:
     context: int = CONTEXT
     peak: object = None
     pieces: dict = field(default_factory=dict)
+    work: object = None
 
     @property
     def card(self):

@@ -14,6 +14,7 @@ import copy
 import gc
 import sys
 import weakref
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -24,23 +25,16 @@ from torch._subclasses import FakeTensorMode
 import adam
 import model as models
 import quant
+from loqt import update_steps
 from memory.cuda import FusedRMSNorm, cuda_attention, cuda_packed_attention, workspace
 from memory.depth import NotUniform, deeper
 from memory.formula import Plan
 from memory.matrices import turns
-from memory.record import Record, replay
+from memory.record import Chunk, Record, replay
 from memory.watch import watch
+from memory.work import PHASES, Count, Work, counted, whole
 from model import Linear, LLaMA
 
-PHASES = {  # when
-    'setup': 'building the model',
-    'data': 'tokens, and the choice among them',
-    'forward': 'forward',
-    'loss': 'head and loss',
-    'forward again': 'recomputed block and its backward',
-    'backward': 'backward',
-    'update': 'the update',
-}
 WHAT = {  # is alive; what is nothing more is a temporary of the phase that made it
     'weights': 'weights',
     'states': 'optimizer states',
@@ -86,7 +80,7 @@ def nf4_by_shapes(A):
     """quant.nf4_on_cpu's tensors. It codes piece after piece, boundary after boundary: on fake tensors the first stands
     for all."""
     packed, absmax, (piece, *_) = quant.room_for_nf4(A)
-    with mock.patch.object(quant, 'NF4', quant.NF4[:2]):
+    with mock.patch.object(quant, 'NF4', quant.NF4[:2]), counted(0, ('nf4', A.numel())):
         quant.code_piece_(*piece)
     return packed, absmax
 
@@ -187,17 +181,58 @@ def record_steps(run, model_config, n_layer):
         weights = bytes_of(t for _, t in located) + extra_layers * bytes_of(t for layer, t in located if layer == 2)
         del located
         watch(record, model, optimizer)
+        count, parts = Count(record, model, optimizer), renewals(model, config, n_layer)
+        matrices = [*adam.targeted(model, config, (torch.nn.Linear, quant.Packed)).values()]
+        all_due = len(parts) == 1 and len(parts[0]) >= len(matrices)
         with record:
-            for due in [None, None, *renewals(model, config, n_layer)]:
-                record.phase = 'data'
-                record.at(None)
+            for due in [None, None, *parts]:
                 if due:
                     optimizer.make_due(due)
-                take_step(run, record, model, optimizer)
-                record.at(None)
+                take_step(run, record, model, optimizer, count if all_due or not due else None)
         states = relabel_resident(record, model, optimizer, extra_layers)
+        chunks = [Chunk(chunk.layer, list(chunk.events), chunk.made) for chunk in record.chunks]
+        work = work_of(run, record, model, optimizer, count, [] if all_due else matrices, extra_layers)
         del optimizer.take_gradient, optimizer.moments_at_hand, optimizer.step  # these wrappers hold the optimizer
-        return record.chunks, weights, states
+        return chunks, weights, states, work
+
+
+def work_of(run, record, model, optimizer, count, due, extra_layers):
+    """The Work of the steps that were counted, and of those that only time asks for: one in which all these are due."""
+    extra_batches = run.config.gradient_accumulation_steps - micro_batches_of(run.config)
+    if due:  # they take turns, of which a step has one
+        optimizer.make_due(due)
+        take_step(run, record, model, optimizer, count)
+    first, ordinary, renewal = (whole(step, extra_layers, extra_batches) for step in count.steps)
+    if hasattr(optimizer, 'blocks'):
+        ordinary = by_turns(run, record, model, optimizer, count, extra_layers, extra_batches)
+    renewal.subtract(ordinary)
+    return Work(first, ordinary, renewal, share_of_renewals(run.config))
+
+
+def by_turns(run, record, model, optimizer, count, extra_layers, extra_batches):
+    """An ordinary step on average over the blocks of BAdam's. Those in the middle are between the first and the last:
+    a backward ends where the block begins."""
+    blocks, found = optimizer.blocks, Counter()
+    layers = len(model.layers) + extra_layers
+    for block in (blocks[0], blocks[1], blocks[-2], blocks[-1]):
+        optimizer.turn |= dict(active=block, taken=1)
+        optimizer.freeze()
+        take_step(run, record, model, optimizer, count)
+        share = (1 if block in (blocks[0], blocks[-1]) else layers / 2) / (layers + 2)
+        for key, times in whole(count.steps[-1], extra_layers, extra_batches).items():
+            found[key] += times * share
+    return found
+
+
+def share_of_renewals(config):
+    """How many new bases, merges or other turns each layer has in a step on average."""
+    c = config
+    if hasattr(c, 'psi'):
+        return len(update_steps(c.max_iters, c.update_proj_gap, c.psi)[1:]) / c.max_iters
+    gap = getattr(c, 'update_proj_gap', 0) or getattr(c, 'merge_every', 0)
+    if getattr(c, 'choose', '') == 'norm' and hasattr(c, 'block_steps'):
+        gap = c.block_steps
+    return 1 / gap if gap else 0.0
 
 
 def main_memory(run):
@@ -219,26 +254,34 @@ def blank(shape, run):
         return LLaMA(replace(shape), dtype=run.dtype, linear=run.linear)
 
 
-def take_step(run, record, model, optimizer):
-    """One step. Of its micro-batches two are run, or three under per_layer, where only one between the first and the
-    last has all sums and makes more; others make and hold what these do. But the tokens of all wait in main memory,
-    which on a CPU counts."""
+def micro_batches_of(config):
+    """How many of a step's are run: two, or three under per_layer, where only one between the first and the last has
+    all sums and makes more; others make and hold what these do."""
+    return min(config.gradient_accumulation_steps, 3 if config.per_layer else 2)
+
+
+def take_step(run, record, model, optimizer, count):
+    """One step, with some of its micro-batches; `count` may count it. But the tokens of all wait in main memory, which
+    on a CPU counts."""
     config, shape = run.config, (run.config.batch_size, run.config.block_size)
-    micro_batches = config.gradient_accumulation_steps
-    some = min(micro_batches, 3 if config.per_layer else 2)
+    some = micro_batches_of(config)
+    record.phase = 'data'
+    record.at(None)
 
     def tokens(*size):
         return torch.zeros(*size, dtype=torch.int64, device=main_memory(run))
 
-    waiting = [tokens(2, *shape) for _ in range(micro_batches - some)]
+    waiting = [tokens(2, *shape) for _ in range(config.gradient_accumulation_steps - some)]
     pieces = [None, tokens(config.batch_size * run.pieces + 1).int()] if run.pieces else []
     if labels := getattr(model.config, 'labels', 0):  # (x, y, None, lengths, types), as data/batches.py has them
         y = tokens(config.batch_size).to(torch.float32 if labels == 1 else torch.int64)
         batches = [(tokens(*shape), y, None, tokens(config.batch_size), tokens(*shape)) for _ in range(some)]
     else:
         batches = [(tokens(*shape), tokens(*shape), *pieces) for _ in range(some)]
-    run.step(model, optimizer, batches, config.learning_rate, 'cpu')
+    with count.step() if count else contextlib.nullcontext():
+        run.step(model, optimizer, batches, config.learning_rate, 'cpu')
     del waiting
+    record.at(None)
 
 
 def build(record, run, model):
@@ -310,7 +353,10 @@ def trace_step(model_config, dtype, config, setup, step, compute_dtype=None, on_
                 chunks, *sizes = traced(n_layer)
     finally:
         gc.enable()
-    return as_plan(replay(chunks), *sizes, on_cpu)
+    *sizes, work = sizes
+    plan = as_plan(replay(chunks), *sizes, on_cpu)
+    plan.work = work
+    return plan
 
 
 def as_plan(peak, weights, states, on_cpu):
@@ -334,8 +380,6 @@ def plan_memory(config, shape, dtype, device, method, training_step, selection=N
     share the micro-batches."""
     on_card = device.startswith('cuda') or (config.dry_run and dtype == torch.bfloat16)
     run = SimpleNamespace(**vars(config) | {'block_size': longest or config.block_size})
-    if hasattr(run, 'compensation'):  # a fourth round holds nothing that the third does not
-        run.compensation = min(run.compensation, 3)
     run.gradient_accumulation_steps = max(config.gradient_accumulation_steps // readers, 1)  # of one process
     linear = method.linear(run) if hasattr(method, 'linear') else Linear
     pretrained = config.init_from not in ('scratch', 'resume')
@@ -347,7 +391,8 @@ def plan_memory(config, shape, dtype, device, method, training_step, selection=N
             pool_size = config.batch_size * config.gradient_accumulation_steps * config.coreset_from
             pool = torch.zeros(pool_size, run.block_size, dtype=torch.int64)
             choice = choices.setdefault(model, copy.copy(selection))
-            found = choice.look(model, pool, pool, config.batch_size, plan=True)
+            with counted(pool_size / config.batch_size / 2):
+                found = choice.look(model, pool, pool, config.batch_size, plan=True)
             gram = choice.compare(found)
             if choice.norm == 'adam':
                 with torch.no_grad():

@@ -122,13 +122,20 @@ def print_plan(config, model, plan, folder, meta, device, windows=0):
     )
 
 
-def print_times(config, eval_tokens, warmup):
-    """What takes longer than one may think, before it begins."""
+def print_times(config, eval_tokens, warmup, planned, step=0):
+    """What takes longer than one may think, before it begins. planned: memory.rates.Times, or why there are none; step:
+    where the run goes on."""
     c = config
     times = 1 + -(-c.max_iters // c.eval_interval)  # before the first step, too
     # a forward is a third of a step's work
     share = times * eval_tokens / (times * eval_tokens + 3 * tokens_a_step(c) * c.max_iters)
-    print(f'evaluation: {count(times, "time")} on {eval_tokens:,} tokens, about {share:.0%} of the work', flush=True)
+    print(f'evaluation: {count(times, "time")} on {eval_tokens:,} tokens, about {share:.0%} of the work')
+    if isinstance(planned, str):
+        print(f'ETA: {planned}', flush=True)
+    else:
+        left = c.max_iters - step
+        eta = clock(planned.run(left, eval_tokens * (1 + left // c.eval_interval)))
+        print(f'ETA {eta}, evaluations included; {planned}', flush=True)
     if warmup > c.max_iters:
         print(f'warm-up: {warmup:,} steps, longer than this run: the rate stays below learning_rate', flush=True)
 

@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import preloaded
 import pytest
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch is imported: tensors of tests are too small to share
+# Rates that tests measure are no user's.
+os.environ.setdefault('NANO24_CACHE', os.path.join(tempfile.gettempdir(), f'nano24-tests-{os.getuid()}'))
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ['--model=9m', '--n_layer=2', '--n_embd=32', '--n_head=4', '--n_inner=64', '--block_size=32', '--batch_size=4']
