@@ -249,12 +249,15 @@ def yarn_factor(s):
     return s.get('attention_factor') or (factor(s['mscale']) / factor(s['mscale_all_dim']) if both else factor(1))
 
 
-def rotary_tables(config, device=None, T=0):
+def rotary_tables(config, device=None, T=0, at=None):
     """cos and sin of position times frequency, each (T, d/2), fp32 (RoFormer, 2104.09864, section 3.4), for a window of
-    T tokens; 0: (block_size, d/2), for all that are no longer than the model was made for."""
+    T tokens; 0: (block_size, d/2), for all that are no longer than the model was made for. at (...): these positions
+    alone, (..., d/2)."""
     frequency, factor = rotary_frequencies(config, T, device)
-    angle = torch.arange(T or config.block_size, dtype=torch.float32, device=device)[:, None] * frequency  # (T, d/2)
-    cos, sin = angle.cos(), angle.sin()
+    if at is None:
+        at = torch.arange(T or config.block_size, dtype=torch.float32, device=device)
+    angle = at[..., None] * frequency  # (T, d/2)
+    cos, sin = angle.cos().float(), angle.sin().float()
     return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
 
@@ -270,6 +273,18 @@ def rotate(x, cos, sin):
 
 def rotate_both(q, k, cos, sin):
     return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def paired(cos, sin):
+    """cos and sin (..., d/2) as `turn` takes them: (..., 1, d) each."""
+    return torch.cat([cos, cos], -1)[..., None, :], torch.cat([-sin, sin], -1)[..., None, :]
+
+
+def turn(x, cos, sin):
+    """`rotate` in three operations, for a token at a time, where what an operation costs is to call it."""
+    if (n := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat([turn(x[..., :n], cos, sin), x[..., n:]], -1)
+    return torch.addcmul(x * cos, x.roll(n // 2, -1), sin)
 
 
 # ---- packed rows: pieces (P + 1,) int32 = 0, ..., B T, where the pieces of B rows of T tokens end, rows one after
@@ -375,15 +390,24 @@ def attend_packed(q, k, v, pieces, scale=None):
 
 
 class KVCache:
-    """Keys and values of all positions seen so far, so that sampling runs each token through the model once.
+    """Keys and values of the positions seen so far, so that sampling runs each token through the model once.
 
     lengths: of each row in use, how many positions it has seen; rows may differ. Row b's position p stands in slot p,
-    and what stands behind its last one is never looked at."""
+    and what stands behind its last one is never looked at.
+
+    When all slots are taken, the window slides, a token at a time: what was seen earliest makes room, but for the first
+    SINKS positions, on which attention rests whatever they say (StreamingLLM, 2309.17453). Keys keep the rotation that
+    they have, but those of the sinks, which follow, so that no distance is longer than the window. No token is read
+    again; keys and values of deeper layers still know of tokens that have left, as those of Mistral's do."""
+
+    SINKS, slides = 4, True
 
     def __init__(self, config, batch_size=1, device=None, dtype=None, slots=0):
-        shape = (config.n_layer, batch_size, config.n_kv_head, slots or config.block_size, config.head_dim)
+        self.config, self.slots = config, slots or config.block_size
+        shape = (config.n_layer, batch_size, config.n_kv_head, self.slots, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # masked slots count 0 times, which NaN would survive
         self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.first = None  # the sinks' keys (n_layer, B, K, SINKS, d) as they were when their row was full
         self.lengths = [0] * batch_size
         self.ids = []  # what a cache of one row holds, where that is kept from one text to the next
 
@@ -394,36 +418,62 @@ class KVCache:
     def row(self, b, length=0):
         """A cache of row b alone, in the same memory, of which `length` positions count."""
         row = copy.copy(self)
-        row.k, row.v, row.lengths = self.k[:, b : b + 1], self.v[:, b : b + 1], [length]
+        row.k, row.v, row.lengths, row.first = self.k[:, b : b + 1], self.v[:, b : b + 1], [length], None
         return row
 
     def drop(self, b):
         """Give up row b: the last row in use moves to its place."""
-        self.k[:, b], self.v[:, b] = self.k[:, len(self.lengths) - 1], self.v[:, len(self.lengths) - 1]
+        for A in filter(torch.is_tensor, (self.k, self.v, self.first)):
+            A[:, b] = A[:, len(self.lengths) - 1]
         self.lengths[b] = self.lengths[-1]
         self.lengths.pop()
 
     def begin(self, T):
         """Make room for T more tokens in each row. -> where they stand: a slice if all rows agree, else (B, T)."""
         start, device = self.lengths, self.k.device
-        self.lengths = [length + T for length in start]
+        self.lengths, rows = [length + T for length in start], slice(len(start))
+        if self.length > self.slots:
+            self.slide(start)
+        keys, sinks = slice(min(self.length, self.slots)), min(self.SINKS, self.slots // 2)
+        slots = [p if p < self.slots else sinks + (p - sinks) % (self.slots - sinks) for p in start]
         if len(set(start)) == 1:
             at, self.mask = slice(start[0], start[0] + T), None
-            self.at = slice(None), at
+            here = slice(None), slice(slots[0], slots[0] + T)
             if start[0] and T > 1:  # query t sees all cached keys and the new keys 0 to t
                 self.mask = torch.ones(T, self.length, dtype=torch.bool, device=device).tril(start[0])  # (T, keys)
-            return at
-        at = torch.tensor(start, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
-        self.at = torch.arange(len(start), device=device)[:, None], at
-        self.mask = (torch.arange(self.length, device=device) <= at[..., None])[:, None]  # (B, 1, T, keys)
+        else:
+            at, slots = (
+                torch.tensor(A, device=device)[:, None] + torch.arange(T, device=device) for A in (start, slots)
+            )
+            here = torch.arange(len(start), device=device)[:, None], slots  # (B, 1), (B, T)
+            self.mask = (torch.arange(keys.stop, device=device) <= at[..., None])[:, None]  # (B, 1, T, keys)
+        self.here = here
+        # Views of all layers at once: what a layer would do for itself costs more than its copies.
+        self.into = [[*A[:, rows].transpose(2, 3)] for A in (self.k, self.v)]  # (B, slots, K, d) each
+        self.seen = [[*A[:, rows, :, keys]] for A in (self.k, self.v)]  # (B, K, keys, d) each
         return at
 
+    def slide(self, start):
+        """Before a token for which some rows have no empty slot: the sinks follow them."""
+        sinks = min(self.SINKS, self.slots // 2)
+        if self.first is None:
+            self.first = self.k[:, :, :, :sinks].clone()
+        for b, p in enumerate(start):
+            if p == self.slots:
+                self.first[:, b] = self.k[:, b, :, :sinks]
+        rows = [b for b, p in enumerate(start) if p >= self.slots]
+        layers = [[i] for i in range(self.config.n_layer) if i not in self.config.no_rope]
+        by = torch.tensor([[start[b] + 1 - self.slots] for b in rows], dtype=torch.float64, device=self.k.device)
+        cos, sin = rotary_tables(self.config, by.device, self.slots, by)  # (rows, 1, d/2)
+        size = (cos**2 + sin**2).sqrt()  # where rotating makes keys longer, it did so when they came
+        cos, sin = (A.to(self.k.dtype) for A in paired(cos / size, sin / size))  # (rows, 1, 1, d)
+        self.k[layers, rows, :, :sinks] = turn(self.first[layers, rows], cos, sin)
+
     def extend(self, i, k, v):
-        """Append k, v (B, K, T, d) to layer i's keys and values. -> all of them, (B, K, keys, d), and the mask."""
-        rows, keys = slice(len(k)), slice(self.length)
-        self.k[i, rows].transpose(1, 2)[self.at] = k.transpose(1, 2)  # (B, T, K, d)
-        self.v[i, rows].transpose(1, 2)[self.at] = v.transpose(1, 2)
-        return self.k[i, rows, :, keys], self.v[i, rows, :, keys], self.mask
+        """Append k, v (B, T, K, d) to layer i's keys and values. -> all of them, (B, K, keys, d), and the mask."""
+        for A, new in zip(self.into, (k, v)):
+            A[i][self.here] = new
+        return self.seen[0][i], self.seen[1][i], self.mask
 
 
 class Int8Matrix:
@@ -616,32 +666,44 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps, **kw) for _ in range(2))
 
+    def project(self, x):
+        """x (B, T, D) -> q (B, T, H, d), k and v (B, T, K, d)."""
+        return [f(x).view(*x.shape[:2], -1, self.d) for f in (self.q_proj, self.k_proj, self.v_proj)]
+
     def forward(self, x, cos, sin, cache=None, i=0, pieces=None):
         B, T, _ = x.shape
-        q, k, v = (f(x).view(B, T, -1, self.d) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.project(x)  # (B, T, H, d), K heads
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotates:
-            q, k = self.rotated(q, k, cos, sin)
+            q, k = self.rotated(q, k, cos, sin) if cache is None else (turn(q, cos, sin), turn(k, cos, sin))
         if pieces is not None:
             y = attend_packed(q, k, v, pieces, self.scale)  # (B, T, H, d)
             return self.o_proj(y.reshape(B, T, -1))  # (B, T, D)
+        if cache is not None:
+            return self.o_proj(self.attend_cached(q, *cache.extend(i, k, v)))  # (B, T, D)
         # Transposed last: q stays in memory by token, cuDNN lays out y as q, and o_proj's input is no second copy of y.
         q, k, v = (A.transpose(1, 2) for A in (q, k, v))  # (B, H, T, d), K heads
-        mask = None
-        if cache is not None:
-            k, v, mask = cache.extend(i, k, v)
-        # enable_gqa lets several query heads share a key head (H > K). Some kernels refuse it, so only where needed.
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and T > 1,
-            scale=self.scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # (B, H, T, d)
+        y = attend(q, k, v, self.scale, causal=T > 1)  # (B, H, T, d)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+
+    def attend_cached(self, q, k, v, mask):
+        """q (B, T, H, d); k, v (B, K, keys, d); mask as of KVCache -> (B, T, H d)."""
+        B, T, _, d = q.shape
+        if T > 1:
+            y = attend(q.transpose(1, 2), k, v, self.scale, mask, causal=mask is None)  # (B, H, T, d)
+            return y.transpose(1, 2).reshape(B, T, -1)
+        # The heads that share a key head are so many queries of it: a CPU takes a fifth of the time in bf16.
+        y = attend(q.view(B, k.shape[1], -1, d), k, v, self.scale, mask)  # (B, K, H / K, d)
+        return y.view(B, 1, -1)
+
+
+def attend(q, k, v, scale, mask=None, causal=False):
+    """torch's attention. enable_gqa lets several query heads share a key head (H > K). Some kernels refuse it, so only
+    where needed."""
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )  # fmt: skip
 
 
 class MLP(nn.Module):
@@ -653,8 +715,11 @@ class MLP(nn.Module):
         self.up_proj = linear(c.n_embd, c.n_inner, bias=c.mlp_bias, **kw)
         self.down_proj = linear(c.n_inner, c.n_embd, bias=c.mlp_bias, **kw)
 
+    def inner(self, x):
+        return self.gated(self.gate_proj(x), self.up_proj(x))  # (B, T, n_inner)
+
     def forward(self, x):
-        return self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))  # (B, T, D)
+        return self.down_proj(self.inner(x))  # (B, T, D)
 
 
 class Block(nn.Module):
@@ -859,15 +924,24 @@ class LLaMA(nn.Module):
 
     def embed(self, tokens, cache=None, pieces=None):
         """tokens (B, T), which follow those in `cache` -> the blocks' inputs: x (B, T, D), cos and sin (T, d/2), or
-        (B, T, d/2) if the cache's rows differ in length, or each piece of a packed row has positions of its own."""
+        (B, T, d/2) if each piece of a packed row has positions of its own. With a cache they are as `turn` takes them,
+        (T, 1, d), or (B, T, 1, d) if its rows differ in length."""
         T, dtype = tokens.shape[1], self.activation_dtype
-        if (end := T + (cache.length if cache is not None else 0)) > self.config.block_size:
-            raise ModelError(f'{end} tokens do not fit the window of {self.config.block_size}: raise block_size')
-        at = (
-            cache.begin(T) if cache is not None else slice(T) if pieces is None else positions_of(pieces, *tokens.shape)
-        )
-        cos, sin = self.rotary(end, pieces is not None)
-        return self.embed_tokens(tokens).to(dtype), cos[at].to(dtype), sin[at].to(dtype)
+        end, window = T + (cache.length if cache is not None else 0), self.config.block_size
+        if end > window and (cache is None or T > 1):
+            raise ModelError(f'{end} tokens do not fit the window of {window}: raise block_size')
+        x = self.embed_tokens(tokens).to(dtype)
+        if cache is None:
+            at = slice(T) if pieces is None else positions_of(pieces, *tokens.shape)
+            cos, sin = self.rotary(end, pieces is not None)
+            return x, cos[at].to(dtype), sin[at].to(dtype)
+        at, (cos, sin) = cache.begin(T), self.rotary(min(end, window))
+        if end > window:  # it slides: positions go on where the tables end
+            if isinstance(at, slice):
+                at = torch.tensor([[at.start]], device=tokens.device)  # (1, 1)
+            cos, sin = rotary_tables(self.config, cos.device, window, at.double())  # (B, T, d/2)
+            return x, *(A.to(dtype) for A in paired(cos, sin))
+        return x, *(A.to(dtype) for A in paired(cos[at], sin[at]))
 
     def hidden(self, tokens, cache=None, pieces=None):
         """tokens (B, T) -> what the head reads, (B, T, D)."""

@@ -23,7 +23,6 @@ if __name__ == '__main__':  # before the imports that take seconds
     terminal.quiet_ctrl_c()
     config = configurator.load_or_exit(__file__, sys.argv[1:], positional='checkpoint')
 
-import contextlib
 import itertools
 import math
 import os
@@ -41,7 +40,7 @@ from plumbing import Stop, export, hf, talking
 from plumbing.build import base_of, load_model
 from plumbing.checkpoint import verify
 from plumbing.hf import AdapterError, weights_folder
-from quant import Packed
+from plumbing.ready import decoded
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 checkpoint = ''  # folder of a run (its best/, else last/, is used) or of weights, or a name on the Hugging Face hub
@@ -144,7 +143,7 @@ def first_ids(model, ids, ends):
     return list(ids) or [next((i for i in (model.config.bos_token_id, *ends) if i is not None), 0)]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, ids, n, eot=None, temperature=1.0, top_k=0, top_p=1.0, generator=None, penalty=1.0, cache=None):
     """Yield up to n token ids that continue the list `ids`; stop after an end-of-text id.
 
@@ -153,13 +152,13 @@ def generate(model, ids, n, eot=None, temperature=1.0, top_k=0, top_p=1.0, gener
     device, window, ends = model.head.device, model.config.block_size, ends_of(eot)
     ids, fresh = first_ids(model, ids, ends), None
     if kept := cache:
-        known = min(len(common([kept.ids, ids[:-1]])), kept.length)
+        known = min(len(common([kept.ids, ids[:-1]])), kept.length) if kept.length <= kept.slots else 0
         kept.lengths, kept.ids, fresh = [known], [], ids[known:]  # ids: [] until the end, since Ctrl-C may come between
     if fresh is None or len(ids) > window:
         cache = None
     for i in range(n):
-        if cache is None or cache.length == window:
-            # Fill a new cache: at the start, and when the window is full, from its second half at new positions.
+        if cache is None or (cache.length == window and not cache.slides):
+            # Fill a new cache: at the start, and where a full one cannot slide, from its second half at new positions.
             fresh = ids[-window:] if not i else ids[-(window // 2) :]
             cache = model.new_cache()
         x = model.hidden(torch.tensor([fresh], device=device), cache)  # (1, T, D)
@@ -181,7 +180,7 @@ def common(lists):
     return [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(low, high))]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate_batch(model, prompts, n, eot=None, batch_size=16, stop=None, temperature=0.0, top_k=0, top_p=1.0, seed=1):
     """Continue many prompts (lists of ids), batch_size at a time. Yields (index of a prompt, its up to n new ids) in
     the order in which they end, each as `generate` alone would continue it with a generator of seed + index.
@@ -208,9 +207,6 @@ def generate_batch(model, prompts, n, eot=None, batch_size=16, stop=None, temper
 
     cache.lengths = []  # none in use
     while rows or waiting:
-        for b, row in enumerate(rows):
-            if cache.lengths[b] == window:
-                fill(b, row.ids[-(window // 2) :])
         while waiting and len(rows) < cache.k.shape[1]:
             rows.append(row := waiting.pop())
             row.start, row.generator = len(row.ids), torch.Generator().manual_seed(seed + row.index)
@@ -227,38 +223,6 @@ def generate_batch(model, prompts, n, eot=None, batch_size=16, stop=None, temper
                 cache.drop(b)
                 rows[b] = rows[-1]
                 rows.pop()
-
-
-@contextlib.contextmanager
-def decoded(model):
-    """While this lasts, packed weights are kept decoded, so that they are decoded once and not for each token: the same
-    numbers to the bit. Where the memory is too small for that, they stay packed; on a card, too, which decodes them as
-    fast as it reads them, and has its memory planned for other things."""
-    layers, dtype = [module for module in model.modules() if isinstance(module, Packed)], model.activation_dtype
-    needed = sum(math.prod(shape) for layer in layers for shape in layer.shapes.values()) * dtype.itemsize
-    fits = model.head.device.type == 'cpu' and needed < free_memory() * 0.8
-    kept = [dict(layer._buffers) for layer in layers] if fits else []
-    try:
-        for layer, _ in zip(layers, kept):
-            for name in layer.shapes:
-                if name + '_absmax' in layer._buffers:
-                    dense = layer.read(name, dtype)
-                    layer.forget(name)
-                    layer.register_buffer(name, dense)
-        yield
-    finally:
-        for layer, buffers in zip(layers, kept):
-            layer._buffers.clear()
-            layer._buffers.update(buffers)
-
-
-def free_memory():
-    """Bytes of main memory that nothing uses yet; 0 where the system does not say."""
-    try:
-        with open('/proc/meminfo') as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith('MemAvailable'))
-    except (OSError, StopIteration):
-        return 0
 
 
 def located(checkpoint):

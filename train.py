@@ -324,7 +324,8 @@ def measured(model, data, config, here):
 def print_sample(model, tok, config):
     """Print one line of text that the model generates."""
     generator = torch.Generator().manual_seed(config.seed)
-    with patience(f'sampling {report.count(config.sample_tokens, "token")}'), sample.decoded(model):
+    room = 0 if model.head.device.type == 'cuda' else None  # whose memory is planned for other things
+    with patience(f'sampling {report.count(config.sample_tokens, "token")}'), sample.decoded(model, room):
         made = list(sample.generate(model, tok.prompt('\n'), config.sample_tokens, tok.eot, 0.8, 0, 1.0, generator))
     print('sample:', repr(tok.decode(made))[1:-1], flush=True)
 

@@ -268,7 +268,9 @@ class Transformers(nn.Module):
         """For `sample.generate`: transformers' own cache of one row, and how many tokens are in it."""
         from transformers import DynamicCache
 
-        return SimpleNamespace(kept=DynamicCache(config=self.config.hf), length=0)
+        return SimpleNamespace(
+            kept=DynamicCache(config=self.config.hf), length=0, slots=self.config.block_size, slides=False
+        )
 
     def before_last(self, tokens):
         """As LLaMA's; the rest are the last block's other arguments."""

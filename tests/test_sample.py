@@ -20,7 +20,7 @@ import quant
 import sample
 from data import tokenizer
 from model import LLaMA, ModelConfig, ModelError
-from plumbing import Stop
+from plumbing import Stop, ready
 
 TINY = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=56, vocab_size=97, block_size=16)
 
@@ -52,14 +52,6 @@ def slow_greedy(model, ids, n):
 def test_greedy_generation_with_the_cache_equals_generation_without(model):
     made = list(sample.generate(model, [5, 6, 7], 12, temperature=0))
     assert [5, 6, 7, *made] == slow_greedy(model, [5, 6, 7], 12)
-
-
-def test_a_full_window_goes_on_from_its_later_half(model):
-    made = list(sample.generate(model, [5, 6, 7], 40, temperature=0))
-    assert len(made) == 40
-    ids = [5, 6, 7, *made]
-    # the window of 16 filled when token 16 was needed as input: from there the last 8 are the context
-    assert ids[17] == slow_greedy(model, ids[9:17], 1)[-1]
 
 
 def test_a_prompt_longer_than_the_window_is_cut_from_the_left(model):
@@ -378,14 +370,15 @@ def test_packed_weights_are_decoded_once_if_they_fit_and_the_numbers_stay(monkey
         torch.nn.init.normal_(linear.B, std=0.1)
     decoded, calls = quant.decode, []
     monkeypatch.setattr(quant, 'decode', lambda parts, *a: calls.append('_absmax' in parts) or decoded(parts, *a))
-    monkeypatch.setattr(sample, 'free_memory', lambda: room)
+    monkeypatch.setattr(ready, 'free_memory', lambda device: room)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     packed = list(sample.generate(model, [5, 6, 7], 9, temperature=0))
     for_each, calls[:] = sum(calls), []
-    with sample.decoded(model):
+    with sample.decoded(model), torch.no_grad():
         once = list(sample.generate(model, [5, 6, 7], 9, temperature=0))
         logits = model(torch.tensor([packed]))
-    assert once == packed and torch.equal(logits, model(torch.tensor([packed])))
+    assert once == packed
+    torch.testing.assert_close(logits, model(torch.tensor([packed])))
     assert for_each % 9 == 0 and sum(calls) >= len(linears)
     assert (sum(calls) < for_each // 3) == bool(room)
     after = model.state_dict()
