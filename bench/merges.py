@@ -75,9 +75,9 @@ def measure_merge(config):
             new.set_weight(torch.randn(m, n))  # like a trained weight, not on NF4's 16 values
             new.G, W = G.clone(), new.dense_weight(torch.float32)
             lost = {'theirs': official(new, THEIR_ROUNDS)}
-            loqt.merge(new)
-            lost['ours'] = ((W - new.dense_weight(torch.float32)).norm() / W.norm()).item()
-            del new, W
+            P = layer.read('P', torch.float32)
+            lost['ours'] = loqt.compensate(W.bfloat16(), P, layer, layer.compensation)[2].item()
+            del new, W, P
 
             def ours(layer=layer, G=G):
                 layer.G = G.clone()
