@@ -6,6 +6,7 @@ Generate text from a checkpoint of ours or any Hugging Face LLaMA folder, and pr
     python sample.py path/to/SmolLM2-135M --prompt='The capital of France is' --top_p=0.9
     python sample.py path/to/SmolLM2-135M-Instruct --chat           # a conversation; /system TEXT, /reset, /quit
     echo 'import os' | python sample.py out/galore_laptop --prompt=-
+    python sample.py path/to/SmolLM2-135M --prompts=prompts.txt     # one a line, 16 at once
     python sample.py out/loqt_13b_4090 --save_to=out/merged         # also write it as a Hugging Face folder
     python sample.py out/run --save_to=out/mine.gguf                # for llama.cpp and ollama; mine.q8_0.gguf: half
     python sample.py out/lora_run --save_adapter=out/adapter        # also write LoRA's A and B as a PEFT folder
@@ -45,8 +46,10 @@ from plumbing.ready import decoded
 # ---- config ----------------------------------------------------------------------------------------------------------
 checkpoint = ''  # folder of a run (its best/, else last/, is used) or of weights, or a name on the Hugging Face hub
 prompt = '\n'  # text to continue; - reads it from standard input
+prompts = ''  # a file of prompts, one a line, in the place of `prompt`
+batch_size = 16  # how many of its texts are written at once; each as it would be alone
 tokens = 200  # maximum number of new tokens; an end-of-text token stops earlier. In a chat: of each answer, if given
-samples = 1  # number of texts to generate, one after the other
+samples = 1  # number of texts to generate, one after the other; with a file of prompts, of each
 temperature = 0.8  # below 1 safer, above 1 wilder; 0 always takes the likeliest token
 top_k = 0  # choose among the k likeliest tokens only; 0: all
 top_p = 1.0  # choose among the likeliest tokens whose probabilities sum to this
@@ -81,11 +84,15 @@ def problems(config):
         found.append('top_k, tokens and samples are counts: top_k is 0 or more, the others 1 or more')
     if not -(2**63) <= config.seed < 2**64:
         found.append(f'seed={config.seed} has more than 64 bits: use a smaller number')
-    if config.chat and (both := configurator.typed(config, 'prompt', 'samples')):
+    if config.prompts and (both := configurator.typed(config, 'prompt')):
+        found.append(f'{both[0]} says nothing where prompts is a file of them: leave one of the two out')
+    if not config.prompts and (both := configurator.typed(config, 'batch_size')):
+        found.append(f'{both[0]} is of a file of prompts: add --prompts=FILE')
+    if config.chat and (both := configurator.typed(config, 'prompt', 'prompts', 'samples')):
         found.append(f'{both[0]} says nothing in a chat: leave it out, and type your message when you are asked')
     if not config.chat and (both := configurator.typed(config, 'template', 'context')):
         found.append(f'{both[0]} is of a conversation: add --chat')
-    found += configurator.at_least(config, 1, 'context')
+    found += configurator.at_least(config, 1, 'context', 'batch_size')
     if config.gguf and not config.save_to.endswith('.gguf'):
         found.append(f'gguf={config.gguf} says how --save_to=NAME.gguf is written: add that')
     if config.device == 'cuda' and not torch.cuda.is_available():
@@ -110,8 +117,10 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     return int(order[torch.multinomial(p, 1, generator=generator)])
 
 
-def choose_each(logits, rows, temperature, top_k, top_p):
+def choose_each(logits, rows, temperature, top_k, top_p, penalty=1.0):
     """choose() for each row of logits (rows, V), with its own generator; the likeliest ones where the logits are."""
+    if penalty != 1:
+        logits = torch.stack([penalised(one, row.ids, penalty) for one, row in zip(logits.cpu(), rows)])
     if temperature:
         return [choose(one, temperature, top_k, top_p, row.generator) for one, row in zip(logits.cpu(), rows)]
     highest, tokens = logits.max(1)
@@ -181,7 +190,8 @@ def common(lists):
 
 
 @torch.inference_mode()
-def generate_batch(model, prompts, n, eot=None, batch_size=16, stop=None, temperature=0.0, top_k=0, top_p=1.0, seed=1):
+def generate_batch(model, prompts, n, eot=None, batch_size=16, stop=None, temperature=0.0, top_k=0, top_p=1.0, seed=1,
+                   penalty=1.0):  # fmt: skip
     """Continue many prompts (lists of ids), batch_size at a time. Yields (index of a prompt, its up to n new ids) in
     the order in which they end, each as `generate` alone would continue it with a generator of seed + index.
 
@@ -213,7 +223,7 @@ def generate_batch(model, prompts, n, eot=None, batch_size=16, stop=None, temper
             cache.lengths.append(0)
             fill(len(rows) - 1, row.ids[-window:], len(prefix))
         x = model.hidden(torch.tensor([row.ids[-1:] for row in rows], device=device), cache)  # (rows, 1, D)
-        tokens = choose_each(model.logits(x[:, -1]), rows, temperature, top_k, top_p)
+        tokens = choose_each(model.logits(x[:, -1]), rows, temperature, top_k, top_p, penalty)
         for b in reversed(range(len(rows))):
             row = rows[b]
             row.ids.append(tokens[b])
@@ -266,7 +276,8 @@ def main(config):
             say_merged(model, tok, device)
         export.save(model, tok, folder, config.save_to, config.overwrite, config.gguf)
     with decoded(model):
-        (talk if config.chat else write_samples)(config, model, tok, folder, device)
+        write = talk if config.chat else write_all if config.prompts else write_samples
+        write(config, model, tok, folder, device)
 
 
 def talk(config, model, tok, folder, device):
@@ -324,6 +335,29 @@ def write_samples(config, model, tok, folder, device):
         print(flush=True)
         if not anything:
             print('note: nothing follows: the model ended at once, at end-of-text', file=sys.stderr)
+
+
+def write_all(config, model, tok, folder, device):
+    """Print each prompt of the file and what the model makes of it, in the file's order, as they are done."""
+    if not isinstance(model, LLaMA):
+        raise ModelError(f'{folder}: its cache is of one text: leave out prompts, and use --prompt')
+    with open(config.prompts, encoding='utf-8', errors='replace') as f:
+        texts = [line.rstrip('\n') for line in f if line.strip() for _ in range(config.samples)]
+    if not texts:
+        raise Stop(f'{config.prompts} has no line with a prompt in it: write some')
+    prompts, ends = [tok.prompt(text) for text in texts], tokenizer.ends(folder, tok)
+    window, longest = model.config.block_size, max(map(len, prompts))
+    check_ids([i for ids in prompts for i in ids], model, folder)
+    if longest > window:
+        print(f'note: the model reads only the last {window:,} tokens of a prompt', file=sys.stderr)
+    model.set_block_size(min(window, longest + config.tokens), device)
+    options = (config.batch_size, None, config.temperature, config.top_k, config.top_p, config.seed, penalty_of(folder))
+    made, shown = {}, 0
+    for i, ids in generate_batch(model, prompts, config.tokens, ends, *options):
+        made[i] = ''.join(tok.decode_stream(ids, prompts[i]))
+        while shown in made:
+            print(f'---- prompt {shown // config.samples + 1}\n{texts[shown]}{made.pop(shown)}', flush=True)
+            shown += 1
 
 
 def penalty_of(folder):

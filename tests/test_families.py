@@ -183,6 +183,18 @@ def test_cached_forward_equals_uncached_for_rows_of_unequal_length(name, made):
     close(torch.stack(found, 1), torch.stack([expected[0, 3:10], expected[1, 8:15]]))
 
 
+@pytest.mark.parametrize('name', ['qwen3', 'phi4-mini', 'smollm3', 'granite', 'stablelm 2'])
+def test_a_batch_of_texts_is_that_of_transformers(name, made):
+    theirs, folder = made(name)
+    model, generator = LLaMA.from_pretrained(folder), torch.Generator().manual_seed(0)
+    prompts = [torch.randint(5, model.config.vocab_size, (n,), generator=generator).tolist() for n in (3, 9, 1, 6)]
+    with sample.decoded(model):
+        ours = dict(sample.generate_batch(model, prompts, 8, batch_size=3))
+    for i, ids in enumerate(prompts):
+        options = dict(do_sample=False, max_new_tokens=8, min_new_tokens=8, eos_token_id=None, pad_token_id=0)
+        assert theirs.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() == ours[i]
+
+
 # ---- config.json: two layouts, and what a field means ------------------------------------------------------------
 
 

@@ -280,6 +280,17 @@ def test_a_greedy_batch_is_that_of_transformers(tmp_path):
     assert all(not any(ids[len(ours[i]) :]) for i, ids in enumerate(made))
 
 
+@pytest.mark.parametrize('penalty', [1.0, 1.3])
+def test_a_file_of_prompts_is_continued_as_each_alone(tmp_path, capsys, penalty):
+    folder, lines = published(tmp_path, None, generation={'repetition_penalty': penalty}), tmp_path / 'prompts.txt'
+    texts = ['The capital of France is', ' hello', 'What is it? 42.' * 9, 'a b']
+    lines.write_text('\n\n'.join(texts) + '\n')
+    options = (folder, '--tokens=20', '--temperature=0', '--device=cpu')
+    alone = [said(capsys, *options, f'--prompt={text}').out for text in texts]
+    both = said(capsys, *options, f'--prompts={lines}', '--batch_size=3', '--samples=2').out
+    assert both == ''.join(f'---- prompt {i + 1}\n{text}' for i, text in enumerate(alone) for _ in range(2))
+
+
 def test_a_name_on_the_hub_is_downloaded(tmp_path, monkeypatch):
     import huggingface_hub
 
@@ -395,6 +406,8 @@ def test_bad_input_is_one_sentence_each(trained, tmp_path):
         (str(trained), '--top_p=2'): 'top_p=2.0 is not a probability',
         (str(trained), f'--seed={2**64}'): 'has more than 64 bits',
         (str(trained), '--temprature=1'): 'temperature',
+        (str(trained), '--prompts=a.txt', '--prompt=b'): 'says nothing where prompts is a file',
+        (str(trained), '--batch_size=3'): 'is of a file of prompts: add --prompts=FILE',
     }.items():
         done = run(['sample.py', *words])
         assert done.returncode in (1, 2) and 'Traceback' not in done.stderr
