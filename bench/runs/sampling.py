@@ -42,7 +42,8 @@ def ours(folder, kind, n, prompts):
         if isinstance(layer, lora.LoRALinear):  # the packed weights alone, as theirs
             layer.A, layer.B = (torch.nn.Parameter(p) for p in (layer.A[:0].detach(), layer.B[:, :0].detach()))
     model.set_block_size(max(map(len, prompts)) + n)
-    sample.decoded(model).__enter__()  # for as long as there is the model
+    ready = sample.decoded(model)
+    ready.__enter__()  # until the model is given up, with `write`, which holds this
 
     def write(many):
         if not many:
@@ -50,6 +51,7 @@ def ours(folder, kind, n, prompts):
         made = dict(sample.generate_batch(model, prompts, n))
         return [made[i] for i in range(len(prompts))]
 
+    write.ready = ready
     return write
 
 
