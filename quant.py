@@ -11,8 +11,11 @@ Not for: weights that small steps are added to. A step below half the distance o
 """
 
 import itertools
+import math
 
 import torch
+import torch.distributed as dist
+from torch._subclasses import FakeTensor
 
 from adam import BLOCK, code_of, kernels
 
@@ -25,6 +28,7 @@ NF4 = (  # the values of QLoRA's appendix E
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 
+GATHER = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor  # its name before torch 2.13
 PARTS = '', '_absmax', '_offset', '_outer_absmax'  # what `encode` makes of a tensor, as endings of its name
 
 
@@ -93,12 +97,33 @@ def decode(parts, shape, dtype):
     return kernels().dequantize_4bit(packed, how).view(shape)
 
 
+class Pieces:
+    """What one of n processes keeps of a buffer: the rank-th of n pieces of the flat tensor, all of one length."""
+
+    def __init__(self, n, rank=0, group=None):
+        self.n, self.rank, self.group = n, rank, group
+
+    def cut(self, tensor):
+        size = -(-tensor.numel() // self.n)
+        mine, piece = tensor.flatten()[self.rank * size : (self.rank + 1) * size], tensor.new_zeros(size)
+        piece[: len(mine)] = mine
+        piece.of = tensor.shape
+        return piece
+
+    def gather(self, piece):
+        """The whole tensor. All processes must call it."""
+        whole = piece.new_empty(self.n * len(piece))
+        if not isinstance(piece, FakeTensor):  # else a plan's
+            GATHER(whole, piece, self.group)
+        return whole[: math.prod(piece.of)].view(piece.of)
+
+
 class Packed(torch.nn.Module):
     """A module whose large tensors are kept encoded, in buffers: 'W' in the buffers W, W_absmax and so on.
 
     `how` are the arguments of `encode`, `shapes` the tensors' shapes by name. pieces: None, or, of a model that lies in
-    parts on several processes, what cuts a buffer and gathers it (plumbing/sharding.py): then a buffer is this
-    process's piece, and is whole only while it is read; but those `in_full`, by name, stay whole."""
+    parts on several processes, what cuts a buffer and gathers it, `Pieces`: then a buffer is this process's piece,
+    and is whole only while it is read; but those `in_full`, by name, stay whole."""
 
     pieces, in_full = None, ()
 

@@ -14,12 +14,13 @@ from dataclasses import replace
 
 import torch
 
+from configurator import method_of
 from memory.cuda import CONTEXT, workspace
 from memory.formula import SLACK, SLACK_BYTES, Plan
 from memory.llmem import NCCL
 from model import LLaMA
 
-CUT = ('weights', 'states', 'bases', 'gradients')  # kinds that are not counted as they are in the record
+CUT = ('weights', 'states', 'gradients')  # kinds of which a process has its share
 
 
 def part_of(shape, tp):
@@ -39,7 +40,8 @@ def sizes_of(model):
 
 
 def moments(chunks):
-    """Yield (phase, layer, share of its chunk that is done, Counter of bytes by kind) whenever something was made."""
+    """Yield (phase, layer, share of its chunk that is done, Counter of bytes by (kind, is it of a layer)) whenever
+    something was made."""
     alive, now = {}, Counter()
     for c, chunk in enumerate(chunks):
         i = 0
@@ -48,8 +50,9 @@ def moments(chunks):
                 what, size = alive.pop(event[1:])
                 now[what] -= size
                 continue
-            alive[c, i] = event[2], event[1]
-            now[event[2]] += event[1]
+            what = event[2], chunk.layer is not None
+            alive[c, i] = what, event[1]
+            now[what] += event[1]
             i += 1
             yield event[5], chunk.layer, done / len(chunk.events), now
 
@@ -71,38 +74,60 @@ def beside(phase, layer, done, s, n, last, projects, accumulates, copies):
     return R + (2 if layer else 1) * l + head + here  # behind the first block none is fetched
 
 
+def beside_packed(phase, layer, s, n, accumulates, copies):
+    """The same where blocks keep encoded weights, whose gathering the record has seen: of all else, in one group.
+
+    What it arrives in stays until the end of forward. Of a frozen group no gradients come."""
+    R, come = s['root'], s['trained']
+    if phase in ('forward', 'loss'):
+        return 2 * R + s['head'] * (phase == 'loss' and come > 0 and not accumulates)
+    if layer is None:
+        return max(R, 2 * come + copies * come // n)
+    return R + s['head'] * (come > 0)
+
+
 def share(config, shape, dtype, plan, n):
     """The Plan of one of n processes among which fully_shard has cut the model of this shape, that `plan` is of.
 
-    Weights, states and gradients are cut along one side each, and bases are whole on all. NCCL's own buffers are as
-    memory/llmem.py guesses them."""
+    Weights, states and gradients are cut along one side each, and bases are whole on all; of blocks with encoded
+    weights `plan` has the pieces, and all else in them is whole. NCCL's own buffers are as memory/llmem.py guesses
+    them."""
     with torch.device('meta'):
         s = sizes_of(LLaMA(replace(shape), dtype=dtype))
-    n_layer, on_cuda = shape.n_layer, plan.context > 0
-    accumulates = config.gradient_accumulation_steps > n
-    kinds = [Counter(now) for *_, now in moments(plan.peak.chunks)]
-    bases, kept = (max(now[kind] for now in kinds) for kind in ('bases', 'gradients'))
-    weights, states = plan.weights // n, (plan.states - bases) // n + bases
+    on_cuda, packed = plan.context > 0, hasattr(method_of(config), 'linear')
+    accumulates, copies, most = config.gradient_accumulation_steps > n, int(not on_cuda), Counter()
+    for *_, now in moments(plan.peak.chunks):
+        most |= now  # of each kind, the most at any moment
+
+    def cut(kind, now=most):
+        return now[kind, False] + (0 if packed else now[kind, True])
+
+    s['trained'], projects = cut('gradients'), most['bases', True] > 0
     best, parts, moment = 0, {}, ''
     for phase, layer, done, now in moments(plan.peak.chunks):
-        rest = sum(size for kind, size in now.items() if kind not in CUT)
-        if phase in ('setup', 'data'):
-            continue
-        found = {'activations, logits, temporaries': rest}
         come = 1.0 if accumulates or phase == 'update' else 0.0  # those of earlier micro-batches, or of later blocks
         if not accumulates and phase in ('backward', 'forward again'):
-            come = (n_layer - 1 - (layer or 0)) / n_layer
-        found['gradients'] = round(kept / n * come)
-        if phase != 'update':
-            more = beside(phase, layer, done, s, n, n_layer - 1, bool(bases), accumulates, int(not on_cuda))
+            come = (shape.n_layer - 1 - (layer or 0)) / shape.n_layer
+        found = {'activations, logits, temporaries': sum(size for (kind, _), size in now.items() if kind not in CUT)}
+        found['gradients'] = round(cut('gradients') / n * come) + packed * now['gradients', True]
+        for kind, name in (('weights', 'weights'), ('states', 'optimizer states')):
+            gone = 0 if phase == 'setup' else cut(kind, now) * (n - 1) // n  # while it is built, the model is whole
+            found[name] = now[kind, True] + now[kind, False] - gone
+        if phase not in ('setup', 'update'):
+            where = 'forward' if phase == 'data' else phase, layer
+            of = (
+                (s, n, accumulates, copies)
+                if packed
+                else (done, s, n, shape.n_layer - 1, projects, accumulates, copies)
+            )
+            more = (beside_packed if packed else beside)(*where, *of)
             found['gathered weights, gradients not yet scattered'] = round(more)
         if sum(found.values()) > best:
             best, parts = sum(found.values()), found
             moment = f'{phase} of layer {layer}' if layer is not None else phase
-    total = weights + states + best
-    parts |= {'weights': weights, 'optimizer states': states}
+    weights, states = plan.weights - cut('weights') * (n - 1) // n, plan.states - cut('states') * (n - 1) // n
     if not on_cuda:
-        return Plan(weights, states, total, total, total, parts, moment, context=0)
-    allocated = total + 2 * workspace()
-    reserved = int(total * (1 + SLACK)) + SLACK_BYTES + 2 * workspace()
-    return Plan(weights, states, total, allocated, reserved, parts, moment, context=CONTEXT + NCCL)
+        return Plan(weights, states, best, best, best, parts, moment, context=0)
+    allocated = best + 2 * workspace()
+    reserved = int(best * (1 + SLACK)) + SLACK_BYTES + 2 * workspace()
+    return Plan(weights, states, best, allocated, reserved, parts, moment, context=CONTEXT + NCCL)

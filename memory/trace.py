@@ -170,6 +170,9 @@ def record_steps(run, model_config, n_layer):
             model.checkpointing, model.compute_dtype = config.checkpointing, run.compute_dtype
             optimizer = run.setup(model, never)  # may put weights into fewer bits
             shrink_tables(run, model)
+            for module in model.modules() if run.among > 1 else ():
+                if isinstance(module, quant.Packed):
+                    module.in_pieces(quant.Pieces(run.among))
         if config.offload:
             optimizer.home = main_memory(run)
         if config.offload_activations:
@@ -324,18 +327,19 @@ def relabel_resident(record, model, optimizer, extra_layers):
 
 
 def trace_step(model_config, dtype, config, setup, step, compute_dtype=None, on_cpu=False, linear=Linear,
-               pretrained=False, pieces=0):  # fmt: skip
+               pretrained=False, pieces=0, among=1):  # fmt: skip
     """The Plan of a run: `setup` is the method's, `step` is train.training_step, `dtype` that of the weights.
 
     on_cpu: what is offloaded counts too, and no allocator rounds. linear: what the blocks are made of. pretrained: the
-    weights come from a folder; a method may keep those in more bits at first. pieces: of packed examples, in a row."""
+    weights come from a folder; a method may keep those in more bits at first. pieces: of packed examples, in a row.
+    among: how many processes have encoded weights in pieces."""
     if 8 in (config.state_bits, getattr(config, 'basis_bits', 16)) or getattr(config, 'double_quant', False):
         for name in ('M', 'V', 'P'):  # bitsandbytes reads values to make a code, and fake tensors have none
             adam.code_of(name, torch.device('cpu'))
     n_layer = model_config.n_layer
 
     run = SimpleNamespace(dtype=dtype, config=config, setup=setup, step=step, compute_dtype=compute_dtype)
-    run.on_cpu, run.linear, run.pretrained, run.pieces = on_cpu, linear, pretrained, pieces
+    run.on_cpu, run.linear, run.pretrained, run.pieces, run.among = on_cpu, linear, pretrained, pieces, among
 
     def traced(depth):
         return record_steps(run, replace(model_config, n_layer=depth), n_layer)
@@ -402,4 +406,6 @@ def plan_memory(config, shape, dtype, device, method, training_step, selection=N
         return training_step(model, optimizer, batches, learning_rate, device)
 
     compute_dtype = dtype if on_card else compute_dtype
-    return trace_step(shape, dtype, run, method.setup, step, compute_dtype, not on_card, linear, pretrained, pieces)
+    among = readers if config.parallel == 'fsdp' else 1
+    of = linear, pretrained, pieces, among
+    return trace_step(shape, dtype, run, method.setup, step, compute_dtype, not on_card, *of)

@@ -17,7 +17,6 @@ An optimizer never meets a DTensor. Where a gradient comes to one, what this pro
 parameter that shares its memory, with the hooks that a method has put there.
 """
 
-import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -28,7 +27,7 @@ from torch import nn
 import adam
 from adam import BLOCK, MOMENTS, read_state, write_state
 from plumbing import Stop
-from quant import Packed
+from quant import Packed, Pieces
 
 COLUMNS = ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj', 'mlp.gate_proj', 'mlp.up_proj')
 ROWS = ('self_attn.o_proj', 'mlp.down_proj')
@@ -37,7 +36,6 @@ HALVES = ('before_last', 'last')  # of the model's forward: what CoLM calls
 REPLACED = ('forward', *HALVES)  # of a module, by a method or by torch: no part of a copy
 # which methods hold on parts of weights
 METHODS = {'fsdp': ('adamw', 'galore', 'lora', 'loqt'), 'tp': ('adamw',), 'dp+tp': ('adamw',)}
-GATHER = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
 
 # ---- before torch's engine starts --------------------------------------------------------------------------------
@@ -143,25 +141,6 @@ def shard(model, mesh, config):
     fully_shard(model, **how)
     for name in HALVES:
         register_fsdp_forward_method(model, name)
-
-
-class Pieces:
-    """What of a buffer this process keeps: the rank-th of n pieces of the flat tensor, filled up to one length."""
-
-    def __init__(self, n, rank=0, group=None):
-        self.n, self.rank, self.group = n, rank, group
-
-    def cut(self, tensor):
-        size = -(-tensor.numel() // self.n)
-        mine, piece = tensor.flatten()[self.rank * size : (self.rank + 1) * size], tensor.new_zeros(size)
-        piece[: len(mine)] = mine
-        piece.of = tensor.shape
-        return piece
-
-    def gather(self, piece):
-        whole = piece.new_empty(self.n * len(piece))
-        GATHER(whole, piece, self.group)
-        return whole[: math.prod(piece.of)].view(piece.of)
 
 
 def freeze(model, view):

@@ -1,7 +1,7 @@
 """
 What one of four processes is planned to hold, and what it holds, under each value of `parallel`: makes several.md.
 
-    python -m bench.runs.several        # gloo on this CPU: 14 runs of three steps, some minutes on two cores
+    python -m bench.runs.several        # gloo on this CPU: 20 runs of three steps, some minutes on two cores
 """
 
 from bench import parser
@@ -9,6 +9,7 @@ from bench import parser
 if __name__ == '__main__':
     asked = parser()
     asked.add_argument('--worker', help='run one of the processes, which writes to this file')
+    asked.add_argument('--only', default='', help='the runs among whose flags this is, printed and not written')
     args = asked.parse_args()
 
 import contextlib
@@ -43,11 +44,17 @@ RUNS = [
         ('galore', 'fsdp', 4, 8, ' --rank=64'),
         ('galore', 'fsdp', 4, 4, ' --rank=64 --state_bits=8'),
         ('galore', 'fsdp', 1, 8, ' --rank=64 --checkpointing'),
+        ('lora', 'fsdp', 4, 8, ' --rank=16 --train_rest=no'),
+        ('lora', 'fsdp', 1, 8, ' --rank=16 --train_rest=no --checkpointing'),
+        ('lora', 'fsdp', 4, 4, ' --rank=16 --train_rest=yes --quantize=none --state_bits=8'),
+        ('loqt', 'fsdp', 4, 8, ' --rank=64 --state_bits=8'),
+        ('loqt', 'fsdp', 1, 4, ' --rank=64 --update_proj_gap=1 --checkpointing'),
+        ('adamw', 'fsdp', 4, 4, ' --coreset=grad --coreset_from=4'),
     )
 ]
 
 
-def worker(file):
+def worker(file, only):
     """All runs, by train.py's main, in one process of N: the first writes [bytes planned, bytes measured] of each."""
     import torch.distributed as dist
 
@@ -62,7 +69,7 @@ def worker(file):
         return parallel.Here(rank, N, 'cpu', torch.float32, sharding.tp_of(config, N))
 
     train.processes.start, parallel.Here.finish = start, lambda here, code=0: None
-    for i, flags in enumerate(RUNS):
+    for i, flags in enumerate(flags for flags in RUNS if only in flags):
         words = [*BASE.split(), *flags.split(), f'--out_dir={file}.{i}']
         with contextlib.redirect_stdout(io.StringIO()) as said:
             train.main(configurator.load(str(ROOT / 'train.py'), words))
@@ -76,12 +83,16 @@ def worker(file):
     os._exit(0)
 
 
-def main():
+def main(only):
     with tempfile.TemporaryDirectory() as folder:
         words = ['-m', 'torch.distributed.run', f'--nproc_per_node={N}', '--standalone', '-m', 'bench.runs.several']
         environment = os.environ | {'OMP_NUM_THREADS': '1'}
-        subprocess.run([sys.executable, *words, f'--worker={folder}/rows'], cwd=ROOT, check=True, env=environment)
+        subprocess.run(
+            [sys.executable, *words, f'--worker={folder}/rows', f'--only={only}'], cwd=ROOT, check=True, env=environment
+        )
         found = json.loads((Path(folder) / 'rows').read_text())
+    if only:
+        return
     rows = [(flags, p, m, 100 * (p / m - 1)) for flags, (p, m) in zip(RUNS, found, strict=True)]
     worst = max(rows, key=lambda row: abs(row[3]))
     text = [
@@ -103,4 +114,4 @@ def main():
 
 
 if __name__ == '__main__':
-    worker(args.worker) if args.worker else main()
+    worker(args.worker, args.only) if args.worker else main(args.only)
