@@ -77,12 +77,13 @@ def beside(phase, layer, done, s, n, last, projects, accumulates, copies):
 def beside_packed(phase, layer, s, n, accumulates, copies):
     """The same where blocks keep encoded weights, whose gathering the record has seen: of all else, in one group.
 
-    What it arrives in stays until the end of forward. Of a frozen group no gradients come."""
+    What it arrives in stays until the end of forward. Its gradients are scattered when all of backward is done, the
+    head's beside the packed ones. Of a frozen group none come."""
     R, come = s['root'], s['trained']
     if phase in ('forward', 'loss'):
         return 2 * R + s['head'] * (phase == 'loss' and come > 0 and not accumulates)
     if layer is None:
-        return max(R, 2 * come + copies * come // n)
+        return max(R, 2 * come + copies * come // n + s['head'] * (come > 0))
     return R + s['head'] * (come > 0)
 
 
@@ -106,7 +107,7 @@ def share(config, shape, dtype, plan, n):
     best, parts, moment = 0, {}, ''
     for phase, layer, done, now in moments(plan.peak.chunks):
         come = 1.0 if accumulates or phase == 'update' else 0.0  # those of earlier micro-batches, or of later blocks
-        if not accumulates and phase in ('backward', 'forward again'):
+        if not (accumulates or packed) and phase in ('backward', 'forward again'):
             come = (shape.n_layer - 1 - (layer or 0)) / shape.n_layer
         found = {'activations, logits, temporaries': sum(size for (kind, _), size in now.items() if kind not in CUT)}
         found['gradients'] = round(cut('gradients') / n * come) + packed * now['gradients', True]

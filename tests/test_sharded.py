@@ -90,7 +90,9 @@ def worker(folder, data, which):
         def step(self, n):
             self.compiled = world < 4  # nobody asks for the peak of these, and a recorder takes time
             states = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-            held[name] = [sum(t.nbytes for t in some) for some in (self.model.parameters(), states)] + [self]
+            packed = [b for module in self.model.modules() if hasattr(module, 'pieces') for b in module.buffers()]
+            frozen = [*packed, *(p for p in self.model.parameters() if not p.requires_grad)]
+            held[name] = [sum(t.nbytes for t in some) for some in (self.model.parameters(), states, frozen)] + [self]
             return super().step(n)
 
     train.Measure = Measure
@@ -109,7 +111,7 @@ def worker(folder, data, which):
         config = configurator.load('train.py', tiny(f'--dataset={data}', f'--out_dir={out}', *STEP, *flags))
         assert not train.problems(config), train.problems(config)
         train.main(config)
-        held[name][2] = held[name][2].peak if world == 4 else None
+        held[name][3] = held[name][3].peak if world == 4 else None
     with open(os.path.join(folder, f'held {world} {rank}.json'), 'a') as f:
         f.write(json.dumps(held) + '\n')
     if world > 1:
@@ -213,14 +215,28 @@ def test_a_process_of_four_holds_a_quarter(folder, method):
             assert there[1] <= 0.30 * alone[1]
 
 
-@pytest.mark.parametrize('name', ['adamw fsdp', 'adamw tp', 'adamw dp+tp', 'galore fsdp'])
+def test_a_process_of_four_holds_a_quarter_of_what_lora_freezes(folder):
+    alone, there = held(folder, 1, 0, 'relora'), [held(folder, 4, rank, 'relora fsdp') for rank in range(4)]
+    assert all(some[2] <= 0.30 * alone[2] for some in there)
+    assert all(some[1] == alone[1] for some in there), 'the factors, and their moments, are whole'
+
+
+@pytest.mark.parametrize('name', ['adamw fsdp', 'adamw tp', 'adamw dp+tp', 'galore fsdp', 'relora fsdp', 'loqt fsdp'])
 def test_the_plan_of_a_process_is_what_it_holds(folder, data, name):
     import configurator
     import train as training
 
     config = configurator.load('train.py', tiny(f'--dataset={data}', *STEP, *CASES[4][name]))
     plan = training.plan_memory(config, training.shape_of(config), 'cpu', torch.float32, torch.float32, world=4)
-    assert plan.total == pytest.approx(held(folder, 4, 0, name)[2], rel=0.05)
+    assert plan.total == pytest.approx(held(folder, 4, 0, name)[3], rel=0.05)
+
+
+def test_a_dry_run_of_one_process_says_that_nothing_is_cut(data, capsys):
+    import configurator
+    import train as training
+
+    training.main(configurator.load('train.py', tiny(f'--dataset={data}', '--parallel=fsdp', '--dry_run', *ADAMW)))
+    assert "parallel='fsdp' cuts nothing, there is one process" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

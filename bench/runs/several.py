@@ -1,7 +1,7 @@
 """
 What one of four processes is planned to hold, and what it holds, under each value of `parallel`: makes several.md.
 
-    python -m bench.runs.several        # gloo on this CPU: 20 runs of three steps, some minutes on two cores
+    python -m bench.runs.several        # gloo on this CPU: 21 runs of three steps, some minutes on two cores
 """
 
 from bench import parser
@@ -48,7 +48,8 @@ RUNS = [
         ('lora', 'fsdp', 1, 8, ' --rank=16 --train_rest=no --checkpointing'),
         ('lora', 'fsdp', 4, 4, ' --rank=16 --train_rest=yes --quantize=none --state_bits=8'),
         ('loqt', 'fsdp', 4, 8, ' --rank=64 --state_bits=8'),
-        ('loqt', 'fsdp', 1, 4, ' --rank=64 --update_proj_gap=1 --checkpointing'),
+        ('loqt', 'fsdp', 1, 4, ' --rank=64 --update_proj_gap=2 --checkpointing'),
+        ('lora', 'fsdp', 1, 4, ' --rank=16 --train_rest=yes --checkpointing'),
         ('adamw', 'fsdp', 4, 4, ' --coreset=grad --coreset_from=4'),
     )
 ]
