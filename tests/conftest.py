@@ -49,14 +49,14 @@ def small_8bit(monkeypatch):
 
 def run(words, **kw):
     """Run a script of ours, as `python WORDS`, from the repository's root."""
-    changed = kw.pop('env', {})
+    changed, timeout = kw.pop('env', {}), kw.pop('timeout', 300)
     environment = os.environ | {'PYTHONWARNINGS': 'ignore'} | changed
     read_before = any(name.startswith(('PYTHON', 'OMP_', 'TORCH')) for name in changed)  # when torch was imported
     script = words[0] == '-m' or str(words[0]).endswith('.py')
     if script and not kw and not read_before and hasattr(os, 'fork'):
-        return preloaded.run(words, ROOT, environment)
+        return preloaded.run(words, ROOT, environment, timeout=timeout)
     command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment, **kw)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment, **kw)
 
 
 def tiny(*flags):

@@ -130,7 +130,7 @@ def folder(tmp_path_factory, data):
         words = [__file__, folder, data, json.dumps(cases).replace('EXAMPLES', examples)]
         if world > 1:
             words = ['-m', 'torch.distributed.run', f'--nproc_per_node={world}', '--standalone', *words]
-        done = run(words)
+        done = run(words, timeout=900)  # two minutes, where nothing else runs
         assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
