@@ -128,7 +128,7 @@ def share(config, shape, dtype, plan, n):
             moment = f'{phase} of layer {layer}' if layer is not None else phase
     weights, states = plan.weights - cut('weights') * (n - 1) // n, plan.states - cut('states') * (n - 1) // n
     if not on_cuda:
-        return Plan(weights, states, best, best, best, parts, moment, context=0)
+        return Plan(weights, states, best, best, best, parts, moment, context=0, work=plan.work)
     allocated = best + 2 * workspace()
     reserved = int(best * (1 + SLACK)) + SLACK_BYTES + 2 * workspace()
-    return Plan(weights, states, best, allocated, reserved, parts, moment, context=CONTEXT + NCCL)
+    return Plan(weights, states, best, allocated, reserved, parts, moment, context=CONTEXT + NCCL, work=plan.work)
