@@ -215,9 +215,10 @@ class Part:
         return found.full_tensor()
 
     def sum_(self, x):
-        """The sum of x over all processes, in place."""
-        dist.all_reduce(x)
-        return x
+        """The sum of x over all processes; of one in main memory, too, where NCCL knows cards alone."""
+        there = x.cuda() if dist.get_backend() == 'nccl' else x
+        dist.all_reduce(there)
+        return there.to(x.device)
 
 
 def part_of(p, as_mean):
