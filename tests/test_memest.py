@@ -143,6 +143,6 @@ def test_planning_codes_no_nf4_and_repeats_layers_of_a_frozen_model(monkeypatch)
     monkeypatch.setattr(quant, 'code_piece_', lambda *piece: pieces.append(1) or coded(*piece))
     monkeypatch.setattr(trace, 'record_steps', lambda run, s, n: depths.append(s.n_layer) or steps(run, s, n))
     words = '--method=lora --train_rest=no --n_layer=9 --n_embd=512 --n_inner=1408 --batch_size=1 --block_size=16'
-    config = configurator.load(ROOT / 'train.py', ['--model=9m', '--vocab_size=4096', '--dry_run', *words.split()])
+    config = configurator.load(ROOT / 'train.py', ['--model=9m', '--vocab_size=32000', '--dry_run', *words.split()])
     memest.trace(config)
     assert depths == [4] and len(pieces) == 4 * 7, 'a piece for each matrix of the layers that are traced'
