@@ -30,13 +30,15 @@ import textwrap
 import time
 from types import SimpleNamespace
 
+import torch
+
 import configurator
 import model as models
 import train
 from data import DataError
 from memory import llmem, rates
 from memory.cuda import CONTEXT
-from memory.fit import MARGIN, NO_PRETRAINING, PCI_EXPRESS, fit, fit_several, seconds_per_token
+from memory.fit import DATA_SHEET, MARGIN, NO_PRETRAINING, PCI_EXPRESS, fit, fit_several, seconds_per_token
 from memory.formula import Plan, UnknownMethod, estimate
 from memory.trace import WHAT
 from model import ModelError
@@ -237,9 +239,13 @@ def print_llmem(config, shape, own):
 def print_fit(config, shape, own):
     gb, n = own.get('gpu_gb', 24.0), own.get('gpus', 1)
     several = f' each of {n} GPUs of' if n > 1 else ''
-    rows = fit_several(config, gb * 2**30, n, shape, train.problems) if n > 1 else (
-        fit(config, gb * 2**30, shape, train.problems)
-    )  # fmt: skip
+    peak, whose = DATA_SHEET, "an RTX 4090's data sheet, at best"
+    if torch.cuda.is_available():
+        dtype = device_and_dtype(config)[1]
+        peak = rates.load('cuda', dtype, anew='calibrate' in own).peak(dtype)
+        whose = 'the rates of the card that is here'
+    ways = (config, gb * 2**30, n, shape) if n > 1 else (config, gb * 2**30, shape)
+    rows = (fit_several if n > 1 else fit)(*ways, train.problems, peak)
     if not rows:
         print(f'nothing fits {gb:g} GB: use a smaller --model or --block_size, or more cards (--gpus=N)')
         return
@@ -248,17 +254,20 @@ def print_fit(config, shape, own):
     print(f'{where} in {place(config)[1]}: what fits{several} {gb:g} GB by the formula, fastest first,')
     print(f'with the largest batch of at most the {windows} windows of a step (more: --gradient_accumulation_steps).')
     print("Planned, not measured; it knows an allocator's gaps on average: trace what you choose (--gpu_gb).")
+    print(f's/step: seconds of a step of all windows, by {whose}.')
     if n == 1:
         print('context: the longest --block_size that fits at batch 1.')
     last = '  way' if n > 1 else f' {"context":>9}'
-    print(f'{"":38} {"checkpoints":>11} {"batch":>6} {"GB":>6} {"speed":>6}{last}')
+    print(f'{"":38} {"checkpoints":>11} {"batch":>6} {"GB":>6} {"speed":>6} {"s/step":>7}{last}')
     scratch, best, marked = config.init_from == 'scratch', rows[0].seconds, False
+    tokens = windows * config.block_size
     for row in rows:
         star = '*' * (scratch and row.name in NO_PRETRAINING)
         marked |= bool(star)
         print(
             f'{row.name + star:38} {"yes" if row.checkpointing else "no":>11} {row.batch:6d} '
-            f'{row.bytes / 1e9:6.2f} {best / row.seconds:6.2f}{f"  {row.way}" if n > 1 else f" {row.context:9,}"}'
+            f'{row.bytes / 1e9:6.2f} {best / row.seconds:6.2f} {row.seconds * tokens:7.3g}'
+            f'{f"  {row.way}" if n > 1 else f" {row.context:9,}"}'
         )
         print('    ' + ' \\\n    '.join(textwrap.wrap(row.flags, 92, break_on_hyphens=False)))
     if marked:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from memory.record import MB, Allocator, LiveBytes
+from memory.work import tell
 from model import attend_masked, flash_takes
 
 aten = torch.ops.aten
@@ -41,11 +42,13 @@ class FusedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        tell(('made', 'rms_norm', 2 * x.nbytes))
         return torch.empty_like(x)
 
     @staticmethod
     def backward(ctx, delta):
         x, weight, _ = ctx.saved_tensors
+        tell(('made', 'rms_norm', 3 * x.nbytes))
         return torch.empty_like(x), torch.empty_like(weight)
 
 
@@ -62,12 +65,14 @@ class FusedAttention(torch.autograd.Function):
         lse = q.new_empty(B, H, T if flash else -(-T // 32) * 32, dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.flash = flash
+        tell(('attention', *attended(q, k, flash)))
         return out
 
     @staticmethod
     def backward(ctx, delta):
         q, k, v, out, lse = ctx.saved_tensors
         B, H, T, D = q.shape
+        tell(('attention back', *attended(q, k, ctx.flash)))
         dq, dk, dv = (x.new_empty(B, T, x.shape[1], D).transpose(1, 2) for x in (q, k, v))
         rounded = -(-T // 128) * 128 if ctx.flash is True else T + ctx.flash
         row = q.new_empty(B, H, rounded, dtype=torch.float32)  # sum of out * delta in each row
@@ -78,6 +83,14 @@ class FusedAttention(torch.autograd.Function):
             inner += [q.new_empty(B, T, H, D) for _ in range(2)]
         del inner, out, lse  # the kernel reads them until here, though checkpointing has let go of them
         return dq, dk, dv, None
+
+
+def attended(q, k, flash):
+    """The work of a kernel by work.py: heads in all, T, S, d, causal. Packed rows, of some pieces, have as many heads
+    more."""
+    B, H, T, d = q.shape
+    pieces = flash // 128 - 1 if type(flash) is int else 1
+    return B * H * pieces, T // pieces, k.shape[2] // pieces, d, True
 
 
 class SafeSoftmax(torch.autograd.Function):

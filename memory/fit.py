@@ -58,13 +58,16 @@ TERAFLOPS, GB_PER_SECOND = 165e12, 1008e9  # an RTX 4090's, from its data sheet:
 
 PCI_EXPRESS = 25e9  # bytes a second between two of them, PCIe 4.0 x16 less its overhead: a guess
 
+DATA_SHEET = (TERAFLOPS, GB_PER_SECOND, PCI_EXPRESS)  # where no card is here to be measured (rates.Rates.peak)
+
 
 # ---- how fast ----------------------------------------------------------------------------------------------------
 
 
-def seconds_per_token(config, shape):
-    """Predicted, at best: of arithmetic and memory the slower, micro-batch by micro-batch, and the update's passes."""
-    c = config
+def seconds_per_token(config, shape, peak=DATA_SHEET):
+    """Predicted, at best: of arithmetic and memory the slower, micro-batch by micro-batch, and the update's passes.
+    peak: operations, bytes of the card and bytes to main memory, all a second."""
+    c, (arithmetic, memory, pci) = config, peak
     D, F, L, V = shape.n_embd, shape.n_inner, shape.n_layer, shape.vocab_size
     Q, K = shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim
     N = c.batch_size * c.block_size
@@ -82,12 +85,12 @@ def seconds_per_token(config, shape):
     per_batch = 2 * 2 * product * (c.method == 'loqt')  # s P B into W, forward and backward
     read = 3 * 2 * size * (1.5 if c.method in ('loqt', 'lora') and c.quantize == 'nf4' else 1)
     moved = 2 * 2 * L * N * D * c.offload_activations  # beside the arithmetic
-    micro = max((flops * N + per_batch) / TERAFLOPS, read / GB_PER_SECOND, moved / PCI_EXPRESS)
+    micro = max((flops * N + per_batch) / arithmetic, read / memory, moved / pci)
     states = estimate(SimpleNamespace(**vars(c) | {'offload': False}), shape).states
     update = (
-        (2 * states + 4 * size) / GB_PER_SECOND
-        + 2 * states / PCI_EXPRESS * c.offload
-        + 2 * product / TERAFLOPS * (c.method in ('galore', 'qgalore', 'fira'))
+        (2 * states + 4 * size) / memory
+        + 2 * states / pci * c.offload
+        + 2 * product / arithmetic * (c.method in ('galore', 'qgalore', 'fira'))
     )
     micro *= 1.03 if 8 in (c.state_bits, getattr(c, 'weight_bits', 16)) else 1  # coding and decoding
     return (micro + update / c.gradient_accumulation_steps) / N
@@ -121,7 +124,7 @@ def turned_ways(config):
             yield name, SimpleNamespace(**vars(turned) | dict(checkpointing=checkpointing))
 
 
-def fit(config, gpu_bytes, shape, problems):
+def fit(config, gpu_bytes, shape, problems, peak=DATA_SHEET):
     """Rows of every way to run this model that fits a card of gpu_bytes by the formula, with the largest batch that
     does and divides the windows of a step, fastest first: on one card, what LLMem's algorithm 1 is for. problems:
     train.problems, which knows what does not go together."""
@@ -138,7 +141,7 @@ def fit(config, gpu_bytes, shape, problems):
             except UnknownMethod:  # a way that somebody added
                 break
             if plan.card * (1 + MARGIN) <= gpu_bytes and not problems(c):
-                seconds = seconds_per_token(c, shape)
+                seconds = seconds_per_token(c, shape, peak)
                 rows.append(Row(name, c.checkpointing, batch, plan, plan.card, seconds, flags(config, c)))
                 rows[-1].context = longest_context(SimpleNamespace(**vars(c) | alone), gpu_bytes, shape)
                 break
@@ -158,7 +161,7 @@ def longest_context(config, gpu_bytes, shape):
     return STEP * bisect.bisect_left(range(1, LONGEST // STEP + 1), True, key=too_long)
 
 
-def fit_several(config, gpu_bytes, n, shape, problems):
+def fit_several(config, gpu_bytes, n, shape, problems, peak=DATA_SHEET):
     """The same on n cards: of each way of `fit` the fastest way of llmem.WAYS to use them, with micro-batches that
     divide a card's share of the windows of a step."""
     rows, total = [], config.batch_size * config.gradient_accumulation_steps
@@ -174,7 +177,7 @@ def fit_several(config, gpu_bytes, n, shape, problems):
         ways = [way for way in llmem.WAYS if not packed or way in ('ddp', 'ddp_copy', 'zero1')]  # buffers are not cut
         exchanged = (6 if c.checkpointing else 4) * shape.n_layer * c.block_size * shape.n_embd * 2
         room = gpu_bytes / (1 + MARGIN) - CONTEXT
-        one = seconds_per_token(c, shape) * c.block_size
+        one = seconds_per_token(c, shape, peak) * c.block_size
         found = llmem.choose(parts, room, n, one, PCI_EXPRESS, exchanged, ways)
         for row in found[:1]:
             share = max(total // (row['samples'] // row['batch']), 1)  # of the windows of a step, for each group

@@ -90,6 +90,8 @@ def split(argv):
         raise ValueError('--plot draws a trace, and --instant makes none: leave out one of them')
     if 'tp' in own and ('gpus' not in own or 'fit' in own):
         raise ValueError('--tp cuts each group of --gpus: type --gpus=4 --tp=2, without --fit')
+    if 'calibrate' in own and (formula := [name for name in ('instant', 'gpus', 'llmem') if name in own]):
+        raise ValueError(f'--calibrate is of the seconds of a trace, and --{formula[0]} makes none: leave out one')
     if {'fit', 'llmem'} <= set(own):
         raise ValueError("--model=llmem prints LLMem's equations alone: leave out --fit")
     return own, rest

@@ -309,6 +309,10 @@ class Rates:
         curve = curve if curve in self.curves else sort if sort in self.curves else 'moved'
         return units * self.at(curve, units)
 
+    def peak(self, dtype):
+        """Operations, bytes of the device and bytes to main memory, a second, of the largest that were measured."""
+        return tuple(1 / self.curves[sort][-1][1] for sort in (f'{dtype}', 'moved', 'copied'))
+
     def seconds(self, counted):
         """{phase: seconds} of a Counter of (phase, task)."""
         kernels, calls, copies = Counter(), Counter(), Counter()

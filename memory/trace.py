@@ -32,7 +32,7 @@ from memory.formula import Plan
 from memory.matrices import turns
 from memory.record import Chunk, Record, replay
 from memory.watch import watch
-from memory.work import PHASES, Count, Work, counted, whole
+from memory.work import PHASES, Count, Work, counted, tell, whole
 from model import Linear, LLaMA
 
 WHAT = {  # is alive; what is nothing more is a temporary of the phase that made it
@@ -80,7 +80,8 @@ def nf4_by_shapes(A):
     """quant.nf4_on_cpu's tensors. It codes piece after piece, boundary after boundary: on fake tensors the first stands
     for all."""
     packed, absmax, (piece, *_) = quant.room_for_nf4(A)
-    with mock.patch.object(quant, 'NF4', quant.NF4[:2]), counted(0, ('nf4', A.numel())):
+    tell(('nf4', A.numel()))
+    with mock.patch.object(quant, 'NF4', quant.NF4[:2]), counted(0):
         quant.code_piece_(*piece)
     return packed, absmax
 

@@ -14,7 +14,8 @@ from bench import parser
 if __name__ == '__main__':
     asked = parser()
     asked.add_argument('--methods', default='', help='some of them alone, a comma between two')
-    asked.add_argument('--anew', action='store_true', help='forget what is finished')
+    asked.add_argument('--shapes', default='', help='the same of shapes, a semicolon between two')
+    asked.add_argument('--anew', action='store_true', help='compare again what is finished')
     args = asked.parse_args()
 
 import json
@@ -33,14 +34,14 @@ from memory import rates
 from model import LLaMA
 from plumbing.build import ROOT, layers_of, new_shape
 
-CACHE = os.path.join(ROOT, 'out', 'time.json')
+KEPT = os.path.join(ROOT, 'out', 'time')
 METHODS = 'adamw galore qgalore fira apollo sumo loqt lora sltrain muon scale badam grass adalomo ldadam adarankgrad'
 SHAPES = {
     '3M': '--model=9m --n_embd=192 --n_head=6 --n_inner=512 --vocab_size=4096 --batch_size=8 --rank=48',
     '9m': '--model=9m --batch_size=2 --gradient_accumulation_steps=2 --rank=32',
-    '60m': '--model=60m --batch_size=1 --rank=128',
+    '60m, 2 blocks': '--model=60m --n_layer=2 --batch_size=1 --rank=128',
 }
-STEPS, SECONDS = 3, 2.0  # of a step's median; of each calibration
+STEPS, SECONDS = 3, 1.0  # of a step's median; of each calibration
 
 
 def config_of(method, words):
@@ -95,46 +96,48 @@ def compared(method, words):
     return dict(planned=planned, measured=real, share=work.share)
 
 
-def rows_of(found):
-    """-> lines of the table, and all errors in per cent."""
+def finished(shape, method):
+    """What was compared in an earlier call, or None."""
+    try:
+        with open(os.path.join(KEPT, f'{shape} {method}.json')) as f:
+            return json.load(f)
+    except OSError:
+        return None
+
+
+def rows_of_table():
+    """-> rows, and all errors in per cent."""
     rows, errors = [], []
     for shape in SHAPES:
         for method in METHODS.split():
-            if f'{shape} {method}' not in found:
-                continue
-            one = found[f'{shape} {method}']
-            means = [a + one['share'] * (b - a) for a, b in (one['planned'], one['measured'])]
-            errors.append(100 * (means[0] / means[1] - 1))
-            due = [f'{1000 * one[who][1]:.0f}' if one['share'] else '' for who in ('planned', 'measured')]
-            rows.append([shape, method, *(f'{1000 * mean:.0f}' for mean in means), f'{errors[-1]:+.1f} %', *due])
+            if one := finished(shape, method):
+                means = [a + one['share'] * (b - a) for a, b in (one['planned'], one['measured'])]
+                errors.append(100 * (means[0] / means[1] - 1))
+                due = [f'{1000 * one[who][1]:.0f}' if one['share'] else '' for who in ('planned', 'measured')]
+                rows.append([shape, method, *(f'{1000 * mean:.0f}' for mean in means), f'{errors[-1]:+.1f} %', *due])
     return rows, errors
 
 
 def main(args):
-    found = {}
-    if os.path.exists(CACHE) and not args.anew:
-        with open(CACHE) as f:
-            found = json.load(f)
-    for shape, words in SHAPES.items():
+    os.makedirs(KEPT, exist_ok=True)
+    for shape in args.shapes.split(';') if args.shapes else SHAPES:
         for method in (args.methods or METHODS.replace(' ', ',')).split(','):
-            if f'{shape} {method}' not in found or args.methods:
-                found[f'{shape} {method}'] = compared(method, words)
-                print(shape, method, found[f'{shape} {method}'], flush=True)
+            if args.anew or not finished(shape, method):
+                found = compared(method, SHAPES[shape])
+                print(shape, method, found, flush=True)
+                with open(os.path.join(KEPT, f'{shape} {method}.json'), 'w') as f:
+                    json.dump(found, f)
                 clear()
-            os.makedirs(os.path.dirname(CACHE), exist_ok=True)
-            with open(CACHE, 'w') as f:
-                json.dump(found, f)
-    rows, errors = rows_of(found)
+    rows, errors = rows_of_table()
     off = [abs(error) for error in errors]
+    shapes = '; '.join(f'{name} `{words}`' for name, words in SHAPES.items())
     lines = [
         '# Seconds of a step, planned and measured',
         '',
         f'Made by `python -m bench.runs.time` on {rates.cpu_name()}, {torch.get_num_threads()} thread(s), torch '
         f'{torch.__version__}.',
         'Milliseconds of the processor; a step on average, with its share of new bases or merges (T 100), and one in',
-        'which all matrices are due. Shapes: '
-        + '; '.join(f'{name} `{words}`' for name, words in SHAPES.items())
-        + ', 256 tokens in a window.',
+        f'which all matrices are due. 256 tokens in a window; {shapes}.',
         '',
         f'Off by {statistics.mean(off):.1f} % on average, {max(off):.1f} % at most; '
         f'{sum(error <= 15 for error in off)} of {len(off)} within 15 %.',
