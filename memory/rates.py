@@ -112,13 +112,14 @@ def load(device='cpu', dtype=torch.float32, bits=False, anew=False, seconds=QUIC
 
 
 def measure(tasks, device, seconds=QUICK):
-    """{sort: [(size, seconds a unit)]}, medians of as many rounds through all of them as there is time for."""
+    """{sort: [(size, seconds a unit)]}, medians of as many rounds through all of them as there is time for, at least
+    four after one that warms up; the lower one of two, since what disturbs a round makes it longer."""
     cuda = torch.device(device).type == 'cuda'
     clock = time.process_time if torch.get_num_threads() == 1 and not cuda else time.perf_counter
     wait = functools.partial(torch.cuda.synchronize, device) if cuda else lambda: None
     tried = list(tasks)
     spent, started = [[] for _ in tried], time.perf_counter()
-    while len(spent[0]) < 3 or time.perf_counter() - started < seconds:
+    while len(spent[0]) < 5 or time.perf_counter() - started < seconds:
         for (_, _, _, run, times), seen in zip(tried, spent):
             wait()
             begin = clock()
@@ -128,8 +129,7 @@ def measure(tasks, device, seconds=QUICK):
             seen.append((clock() - begin) / times)
     curves = {}
     for (sort, x, units, _, _), seen in zip(tried, spent):
-        best = statistics.median(seen[1:])  # the first round warms up
-        curves.setdefault(sort, []).append([x, max(best, 1e-9) / units])
+        curves.setdefault(sort, []).append([x, max(statistics.median_low(seen[1:]), 1e-9) / units])
     for sort, points in curves.items():
         if sort.startswith('attention back'):  # it was measured with its forward
             for point, (_, forward) in zip(points, curves[sort.replace(' back', '')]):
