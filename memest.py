@@ -1,5 +1,5 @@
 """
-The peak memory of a run, known before it starts: a step of it is run on fake tensors, which have shapes and no bytes.
+The peak memory of a run and its time, known before it starts: a step is run on fake tensors: shapes without bytes.
 
     python memest.py config/galore_7b_4090.py                   # a table: what takes how much, and what holds the peak
     python memest.py config/galore_7b_4090.py --instant --json  # by the formula, for scripts
@@ -12,6 +12,8 @@ fits formulas to a loaded model). A few layers are traced, and the record of the
 by storage (memory/record.py). The model is built, and takes a few steps: the first, which makes moments and bases, an
 ordinary one, and those in which layers are due for a new basis or a merge. What no trace sees, CUDA's context and the
 workspaces of libraries, has lines of its own. No data and no weights are needed: of a folder its config.json is enough.
+The same trace counts what the step does, and how fast this device does it is measured once (memory/rates.py): seconds a
+step, on the device that is here. --calibrate measures it anew.
 
 GB are 1e9 bytes. A card is given as it is sold: --gpu_gb=24 are 24 x 2^30 bytes, 25.8 GB.
 """

@@ -14,7 +14,7 @@ import configurator
 import memest
 import train as trainer
 from configurator import method_of
-from memory import rates, work
+from memory import flags, rates, work
 from memory.record import Chunk
 from model import LLaMA, ModelConfig
 
@@ -209,6 +209,12 @@ def test_a_cache_that_cannot_be_written_is_no_error(measured, monkeypatch, tmp_p
 def test_every_sort_that_is_measured_takes_positive_time():
     curves = rates.measure(rates.common_tasks('cpu', torch.float32), 'cpu', 0)
     assert rates.checked(curves) is curves and {'call', 'made', 'moved', 'pages', 'torch.float32', 'qr'} <= set(curves)
+
+
+def test_calibrate_is_refused_where_nothing_would_be_measured():
+    for other in ('--instant', '--gpus=4', '--model=llmem'):
+        with pytest.raises(ValueError, match='--calibrate is of the seconds of a trace'):
+            flags.split(['--calibrate', other])
 
 
 # ---- what is said ------------------------------------------------------------------------------------------------
