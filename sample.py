@@ -13,6 +13,8 @@ Generate text from a checkpoint of ours or any Hugging Face LLaMA folder, and pr
     python sample.py out/adapter                                    # a PEFT folder, with the base model it names
 
 570 tokens a second for the laptop model on two CPU cores: with the key-value cache, a token costs one forward pass.
+A text longer than the window goes on at that price: the window slides, its first four tokens stay, and none is read
+again. It is not what reading the last window anew would give, but closer to the whole text's (model.KVCache says how).
 """
 
 import sys
