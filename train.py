@@ -549,9 +549,9 @@ def announce(config, model, folder, meta, begin, here, windows):
     """Print what the run is about to do, what of it has changed since it was saved, and whether it fits. -> Plan"""
     plan = plan_memory(config, model.config, here.device, here.dtype, model.activation_dtype)
     report.print_plan(config, model, plan, folder, meta, here.device, windows)
-    times = rates.why_not(plan, config, here.device, here.world) or (
-        rates.planned(plan, config, here.device, model.activation_dtype)
-    )
+    dtype = model.activation_dtype
+    no_time = rates.why_not(plan, config, here.device, here.world, dtype)
+    times = no_time or rates.planned(plan, config, here.device, dtype)
     report.print_times(config, eval_tokens_of(config, meta['val_tokens']), warmup_of(config), times, begin.step)
     report.print_changes(config, begin, learning_rate_at)
     if here.on_cuda and plan.card > here.room:

@@ -351,8 +351,9 @@ class Times:
         return f'{self.step:.3g} s a step by what this device was measured to do: {", ".join(parts)}'
 
 
-def why_not(plan, config, device, world=1):
-    """Why no time is planned: a sentence, or None."""
+def why_not(plan, config, device, world=1, known=None):
+    """Why no time is planned: a sentence, or None. known: of this dtype a card's rates must be known, since to measure
+    them takes memory of it."""
     if plan.work is None:
         return 'no time is planned of a formula: leave out --instant'
     if config.compile:
@@ -361,6 +362,8 @@ def why_not(plan, config, device, world=1):
         return 'no time is planned of several processes, which wait for each other'
     if (device.startswith('cuda') or plan.context) and not torch.cuda.is_available():
         return 'no time is planned, since the plan is of a card and there is none here to be measured'
+    if known is not None and device.startswith('cuda') and name_of(device, known) not in read_file():
+        return 'no time is planned of a card that was not measured: python memest.py CONFIG --calibrate does that, once'
     return None
 
 
