@@ -1,7 +1,7 @@
 """LLaMA-13B on one 24 GB card with LoQT: NF4 weights with double quantisation, 8-bit states, per-layer updates.
 
 8 windows x 256 tokens x 64 micro-batches = 131,072 tokens a step; 150,000 steps = 19.66B tokens.
-As loqt_13b.py, with smaller micro-batches. Planned peak of 20.53 GB; an H100 held to 24 GB took it.
+As loqt_13b.py, with smaller micro-batches. Planned peak of 20.52 GB; an H100 held to 24 GB took it.
 --offload=False raises it to 26.5 GB, but fits without accumulation, since per_layer then keeps no gradients.
 Measured: results/card_nvidia_h100_80gb_hbm3.md, and results/loqt_13b.md on a CPU.
     python data/c4/prepare.py --tokenizer=t5-base --tokens=20000000000
