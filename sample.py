@@ -14,7 +14,7 @@ Generate text from a checkpoint of ours or any Hugging Face LLaMA folder, and pr
 
 570 tokens a second for the laptop model on two CPU cores: with the key-value cache, a token costs one forward pass.
 A text longer than the window goes on at that price: the window slides, its first four tokens stay, and none is read
-again. It is not what reading the last window anew would give, but closer to the whole text's (model.KVCache says how).
+again. It is not what reading the last window anew would give, but closer to the whole text's (see plumbing/cache.py).
 """
 
 import sys
@@ -38,9 +38,10 @@ import torch
 import lora
 from data import chat as templates
 from data import fields, tokenizer
-from model import KVCache, LLaMA, ModelError
+from model import LLaMA, ModelError
 from plumbing import Stop, export, hf, talking
 from plumbing.build import base_of, load_model
+from plumbing.cache import KVCache
 from plumbing.checkpoint import verify
 from plumbing.hf import AdapterError, weights_folder
 from plumbing.ready import decoded

@@ -21,8 +21,9 @@ import lora
 import sample
 from data import tokenizer
 from data.tokenizer_files import files_of
-from model import KVCache, LLaMA, ModelConfig, ModelError
+from model import LLaMA, ModelConfig, ModelError
 from plumbing import build, checkpoint, hf
+from plumbing.cache import KVCache
 from plumbing.families import config_from_hf, config_to_hf
 
 T, WINDOW = 40, 64

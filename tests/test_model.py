@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import model as model_module
-from model import SIZES, HeadLoss, KVCache, LLaMA, ModelConfig, ModelError, trained_rows
+from model import SIZES, HeadLoss, LLaMA, ModelConfig, ModelError, trained_rows
+from plumbing.cache import KVCache
 from plumbing.families import config_from_hf
 
 LLAMA3 = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)

@@ -1,11 +1,12 @@
-"""A window that slides: what model.KVCache forgets, what stays, and where it stands."""
+"""A window that slides: what plumbing.cache.KVCache forgets, what stays, and where it stands."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import sample
-from model import KVCache, LLaMA, ModelConfig, rotary_tables, rotate
+from model import LLaMA, ModelConfig, rotary_tables, rotate
+from plumbing.cache import KVCache
 
 TINY = dict(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_inner=56, vocab_size=97)
 DYNAMIC = {'rope_type': 'dynamic', 'factor': 2.0, 'original_max_position_embeddings': 12}

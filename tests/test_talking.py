@@ -14,8 +14,9 @@ from test_sample import published, said
 import configurator
 import sample
 from data import chat, tokenizer
-from model import KVCache, LLaMA
+from model import LLaMA
 from plumbing import talking
+from plumbing.cache import KVCache
 
 pty = pytest.importorskip('pty')  # not on Windows
 TEMPLATE = """{% for message in messages %}{% if message.role == 'user' %}<|user|>{{ message.content }}<|end|>\
