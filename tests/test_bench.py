@@ -17,6 +17,7 @@ TINY = [f'--{name}_sizes=9m:1' for name in PARTS] + ['--claim_sizes=9m', '--stat
 TINY += ['--repeats=3', '--seconds=1', '--rounds=1', '--batch_size=1', '--periods=1', '--amortised_over=20']
 TINY += ['--refreshes=1', '--update_proj_gap=5', '--merge_sizes=9m']
 TINY += ['--example_sizes=9m:1', '--examples_a_step=4', '--examples_at_once=4']
+TINY += ['--compiled_sizes=9m:1', '--compiled_windows=1', '--compiled_rounds=1']
 AUTHORS = bool(importlib.util.find_spec('galore_torch'))
 
 
@@ -63,6 +64,14 @@ def test_examples_are_the_same_for_all_rows_and_packed_ones_fill_them_best(table
     tokens = [number(row['tokens/s']) * number(row['ms']) for row in rows]
     assert max(tokens) < 1.02 * min(tokens), 'the same ones'
     assert number(rows[0]['speed over packed']) == 1 and all(number(row['MB made in a step']) > 0 for row in rows)
+
+
+def test_a_compiled_step_has_a_time_beside_one_without(tables):
+    rows = table(tables, 'A step with compile=True')
+    assert {'AdamW', 'GaLore, per_layer', 'LoQT', 'LoRA'} <= {row['method'] for row in rows}
+    for row in rows:
+        of_rounded = number(row['CPU ms, compiled']) / number(row['CPU ms'])
+        assert number(row['ratio']) == pytest.approx(of_rounded, rel=0.05) and number(row['start-up, s']) > 0
 
 
 def test_merges_bytes_and_peaks_of_loqt(tables):
