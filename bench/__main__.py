@@ -34,7 +34,7 @@ from plumbing.build import ROOT
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 only = 'all'  # 'all' | 'optimizers' | 'training' | 'stall' | 'examples' | 'states' | 'refresh' | 'memory' | 'merge' |
-#     'nf4' | 'peaks' | 'compiled' | 'picture': the part to measure, or the picture anew from the tables in `out`
+#                'nf4' | 'peaks' | 'compiled' | 'picture': the part to measure, or the picture anew of the tables in out
 out = 'results/bench.md'  # file for the tables of a full run, with the picture beside it; '': none
 
 # optimizers, training, stall: time. A size is a name in model.SIZES and a number of blocks, as in 130m:12

@@ -562,7 +562,6 @@ IMPOSSIBLE = {
     '--coreset=grad --method=lora --targets=q_proj': 'add v_proj, or use --coreset=random',
     '--coreset_norm=adam': "leave it out with coreset='none'",
     '--coreset_weights=cluster': 'or use --coreset=grad',
-    '--coreset=grad --coreset_weights=cluster --compile': 'use --compile=False or --coreset_weights=uniform',
 }
 
 
