@@ -77,7 +77,7 @@ def test_a_compiled_step_has_a_time_beside_one_without(tables):
 def test_merges_bytes_and_peaks_of_loqt(tables):
     rows = table(tables, 'A merge of one layer (LoQT)')
     assert [row['layer'] for row in rows] == ['128 x 128', '352 x 128', '128 x 352']
-    assert all(number(row['ms']) > 0 and number(row['ms of theirs']) > 0 for row in rows)
+    assert all(number(row['CPU ms']) > 0 and number(row['CPU ms of theirs']) > 0 for row in rows)
     rows = {row['size']: row for row in table(tables, 'Bytes of a LoQT model')}
     assert rows['9m']['tensors'] == 'real' and rows['60m']['tensors'] == 'fake'
     small, r, layers = 4 * 128 * 128 + 3 * 128 * 352, 32, 4
