@@ -12,7 +12,7 @@ Only B is trained. W_q and P_q stay as they are until a step of `update_steps`, 
     P_q = q(top r left singular vectors of G)                                # (m, r)
     W_q, B = q(W), 0, and C times:                                           # error compensation (algorithm 2)
         W_q = q(W - s P_q @ B'),  B = P_q^+ @ (W - W_q) / s                  # B holds what 4 bits lost
-    where B' goes half a step further than B went in the last round, which halves the rounds
+    where B' goes half a step further than B went in the last round: three such rounds do what five did
 
 GaLore is the same identity with B merged at every step. Memory: half a byte a weight, and B with two moments.
 Speed: W is decoded in forward and in backward, and s P_q @ B is added to it there, which for more than m n / (m + n)
@@ -287,8 +287,8 @@ def compensate(W, P, layer, rounds):
     2): in each of its rounds W_q takes what B cannot say, and B takes from what W_q lacks all that lies in the span of
     P (m, r). And what is lost all the same, as a share of W's norm, 0-dim; None without quantisation.
 
-    W_q is not made for the B of the round before, but for one half a step further: three rounds then lose no more than
-    five of the paper's do. `layer` gives its options, shapes and dtype; nothing of it changes."""
+    W_q is not made for the B of the round before, but for one half a step further: three rounds then lose as much as
+    five of the paper's do, within 1 %. `layer` gives its options, shapes and dtype; nothing of it changes."""
     scale, dtype, few_bits = layer.scale, layer.B.dtype, layer.quantize == 'nf4'
     gram = P.T @ P  # (r, r)
     # The pseudo-inverse (r, m), since in 4 bits P is not quite orthonormal; `_ex` does not wait for the device.

@@ -89,6 +89,8 @@ def problems(config):
         found.append(f'seed={config.seed} has more than 64 bits: use a smaller number')
     if config.prompts and (both := configurator.typed(config, 'prompt')):
         found.append(f'{both[0]} says nothing where prompts is a file of them: leave one of the two out')
+    if config.prompts and not os.path.isfile(config.prompts):
+        found.append(f'prompts={config.prompts!r} is no file: give one with a prompt in each line')
     if not config.prompts and (both := configurator.typed(config, 'batch_size')):
         found.append(f'{both[0]} is of a file of prompts: add --prompts=FILE')
     if config.chat and (both := configurator.typed(config, 'prompt', 'prompts', 'samples')):

@@ -33,7 +33,7 @@ from plumbing.build import build_model
 
 ASKED = {'60m': 0.234, '130m': 0.486, '350m': 0.970, '1b': 3.145}  # GiB of LoQT's table 1, recomputed from the shapes
 
-THEIR_ROUNDS = 5  # of compensation; ours loses no more in three
+THEIR_ROUNDS = 5  # of compensation; ours loses as much in three
 
 
 def official(layer, rounds):

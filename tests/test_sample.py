@@ -407,6 +407,7 @@ def test_bad_input_is_one_sentence_each(trained, tmp_path):
         (str(trained), f'--seed={2**64}'): 'has more than 64 bits',
         (str(trained), '--temprature=1'): 'temperature',
         (str(trained), '--prompts=a.txt', '--prompt=b'): 'says nothing where prompts is a file',
+        (str(trained), '--prompts=nope.txt'): 'is no file: give one with a prompt in each line',
         (str(trained), '--batch_size=3'): 'is of a file of prompts: add --prompts=FILE',
     }.items():
         done = run(['sample.py', *words])
