@@ -139,7 +139,7 @@ def measure(name, steps, folder):
     import torch
 
     import train
-    from memory import trace
+    from memory import rates, trace
     from plumbing.report import mfu
 
     def timed():
@@ -166,10 +166,13 @@ def measure(name, steps, folder):
     found['mfu'] = mfu(model.flops_per_token(config.block_size) * found['tokens'] / found['seconds'], 'cuda')
     found |= profiled(step)
     if not config.compile:  # whose kernels no plan knows
-        began = time.perf_counter()
-        plan = train.plan_memory(config, model.config, 'cuda', torch.bfloat16, model.activation_dtype)
+        began, shape, activations = time.perf_counter(), model.config, model.activation_dtype
+        plan = train.plan_memory(config, shape, 'cuda', torch.bfloat16, activations)
         found |= {'plan_allocated': plan.allocated, 'plan_reserved': plan.reserved, 'plan_card': plan.card}
         found |= {'plan_seconds': time.perf_counter() - began, 'moment': plan.moment}
+        del model, optimizer, step  # the rates of a card are measured in memory of it
+        torch.cuda.empty_cache()
+        found['plan_step'] = rates.planned(plan, config, 'cuda', torch.bfloat16).step
     return found
 
 
@@ -230,13 +233,14 @@ def tables(measured):
         memory.append([name, gb(m, 'plan_allocated'), gb(m, 'allocated'), off, gb(m, 'plan_reserved')])
         memory[-1] += [gb(m, 'reserved'), gb(m, 'plan_card'), gb(m, 'card'), off_card]
         kinds = [f'{100 * ms / max(sum(m["kinds"].values()), 1e-9):.0f} %' for ms in m['kinds'].values()]
-        speed.append([name, m['tokens'], 1e3 * m['seconds'], round(m['tokens'] / m['seconds']), m['mfu']])
+        planned = 1e3 * m['plan_step'] if 'plan_step' in m else None
+        speed.append([name, m['tokens'], planned, 1e3 * m['seconds'], round(m['tokens'] / m['seconds']), m['mfu']])
         busy = f'{sum(m["kinds"].values()) / (10 * m["seconds"]):.0f} %'
         speed[-1] += [1e3 * m['refresh'], m['launches'], busy, *kinds, m['built'], m['first']]
     head = ['run', 'planned', 'measured', 'off', 'planned reserved', 'measured', 'planned card', 'measured', 'off']
     lines = ['## Memory', '', 'GB. Measured: `torch.cuda.max_memory_allocated`, `max_memory_reserved`, and what the '
              'driver counts.', '', *table(head, memory), '']  # fmt: skip
-    head = ['run', 'tokens', 'ms a step', 'tokens/s', 'MFU', 'ms with refresh', 'kernels', 'busy']
+    head = ['run', 'tokens', 'planned ms', 'ms a step', 'tokens/s', 'MFU', 'ms with refresh', 'kernels', 'busy']
     head += [*(kind for kind, _ in KINDS), 's to the first step', 'first loss']
     lines += ['## Speed', '', 'Busy: milliseconds of all kernels of a profiled step over those of a step without the '
               'profiler; the rest of it waits for Python.', '', *table(head, speed), '']  # fmt: skip

@@ -25,7 +25,7 @@ def test_a_run_that_fails_is_a_row_and_the_others_stand():
     memory = next(line for line in lines if line.startswith('| planned'))
     assert '-5.0 %' in memory and '+25.0 %' in memory
     speed = [line for line in lines if line.startswith('| planned')][1].split(' | ')
-    assert speed[3] == '2,000' and speed[7] == '100 %', 'tokens a second, and 500 ms of kernels in 500 ms'
+    assert speed[4] == '2,000' and speed[8] == '100 %', 'tokens a second, and 500 ms of kernels in 500 ms'
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='says what is missing without a card')
