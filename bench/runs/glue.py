@@ -55,8 +55,8 @@ PUBLISHED = {'GaLore r 4': 85.89 - 86.28, 'GaLore r 8': 85.94 - 86.28}  # averag
 
 
 def run(args, task, name, rate, seed):
-    """-> {'scores': the metric in percent after each epoch, 'seconds', 'bytes', 'planned'} of a run; None if only
-    the finished ones are asked for, and it is not."""
+    """-> {'scores': the metric in percent after each epoch, 'seconds', 'bytes', 'planned', 'device'} of a run; None if
+    only the finished ones are asked for, and it is not."""
     _, bases, flags = METHODS[name]
     folder = os.path.join(OUT, f'{task}_{name}_{rate}_{seed}_{args.epochs}'.replace(' ', '_'))
     data = os.path.join(OUT, task)
@@ -80,7 +80,8 @@ def run(args, task, name, rate, seed):
         rows = [row for row in csv.DictReader(f) if row.get(f'val_{TASKS[task]}') and int(row['step'])]
     peaks = [int(found[f'peak_bytes_{what}']) for what in ('measured', 'planned')]
     scores = [100 * float(row[f'val_{TASKS[task]}']) for row in rows]
-    return {'scores': scores, 'seconds': float(found['seconds']), 'bytes': peaks[0], 'planned': peaks[1]}
+    costs = {'seconds': float(found['seconds']), 'bytes': peaks[0], 'planned': peaks[1], 'device': found['device']}
+    return {'scores': scores} | costs
 
 
 def best_rate(tried):
@@ -99,7 +100,8 @@ def rows_of(task, chosen):
         last, best = ([pick(one['scores']) for one in runs] for pick in (lambda scores: scores[-1], max))
         seconds = statistics.median(one['seconds'] for one in runs)
         gigabytes = (f'{max(one[what] for one in runs) / 1e9:.2f}' for what in ('planned', 'bytes'))
-        yield [task, name, rate, spread(last), f'{statistics.median(best):.1f}', f'{seconds:.0f}', *gigabytes]
+        device = '/'.join(sorted({one['device'] for one in runs}))
+        yield [task, name, rate, spread(last), f'{statistics.median(best):.1f}', device, f'{seconds:.0f}', *gigabytes]
 
 
 def gaps(found):
@@ -117,7 +119,7 @@ def gaps(found):
 
 def written(args, found):
     """The lines of glue.md. found: {task: {method: (rate, runs)}}."""
-    head = ['task', 'method', 'rate', 'last epoch', 'best epoch', 'seconds', 'planned GB', 'measured GB']
+    head = ['task', 'method', 'rate', 'last epoch', 'best epoch', 'device', 'seconds', 'planned GB', 'measured GB']
     rows = [row for task, chosen in found.items() for row in rows_of(task, chosen)]
     return [
         '# MiniLM-L6 on GLUE',
@@ -126,7 +128,8 @@ def written(args, found):
         f'batches of {BATCH}, fp32, a linear schedule without warm-up. Scores are of the dev split, in percent:',
         'Matthews coefficient of CoLA, accuracy of RTE and SST-2. Last epoch: the median of the seeds, the lowest and',
         'the highest, at the rate whose last epoch was best under the first seed. Best epoch: the median of the best',
-        'of each seed, chosen on the same dev split, so it flatters. Seconds of a run, its evaluations with it.',
+        'of each seed, chosen on the same dev split, so it flatters. Seconds of a run, its evaluations with it: where',
+        'several ran at a time (--jobs), each had a part of the device.',
         '',
         *table(head, rows),
         '',
