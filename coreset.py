@@ -205,11 +205,16 @@ def example_losses(x, W, targets, needs_grad=False, bias=None, trained=None):
     return (share * losses).double().view(targets.shape).sum(1), dx.view_as(x) if needs_grad else None
 
 
-def value_layer(model, name='auto'):
-    """The last block's value projection: the layer of a name that it has in one family or another, or whose name ends
-    as `name` does. Raises ModelError where there is none."""
+def blocks_of(model, depth):
+    """How many of a model's blocks are this share of them: at least one."""
+    return max(round(depth * len(model.layers)), 1)
+
+
+def value_layer(model, name='auto', blocks=None):
+    """The value projection of the last of so many blocks (all): the layer of a name that it has in one family or
+    another, or whose name ends as `name` does. Raises ModelError where there is none."""
     ends = VALUES if name == 'auto' else (name,)
-    linears = {n: m for n, m in model.layers[-1].named_modules() if hasattr(m, 'in_features')}
+    linears = {n: m for n, m in model.layers[(blocks or 0) - 1].named_modules() if hasattr(m, 'in_features')}
     found = [module for n, module in linears.items() if f'.{n}'.endswith(tuple(f'.{end}' for end in ends))]
     if not found:
         asked = 'none of its layers is named as a value projection' if name == 'auto' else f'it has no layer {name}'
@@ -224,13 +229,13 @@ def value_layer(model, name='auto'):
 
 
 @torch.no_grad()
-def zeroth_order(model, h, rest, targets, directions=1, seed=0, layer='auto', trained=None):
+def zeroth_order(model, h, rest, targets, directions=1, seed=0, layer='auto', trained=None, blocks=None):
     """p (b, m) fp32: derivatives of each example's loss along m random directions z of the last V projection, which are
     the same in every call with this seed. h (b, T, D): what enters the last block, rest: what else does.
 
     In fp32 and without TF32: the rounding of lower precision is larger than the difference of two such losses."""
     h, rest = tree_map(lambda t: t.float() if torch.is_tensor(t) and t.is_floating_point() else t, (h, rest))
-    v_proj, precision = value_layer(model, layer), torch.get_float32_matmul_precision()
+    v_proj, precision = value_layer(model, layer, blocks), torch.get_float32_matmul_precision()
     shape, p, kept = (v_proj.out_features, len(v_proj.A) if hasattr(v_proj, 'A') else v_proj.in_features), [], {}
     torch.set_float32_matmul_precision('highest')
 
@@ -245,7 +250,7 @@ def zeroth_order(model, h, rest, targets, directions=1, seed=0, layer='auto', tr
             z, losses = torch.randn(*shape, generator=generator, device=h.device), []  # (out, in)
             for eps in (EPS, -EPS):
                 with v_proj.register_forward_hook(partial(moved, z, eps)):
-                    out = model.last(h, rest)
+                    out = model.last(h, rest, blocks)
                 losses.append(example_losses(out, model.head, targets, False, model.head_bias, trained)[0])
             p.append(((losses[0] - losses[1]) / (2 * EPS)).float())
     finally:
@@ -253,10 +258,10 @@ def zeroth_order(model, h, rest, targets, directions=1, seed=0, layer='auto', tr
     return torch.stack(p, 1)
 
 
-def factors(model, h, rest, targets, layer='auto', trained=None):
+def factors(model, h, rest, targets, layer='auto', trained=None, blocks=None):
     """X (b, T, in), D (b, T, out): each example's gradient by the last V projection (LoRA: by its B) is D_i.T @ X_i."""
-    block, kept = model.layers[-1], {}
-    v_proj = value_layer(model, layer)
+    block, kept = model.layers[(blocks or 0) - 1], {}
+    v_proj = value_layer(model, layer, blocks)
 
     def make_leaf(module, args, v):
         kept['X'], kept['v'] = trained_input(module, args[0]).detach(), v.detach().requires_grad_()
@@ -268,7 +273,7 @@ def factors(model, h, rest, targets, layer='auto', trained=None):
             if module is not v_proj and (isinstance(module, nn.Linear) or hasattr(module, 'dense_weight')):
                 frozen = module.register_forward_hook(lambda m, args, y: Through.apply(args[0], y.detach(), m))
                 hooks.enter_context(frozen)
-        out = model.last(h, rest)  # (b, T, D)
+        out = model.last(h, rest, blocks)  # (b, T, D)
         _, dx = example_losses(out.detach(), model.head, targets, True, model.head_bias, trained)
         (D,) = torch.autograd.grad(out, kept['v'], dx)
     return kept['X'], D
@@ -282,7 +287,7 @@ def widths_of(targets, batch_size):
 
 
 def features(model, tokens, targets, feature, batch_size, directions=1, seed=0, rank=0, world=1, widths=None,
-             layer='auto'):  # fmt: skip
+             layer='auto', blocks=None):  # fmt: skip
     """{name: tensor} of a pool, tokens and targets (n, T): H (n, D), each example's mean hidden state, and for 'zo' p
     (n, m), for 'grad' X (n, T, in) and D (n, T, out). batch_size examples at a time; process `rank` of `world` fills in
     its share of these micro-batches and leaves zeros elsewhere. widths: `widths_of` the targets, to run no padding.
@@ -297,13 +302,13 @@ def features(model, tokens, targets, feature, batch_size, directions=1, seed=0, 
         x, y = tokens[rows, :T], targets[rows, :T]
         trained = trained_rows(y)  # the others have no logits
         with torch.no_grad():
-            h, rest = model.before_last(x)  # (b, T, D)
+            h, rest = model.before_last(x, blocks)  # (b, T, D)
             own = (y != -100)[:, :, None]
             part = {'H': (h * own).float().sum(1) / own.sum(1).clamp_min(1)}
         if feature == 'zo':
-            part['p'] = zeroth_order(model, h, rest, y, directions, seed, layer, trained)
+            part['p'] = zeroth_order(model, h, rest, y, directions, seed, layer, trained, blocks)
         elif feature == 'grad':
-            part['X'], part['D'] = factors(model, h, rest, y, layer, trained)
+            part['X'], part['D'] = factors(model, h, rest, y, layer, trained, blocks)
         del h, rest  # not beside the next ones
         for name, t in part.items():
             if name not in found:
@@ -319,8 +324,9 @@ def features(model, tokens, targets, feature, batch_size, directions=1, seed=0, 
 class Coreset:
     """Chooses the batch of each step, and keeps what has to last from one step to the next.
 
-    feature: 'random', 'zo' or 'grad'; norm: 'unit' or 'adam'; weights: 'uniform' or 'cluster'; directions: m of 'zo';
-    sparsity: h of 'adam', 0 for all coordinates. small: sources to keep whole, as long as they fill at most keep_small
+    feature: 'random', 'zo', 'hidden' or 'grad'; norm: 'unit' or 'adam'; weights: 'uniform' or 'cluster'; directions: m
+    of 'zo'; depth: share of the blocks that the pool runs through, as if there were no more; sparsity: h of 'adam', 0
+    for all coordinates. small: sources to keep whole, as long as they fill at most keep_small
     of the batch. clusters: 0, or how many clusters of hidden states replace the sources; they are found anew at the
     steps `remake`, and before the first of these the choice is random. Raises ValueError for an unknown word.
 
@@ -329,13 +335,14 @@ class Coreset:
     chosen if each example has the weight of its cluster."""
 
     def __init__(self, feature='grad', norm='unit', small=(), weights='uniform', directions=16, clusters=0,
-                 remake=(), keep_small=1.0, sparsity=2560, betas=(0.9, 0.999), seed=0, layer='auto'):  # fmt: skip
+                 remake=(), keep_small=1.0, sparsity=2560, betas=(0.9, 0.999), seed=0, layer='auto',
+                 depth=1.0):  # fmt: skip
         self.feature, self.norm, self.small, self.weights, self.directions = feature, norm, small, weights, directions
         self.clusters, self.remake, self.keep_small, self.sparsity = clusters, set(remake), keep_small, sparsity
-        self.betas, self.seed, self.layer = betas, seed, layer
+        self.betas, self.seed, self.layer, self.depth = betas, seed, layer, depth
         self.t, self.M, self.V, self.centres = 0, None, None, None
         self.kept_share, self.errors = 0.0, None
-        known = dict(feature=('random', 'zo', 'grad'), norm=('unit', 'adam'), weights=('uniform', 'cluster'))
+        known = dict(feature=('random', 'zo', 'hidden', 'grad'), norm=('unit', 'adam'), weights=('uniform', 'cluster'))
         for name, words in known.items():
             if (value := getattr(self, name)) not in words:
                 raise ValueError(f'{name}={value!r} is not known: use one of {", ".join(map(repr, words))}')
@@ -351,9 +358,10 @@ class Coreset:
             share = (0, max(len(tokens) // batch_size // 2, 1))
         training = [module for module in model.modules() if module.training]
         model.eval()  # no dropout, whose masks would advance the global generator
+        own = self.feature, batch_size, self.directions, self.seed
         try:
             found = features(
-                model, tokens, targets, self.feature, batch_size, self.directions, self.seed, *share, widths, self.layer
+                model, tokens, targets, *own, *share, widths, self.layer, blocks_of(model, self.depth)
             )
         finally:
             for module in training:
@@ -363,8 +371,11 @@ class Coreset:
         return found
 
     def compare(self, found):
-        """K (c, c): the Gram matrix of the gradients G, or for 'zo' of their p."""
-        return gram(found['X'], found['D']) if self.feature == 'grad' else found['p'] @ found['p'].T
+        """K (c, c): the Gram matrix of the gradients G, for 'zo' of their p, for 'hidden' of H less its mean."""
+        if self.feature == 'grad':
+            return gram(found['X'], found['D'])
+        f = found['p'] if self.feature == 'zo' else found['H'] - found['H'].mean(0)  # (c, m or D)
+        return f @ f.T
 
     @torch.no_grad()
     def choose(self, model, tokens, targets, sources, k, step, batch_size):
@@ -482,12 +493,14 @@ class Options:
     coreset_sparsity = 2560  # h: coordinates that adam compares, those where a source's mean step is largest; 0: all
     coreset_weights = 'uniform'  # 'uniform' | 'cluster': cluster weighs each window by how many it stands for
     coreset_clusters = 0  # 0: sources are the data set's; else so many clusters of hidden states, found anew five times
+    coreset_depth = 1.0  # share of the blocks that the pool runs through: a quarter finds the same copies at less cost
     coreset_layer = 'auto'  # the layer of the last block whose gradients are compared; auto: its value projection
     keep_small = 0.5  # share of the batch within which sources below average size are taken whole; 0: all in proportion
     zo_directions = 16  # random directions of zo; the paper's 1 leaves a single number a window
 
 
 FIXED = ('coreset', 'coreset_norm', 'coreset_clusters', 'zo_directions', 'coreset_layer')  # what a saved history means
+FIXED += ('coreset_depth',)
 
 MOST_WINDOWS = 2**16  # in a pool, of which each is compared with each: 17 GB
 
@@ -501,11 +514,15 @@ def problems(config):
     c, k = config, config.batch_size * config.gradient_accumulation_steps
     found = between(c, 2, max(MOST_WINDOWS // max(k, 1), 2), 'coreset_from') + between(c, 1, 4096, 'zo_directions')
     found += between(c, 0, c.coreset_from * k, 'coreset_clusters') + between(c, 0, 1, 'keep_small')
-    found += between(c, 0, 2**40, 'coreset_sparsity')
+    found += between(c, 0, 2**40, 'coreset_sparsity') + between(c, 0.001, 1, 'coreset_depth')
     if c.coreset != 'zo' and typed(c, 'zo_directions'):
         found.append(f"zo_directions is of zo alone: leave it out with coreset='{c.coreset}', or use --coreset=zo")
-    if c.coreset == 'random' and c.coreset_norm != 'unit':
-        found.append("coreset_norm is of what zo and grad compare: leave it out with coreset='random'")
+    if c.coreset in ('random', 'hidden') and c.coreset_norm != 'unit':
+        found.append(f"coreset_norm is of what zo and grad compare: leave it out with coreset='{c.coreset}'")
+    if c.coreset == 'random' and not c.coreset_clusters and typed(c, 'coreset_depth'):
+        found.append("coreset='random' looks at no block: leave out coreset_depth")
+    if c.coreset in ('random', 'hidden') and typed(c, 'coreset_layer'):
+        found.append(f"coreset_layer is of what zo and grad compare: leave it out with coreset='{c.coreset}'")
     if c.coreset_norm == 'unit' and c.coreset_sparsity != Options.coreset_sparsity:
         found.append('coreset_sparsity is of what adam compares: leave it out, or use --coreset_norm=adam')
     if c.coreset == 'zo' and c.coreset_norm == 'unit' and c.zo_directions == 1:
@@ -515,7 +532,7 @@ def problems(config):
         )
     targets, own = c.targets if c.method == 'lora' else 'all', c.coreset_layer
     names = {'all', own} if own != 'auto' else {'all', *VALUES}
-    if c.coreset != 'random' and not names & set(targets.split(',')):
+    if c.coreset in ('zo', 'grad') and not names & set(targets.split(',')):
         own = 'v_proj' if own == 'auto' else own
         found.append(
             f"coreset='{c.coreset}' compares gradients of {own}, which targets leaves out: "
@@ -535,7 +552,7 @@ def setup(config, data=None):
     return Coreset(feature=c.coreset, norm=c.coreset_norm, small=small, weights=c.coreset_weights,
                    directions=c.zo_directions, clusters=c.coreset_clusters, remake=remake, keep_small=c.keep_small,
                    sparsity=c.coreset_sparsity, betas=(c.beta1, c.beta2), seed=c.seed,
-                   layer=c.coreset_layer)  # fmt: skip
+                   layer=c.coreset_layer, depth=c.coreset_depth)  # fmt: skip
 
 
 def chosen_batches(selection, model, data, config, step, device, rank=0, world=1):

@@ -875,16 +875,16 @@ class LLaMA(nn.Module):
                 waiting.leave()
         return self.norm(x)
 
-    def before_last(self, tokens):
-        """tokens (B, T) -> what the last block reads: x (B, T, D), and the rest, for `last`."""
+    def before_last(self, tokens, blocks=None):
+        """tokens (B, T) -> what the last of the first `blocks` (all) reads: x (B, T, D), and the rest, for `last`."""
         x, *rest = self.embed(tokens)
-        for layer in self.layers[:-1]:
+        for layer in self.layers[: (blocks or len(self.layers)) - 1]:
             x = layer(x, *rest)
         return x, rest
 
-    def last(self, x, rest):
-        """-> what the head reads, (B, T, D)."""
-        return self.norm(self.layers[-1](x, *rest))
+    def last(self, x, rest, blocks=None):
+        """-> what the head reads, (B, T, D), as if there were no more blocks than these."""
+        return self.norm(self.layers[(blocks or len(self.layers)) - 1](x, *rest))
 
     def shrink_tables(self, head_bits=16, home=None):
         """Keep a frozen head in 8 bits, and a frozen embedding on the device `home`, main memory, where its rows are

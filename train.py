@@ -126,7 +126,8 @@ tp_size = 2  # of parallel='dp+tp': processes in a group that computes each laye
 compile = False  # torch.compile for what lies between a block's products; off, with the reason printed, if it fails
 
 # choice of batches
-coreset = 'none'  # 'none' | 'random' | 'zo' | 'grad': choose each step's windows from a pool (CoLM); random: by source
+coreset = 'none'  # 'none' | 'random' | 'zo' | 'hidden' | 'grad': choose each step's windows from a pool (CoLM) by their
+#                    sources, by derivatives along random directions, by mean hidden states, or by gradients
 
 # reports
 log_interval = 10  # steps between log lines

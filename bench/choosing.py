@@ -72,6 +72,8 @@ def measure_share():
         x = torch.randint(0, 4096, (POOL, T))
         for name, options in (
             ('grad, unit', dict(feature='grad')),
+            ('grad, unit, a quarter of the blocks', dict(feature='grad', depth=0.25)),
+            ('hidden, a quarter of the blocks', dict(feature='hidden', depth=0.25)),
             ('grad, Adam + l1', dict(feature='grad', norm='adam')),
             ('zo, m=1', dict(feature='zo', norm='adam', directions=1)),
             ('zo, m=16', dict(feature='zo')),

@@ -333,7 +333,7 @@ def during_the_choice(run):
     one weight after another and at last the head, for 'grad' with its backward; or the Gram matrix, from some columns
     of all gradients at a time. Norm 'adam' then takes Adam's step of each window, as if all were of one source."""
     c, a, N, D, F, K = run.config, run.a, run.N, run.D, run.F, run.K
-    if c.coreset not in ('zo', 'grad'):
+    if c.coreset not in ('zo', 'grad', 'hidden'):
         return {}
     pool, rows = c.batch_size * c.gradient_accumulation_steps * c.coreset_from, min(ROWS, N)
     into = c.rank if c.method == 'lora' else D  # of what the V projection trains
@@ -345,6 +345,8 @@ def during_the_choice(run):
         at_the_end = 4 * N * 2 * D + wide * run.table + 4 * rows * run.V
         seen = 4 * pool * c.zo_directions
         busy = (a + wide + 4) * N * D + 8 * N * K + 4 * K * into + max(inside, at_the_end)
+    elif c.coreset == 'hidden':
+        seen, busy = 0, max(a * N * (4 * D + 3 * F), 8 * pool * pool)
     else:
         tail = activations_of_a_block(run) + rows * run.V * run.a_logit + 3 * a * N * D
         # the weight of a frozen layer, decoded, and with what was added to it

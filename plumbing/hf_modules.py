@@ -272,13 +272,13 @@ class Transformers(nn.Module):
             kept=DynamicCache(config=self.config.hf), length=0, slots=self.config.block_size, slides=False
         )
 
-    def before_last(self, tokens):
+    def before_last(self, tokens, blocks=None):
         """As LLaMA's; the rest are the last block's other arguments."""
 
         def stop(module, inputs, named):
             raise Reached(inputs, named)
 
-        hook = self.layers[-1].register_forward_pre_hook(stop, with_kwargs=True)
+        hook = self.layers[(blocks or 0) - 1].register_forward_pre_hook(stop, with_kwargs=True)
         try:
             with no_search_for_pieces():
                 self.inner.base_model(input_ids=tokens, **self.inputs(tokens, None, None, None))
@@ -288,9 +288,9 @@ class Transformers(nn.Module):
         finally:
             hook.remove()
 
-    def last(self, x, rest):
+    def last(self, x, rest, blocks=None):
         """As LLaMA's. An x of another dtype than the weights' finds small ones, of norms and the like, in its own."""
-        tail = Tail(self.layers[-1], self.after_blocks)
+        tail = Tail(self.layers[(blocks or 0) - 1], self.after_blocks)
         own = {name: p.to(x.dtype) for name, p in tail.named_parameters() if p.dim() == 1 and p.dtype != x.dtype}
         self.again = True  # computed once, whatever checkpointing says
         try:

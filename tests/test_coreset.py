@@ -222,6 +222,43 @@ def test_a_gram_matrix_in_pieces_is_that_of_one_piece(monkeypatch):
     torch.testing.assert_close(gram(X, D), whole)
 
 
+@pytest.mark.parametrize('feature', ['grad', 'zo', 'hidden'])
+@pytest.mark.parametrize('blocks', [1, 2])
+def test_fewer_blocks_give_the_features_of_a_model_that_has_no_more(feature, blocks):
+    model, _ = model_and_optimizer()
+    short = LLaMA(ModelConfig(**TINY | {'n_layer': blocks}), dtype=torch.float32)
+    short.load_state_dict(model.state_dict(), strict=False)
+    x, y = tokens_of(5)
+    mine = features(model, x, y, feature, 2, directions=2, blocks=blocks)
+    assert mine.keys() == {'grad': {'H', 'X', 'D'}, 'zo': {'H', 'p'}, 'hidden': {'H'}}[feature]
+    for name, t in features(short, x, y, feature, 2, directions=2).items():
+        assert torch.equal(mine[name], t) and t.abs().max() > 0, name
+
+
+@pytest.mark.parametrize('depth, blocks', [(1.0, 3), (0.5, 2), (0.34, 1), (0.001, 1)])
+def test_a_share_of_the_blocks_is_rounded_and_at_least_one(depth, blocks):
+    model, _ = model_and_optimizer()
+    ran = []
+    for i, layer in enumerate(model.layers):
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
+    x, y = tokens_of(8)
+    Coreset('grad', depth=depth).choose(model, x, y, [0] * 8, 2, 0, 8)
+    assert ran == list(range(blocks))
+
+
+def test_hidden_states_less_their_mean_are_compared_at_unit_length():
+    model, _ = model_and_optimizer()
+    x, y = tokens_of(6)
+    y[:, 20:] = -100  # prompts and padding do not count
+    with torch.no_grad():
+        h, _ = model.before_last(x)
+    H = h[:, :20].mean(1)
+    H = F.normalize(H - H.mean(0))
+    chooser = Coreset('hidden')
+    found = chooser.look(model, x, y, 3)
+    torch.testing.assert_close(coreset.unit_distance(chooser.compare(found)), torch.cdist(H, H), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize('feature', ['grad', 'zo'])
 def test_a_feature_is_the_same_alone_and_padded_beside_one_four_times_longer(feature):
     model, _ = model_and_optimizer()
@@ -286,6 +323,16 @@ def test_neither_kept_nor_unwanted_examples_run_through_the_model():
 
 def all_gradients(model, x, y, weights=None):
     return torch.cat([g.flatten() for g in torch.autograd.grad(model(x, y, weights=weights), list(model.parameters()))])
+
+
+@pytest.mark.parametrize('depth', [1.0, 0.34])
+def test_hidden_states_find_planted_duplicates_of_any_depth(depth):
+    model, _ = model_and_optimizer()
+    of = torch.from_numpy(np.random.default_rng(0).permutation(np.repeat(np.arange(16), 4)))
+    x, y = (t[of] for t in tokens_of(16))
+    chooser = Coreset('hidden', weights='cluster', depth=depth)
+    chosen, weights = chooser.choose(model, x, y, [0] * 64, 16, 0, 64)
+    assert len(of[chosen].unique()) == 16 and torch.equal(weights, torch.ones(16)) and chooser.errors is None
 
 
 def test_planted_duplicates_are_found_and_stand_for_each_other():
@@ -388,7 +435,7 @@ def test_clusters_of_hidden_states_are_the_sources_where_the_data_names_none():
 
 
 def test_unknown_words_name_the_choices():
-    with pytest.raises(ValueError, match="feature='gradient' is not known: use one of 'random', 'zo', 'grad'"):
+    with pytest.raises(ValueError, match="feature='gradient' is not known: use one of 'random', 'zo', 'hidden', 'grad'"):
         Coreset('gradient')
 
 
@@ -448,9 +495,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(mixed, tmp_path):
         checkpoint.load_selection(str(tmp_path / 'part/last'), Coreset())
 
 
-def test_the_plan_counts_the_choice_as_a_real_step_does(data):
+@pytest.mark.parametrize('how', [['--coreset=grad'], ['--coreset=hidden', '--coreset_depth=0.5']])
+def test_the_plan_counts_the_choice_as_a_real_step_does(data, how):
     words, planned = tiny(f'--dataset={data}', '--batch_size=2', '--method=adamw'), {}
-    for more in ([], ['--coreset=grad', '--coreset_from=60']):
+    for more in ([], ['--coreset_from=60', *how]):
         config = configurator.load(training.__file__, [*words, *more], training.problems)
         model = build.build_model(config, data, 257, torch.float32, 'cpu')
         planned[bool(more)] = trace.plan_memory(
@@ -463,7 +511,7 @@ def test_the_plan_counts_the_choice_as_a_real_step_does(data):
             coreset.setup(config),
             torch.float32,
         ).total
-    assert planned[True] > planned[False]
+    assert planned[True] > planned[False] or how[0] == '--coreset=hidden', 'which takes less than the step after it'
     with LiveBytes() as live:
         model = LLaMA(model.config)
         optimizer = adam.setup(model, config)
@@ -471,7 +519,9 @@ def test_the_plan_counts_the_choice_as_a_real_step_does(data):
         for step in range(2):
             x = torch.randint(0, 257, (120, 32))
             chosen, _ = chooser.choose(model, x, x, [0] * 120, 2, step, 2)
-            training.training_step(model, optimizer, [(x[chosen], x[chosen])], 1e-3, 'cpu')
+            batch = x[chosen]
+            del x  # as chosen_batches does
+            training.training_step(model, optimizer, [(batch, batch.clone())], 1e-3, 'cpu')
     assert planned[True] == pytest.approx(live.peak, rel=0.02)
 
 
@@ -562,6 +612,10 @@ IMPOSSIBLE = {
     '--coreset=grad --method=lora --targets=q_proj': 'add v_proj, or use --coreset=random',
     '--coreset_norm=adam': "leave it out with coreset='none'",
     '--coreset_weights=cluster': 'or use --coreset=grad',
+    '--coreset=grad --coreset_depth=0': 'coreset_depth=0.0 is too small: use 0.001 or more',
+    '--coreset=random --coreset_depth=0.5': 'looks at no block: leave out coreset_depth',
+    '--coreset=hidden --coreset_layer=q_proj': "leave it out with coreset='hidden'",
+    '--coreset=hidden --coreset_norm=adam': "leave it out with coreset='hidden'",
 }
 
 

@@ -339,6 +339,22 @@ def test_coresets_features_are_gradients_of_a_layer_of_the_last_block(tmp_path, 
     assert half.eval() and coreset.features(half, x, y, 'zo', 2, layer=layer)['p'].dtype == torch.float32
 
 
+@pytest.mark.parametrize('name', ['opt', 'phi'])
+def test_coresets_features_of_fewer_blocks_are_read_where_those_end(tmp_path, name):
+    saved(tmp_path, name)
+    model, (x, y) = hf_models.load(tmp_path, config_of()), batch()
+    inputs = []
+    module = coreset.value_layer(model, blocks=1)
+    handle = module.register_forward_pre_hook(lambda m, args: inputs.append(args[0].detach().clone()))
+    with torch.no_grad():
+        model.eval()(x, y)
+    handle.remove()
+    found = coreset.features(model, x, y, 'grad', len(x), blocks=1)
+    assert len(model.layers) > 1 and module is coreset.value_layer(model, blocks=1)
+    torch.testing.assert_close(found['X'], inputs[0].view_as(found['X']), atol=1e-6, rtol=1e-5)
+    assert found['D'].abs().sum() > 0
+
+
 def test_a_last_block_without_such_a_layer_is_told_with_the_names_it_has(tmp_path):
     saved(tmp_path, 'gpt2')
     with pytest.raises(ModelError, match=r'use --coreset_layer=NAME, one of c_attn, c_proj, c_fc$'):

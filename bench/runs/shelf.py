@@ -96,8 +96,8 @@ def words_of(args, name, rate, seed):
 
 
 def run(args, name, step, seed):
-    """-> {'loss', 'bytes': of the peak} of one run; None if only the finished are asked for, and it is not. A run that
-    came to nothing (its loss was not finite) counts as infinitely bad."""
+    """-> {'loss', 'bytes': of the peak, 'device'} of one run; None if only the finished are asked for, and it is not.
+    A run that came to nothing (its loss was not finite) counts as infinitely bad."""
     rate = rate_at(name, step)
     folder = os.path.join(OUT, f'{name}_{rate:g}_{seed}_{args.steps}'.replace(' ', '_').replace(',', ''))
     words = [*words_of(args, name, rate, seed), f'--out_dir={folder}', '--save_best=weights', '--overwrite']
@@ -105,12 +105,13 @@ def run(args, name, step, seed):
         printed = do(words, os.path.join(folder, 'log.txt'), args.finished)
     except Exception as error:
         print(f'note: {name} at {rate:g}: {error}', file=sys.stderr, flush=True)
-        return {'loss': math.inf, 'bytes': 0}
+        return {'loss': math.inf, 'bytes': 0, 'device': args.device}
     if printed is None:
         return None
     found = dict(line.split(': ', 1) for line in printed.splitlines() if ': ' in line)
     loss = float(found['val_loss'])
-    return {'loss': loss if math.isfinite(loss) else math.inf, 'bytes': int(found['peak_bytes_measured'])}
+    loss, peak = loss if math.isfinite(loss) else math.inf, int(found['peak_bytes_measured'])
+    return {'loss': loss, 'bytes': peak, 'device': found['device']}
 
 
 def tuned(args, name, pool):
@@ -215,6 +216,7 @@ def written(args, runs, measured):
     """The lines of shelf.md. runs: {name: (tried, [loss of each seed])}."""
     losses = {name: (statistics.median(some), some) for name, (_, some) in runs.items()}
     plain = measured[PLAIN if PLAIN in runs else next(iter(runs))][1]
+    devices = ' and '.join(sorted({one['device'] for some, _ in runs.values() for one in some.values()}))
     rows = [row(name, *runs[name], measured[name], plain) for name in sorted(runs, key=lambda name: losses[name][0])]
     head = ['method', 'rate', 'val loss', 'seeds, from to', 'seeds', 'MB kept', 'MB peak', 'time', 'rates tried']
     return [
@@ -222,14 +224,14 @@ def written(args, runs, measured):
         '',
         f'Made by `python -m bench.runs.shelf --steps={args.steps} --seeds={args.seeds}`: 3.3M parameters,',
         f'{args.steps} steps of 2,048 tokens of the source of installed packages, fp32, a warm-up of a tenth, cosine',
-        'decay to a tenth. Each method at its best learning rate: three, and more while the best was the last on its',
-        'side. Val loss: the median of the seeds. MB kept: weights and optimizer states; MB peak: all tensors at the',
-        f'peak of a step of 8 x 256 tokens; time: seconds of a step over those of {PLAIN}, in turns in one',
-        'process, without the refresh of a basis (of BAdam and BlockLLM: while they train the first block). Embedding',
-        f'and head learn at {TABLE_RATE:g} under all methods, by AdamW with betas of .9 and .95, gradients are clipped',
-        'to 1, weights decay by 0.1. In AdamW, one rate, and in SCALE and AdaLomo, which have no AdamW, they learn',
-        'at the rate of the blocks, and the rest is as by default. GaLore, full rank and random P are the controls: of',
-        'what the subspace costs, and of what its choice is worth.',
+        f'decay to a tenth, on {devices}. Each method at its best learning rate: three, and more while the best was the',
+        'last on its side. Val loss: the median of the seeds. MB kept: weights and optimizer states; MB peak: all',
+        f'tensors at the peak of a step of 8 x 256 tokens; time: seconds of a step over those of {PLAIN}, in turns in',
+        'one process on a CPU, without the refresh of a basis (of BAdam and BlockLLM: while they train the first block).',
+        f'Embedding and head learn at {TABLE_RATE:g} under all methods, by AdamW with betas of .9 and .95, gradients are',
+        'clipped to 1, weights decay by 0.1. In AdamW, one rate, and in SCALE and AdaLomo, which have no AdamW, they',
+        'learn at the rate of the blocks, and the rest is as by default. GaLore, full rank and random P are the controls:',
+        'of what the subspace costs, and of what its choice is worth.',
         '',
         '![loss against bytes](shelf.png)',
         '',
