@@ -360,9 +360,7 @@ class Coreset:
         model.eval()  # no dropout, whose masks would advance the global generator
         own = self.feature, batch_size, self.directions, self.seed
         try:
-            found = features(
-                model, tokens, targets, *own, *share, widths, self.layer, blocks_of(model, self.depth)
-            )
+            found = features(model, tokens, targets, *own, *share, widths, self.layer, blocks_of(model, self.depth))
         finally:
             for module in training:
                 module.training = True

@@ -435,7 +435,9 @@ def test_clusters_of_hidden_states_are_the_sources_where_the_data_names_none():
 
 
 def test_unknown_words_name_the_choices():
-    with pytest.raises(ValueError, match="feature='gradient' is not known: use one of 'random', 'zo', 'hidden', 'grad'"):
+    with pytest.raises(
+        ValueError, match="feature='gradient' is not known: use one of 'random', 'zo', 'hidden', 'grad'"
+    ):
         Coreset('gradient')
 
 

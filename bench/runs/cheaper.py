@@ -68,7 +68,7 @@ def errors(model, pools, k, batch_size):
 
 
 def copies(ids, vocabulary, seed, n=64, T=128):
-    """A pool x, y (n, T) of a quarter as many texts, repeated unevenly, a twentieth of the tokens replaced at random."""
+    """A pool x, y (n, T): n / 4 texts, repeated unevenly, and a twentieth of the tokens replaced at random."""
     rng = np.random.default_rng(seed)
     at = rng.choice(len(ids) - T - 1, n // 4, replace=False)
     which = np.repeat(at, rng.multinomial(n - len(at), rng.dirichlet(np.full(len(at), 0.7))) + 1)
