@@ -361,21 +361,24 @@ class GaLoreAdamW(AdamW):
     def new_basis(self, p, G, mine=True):
         """A new P for p, from G (m, n), pending until the step is taken. mine: False where another process makes it,
         and this one only room for it."""
-        state, group, earlier = self.state[p], self.group_of[p], self.pending.get(p)
+        state, earlier = self.state[p], self.pending.get(p)
         G = p.part.whole(G, 1) if hasattr(p, 'part') else G  # (m, n)
-        step, T, good = state.get('step', 0), group['update_proj_gap'], is_finite(G)
+        step, T, good = state.get('step', 0), self.group_of[p]['update_proj_gap'], is_finite(G)
         if mine and self.refresh != 'subspace':  # of NaN it would not come to its end
             G = zero_unless_(good, G.to(torch.float32, copy=True))  # (m, n)
         old = self.decoded(p, state).float() if 'P' in state else None
         P = any_P = torch.eye(len(G), len(self.placeholder[p]), device=G.device) if old is None else old  # (m, r)
         if mine:
-            P = orthonormal_basis(G, group['rank'], self.refresh, old, self.random_seed(p, step))  # (m, r)
+            P = self.look_for_basis(p, G, old, self.random_seed(p, step))  # (m, r)
         P = torch.where(good, P, any_P)
         if earlier:  # of this step, in a loop without the flag, or of one that was not taken
             P = torch.where(self.sound.pop(p), self.decoded(p, earlier).float(), P)
         self.pending[p] = {**self.encoded(p, P), 'next': step + (T if old is not None else self.offset[p] or T)}
         if old is not None:
             self.basis_turned(p, self.pending[p], old, P, G)
+
+    def look_for_basis(self, p, G, old, seed):
+        return orthonormal_basis(G, self.group_of[p]['rank'], self.refresh, old, seed)  # (m, r)
 
     def first_basis(self, p, G):
         """A new P for p from the first process's G (m, n), on all processes."""

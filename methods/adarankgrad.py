@@ -1,16 +1,15 @@
 """
-AdaRankGrad: GaLore whose rank falls, layer by layer, as the gradient's energy gathers in few directions (2410.17881).
+AdaRankGrad: GaLore whose rank follows, layer by layer, how many directions hold the gradient's energy (2410.17881).
 
-    at a refresh:  e_i = |P_i.T @ G|^2 for each column of the new P          # (r,), largest first
-                   k = the fewest columns with e_1 + ... + e_k >= energy |G|^2
-    before the next refresh of the layer, if k < r:
-                   P, M, V keep these k columns and rows; from then on r = k
+    at a refresh:  P from the old P and random columns, r in all; e_i = |P_i.T @ G|^2   # (m, r); (r,)
+                   k = the fewest columns, largest e first, that hold energy |G|^2, or r
+                   P = its k' best columns, k' being the last refresh's k               # (m, k')
+    before the next refresh of the layer: P, M, V get k columns and rows, fewer or more than they had
 
-The moments turn with P (galore.rotate_moments). The paper looks for k by SVDs of a growing size and lets it rise again;
-here it only falls, and the norms of columns that a step of subspace iteration has put in order cost nothing. Where r
-columns hold less than that share of G, r stays.
+The paper looks for k by SVDs of a growing size; here the columns that a step of subspace iteration has put in order are
+asked, and the answer counts one refresh later, so that nothing waits for the device. The moments turn with P.
 
-Memory: GaLore's, m r + 2 r n, with an r that falls; the peak, at the start, is GaLore's. Time: GaLore's and less.
+Memory: GaLore's, m k + 2 k n, with a k that falls and rises; its peak, at the start, is GaLore's. Time: GaLore's.
 Not for: small batches, whose gradients are mostly noise of full rank: then nothing is cut.
 
     python train.py config/adarankgrad_laptop.py                             # the log's mean_rank shows what is left
@@ -21,7 +20,7 @@ import torch
 import adam
 import galore
 from adam import MOMENTS, at_least_fp32, exactly, make_moments, read_state, write_state
-from galore import GaLoreAdamW, linears_of, project
+from galore import GaLoreAdamW, linears_of, orthonormal_basis, project, seeded
 
 
 class AdaRankGradAdamW(GaLoreAdamW):
@@ -30,36 +29,56 @@ class AdaRankGradAdamW(GaLoreAdamW):
     def __init__(self, params, lr=1e-2, rank=None, energy=0.8, moments='rotate', **options):
         if not 0 < energy <= 1:
             raise ValueError(f'energy={energy} is not a share: use more than 0 and at most 1')
-        self.energy = energy
+        self.energy, self.wanted = energy, {}
         super().__init__(params, lr, rank, moments=moments, refresh='subspace', **options)
+
+    def look_for_basis(self, p, G, old, seed):
+        """Of a basis as large as may be the columns (m, k') that hold most of G (m, n)."""
+        r, k = min(self.group_of[p]['rank'], *G.shape), len(self.placeholder[p])
+        if old is None:
+            return orthonormal_basis(G, r)  # (m, r)
+        if k < r:
+            more = torch.randn(G.shape[1], r - k, generator=seeded(G, seed), device=G.device)
+            old = torch.cat([old, G.float() @ more], 1)  # (m, r)
+        P = orthonormal_basis(G, r, 'subspace', old)  # (m, r)
+        energies = project(P, G).to(at_least_fp32(G)).square().sum(1)  # (r,)
+        whole = torch.linalg.vector_norm(G, dtype=energies.dtype).square()
+        held, order = energies.sort(descending=True)
+        enough = ((held.cumsum(0) < self.energy * whole).sum() + 1).clamp_max(r)
+        kept = order[:k].sort().values
+        self.wanted[p] = torch.where(whole.isfinite() & (whole > 0), enough, k), energies[kept].argsort(descending=True)
+        return P[:, kept].contiguous()
 
     def basis_turned(self, p, new, old, P, G):
         super().basis_turned(p, new, old, P, G)
-        energies = project(P, G).to(at_least_fp32(G)).square().sum(1)  # (r,)
-        whole = torch.linalg.vector_norm(G, dtype=energies.dtype).square()
-        held, new['order'] = energies.sort(descending=True)
-        k = (held.cumsum(0) < self.energy * whole).sum() + 1
-        new['dims'] = torch.where(whole.isfinite() & (whole > 0), k, len(held))
+        room = torch.tensor(P.shape[1], device=P.device), torch.arange(P.shape[1], device=P.device)
+        new['dims'], new['order'] = self.wanted.pop(p, room)  # of the process that made P, which hands them out, too
 
     def advance(self, p, G=None):
         super().advance(p, G)
         state = self.state[p]
         if 'dims' in state and self.is_due(p):
-            k = state.pop('dims')  # of T steps ago, so nothing waits for the device
-            if type(k) is torch.Tensor and k.item() < len(self.placeholder[p]):  # a plan's tensors have no value
-                self.cut(p, state['order'][: k.item()].sort().values)
+            k, order = state.pop('dims'), state.pop('order')
+            if type(k) is torch.Tensor and k.item() != len(order):  # a plan's tensors have no value
+                self.resize(p, k.item(), order)
 
-    def cut(self, p, kept):
-        """Of p's basis and moments these columns and rows stay."""
-        state = self.state[p]
-        P = self.decoded(p, state)[:, kept]  # (m, k)
-        moments = {name: read_state(state, name)[kept.to(state[name].device)] for name in 'MV'}  # (k, n)
+    def resize(self, p, k, order):
+        """The first k of this order stay of p's P, M and V; or random columns come to P, which the refresh that follows
+        replaces, with no momentum and the others' mean V."""
+        state, kept, more = self.state[p], order[:k].sort().values, max(k - len(order), 0)
+        P, *moments = (read_state(state, name) if name != 'P' else self.decoded(p, state) for name in 'PMV')
+        P, (M, V) = P[:, kept], (t[kept.to(t.device)] for t in moments)  # (m, k), (k, n)
+        if more:
+            generator = seeded(P, self.random_seed(p, state['step']))
+            noise = torch.randn(len(P), more, generator=generator, device=P.device)
+            P = torch.cat([P, torch.linalg.qr(torch.cat([P.float(), noise], 1))[0][:, -more:].to(P.dtype)], 1)  # (m, k)
+            M, V = torch.cat([M, 0 * M[:1].expand(more, -1)]), torch.cat([V, V.mean(0).expand(more, -1)])  # (k, n)
         for name in MOMENTS:
             state.pop(name, None)
-        make_moments(state, moments['M'], self.state_bits)
-        for name, moment in moments.items():
+        make_moments(state, M, self.state_bits)
+        for name, moment in (('M', M), ('V', V)):
             write_state(state, name, moment) if name + '_absmax' in state else state.update({name: moment})
-        state['rank'] = len(kept)
+        state['rank'] = k
         self.fit_placeholder(p)
         state.update(self.encoded(p, P))
 
@@ -90,10 +109,10 @@ class AdaRankGradAdamW(GaLoreAdamW):
 class Options:
     """What --method=adarankgrad adds to train.py's keys."""
 
-    rank = 128  # r: dimensions of the subspace at the start
+    rank = 128  # r: dimensions of the subspace at the start, and at most
     update_proj_gap = 200  # T: steps between two refreshes of a layer's subspace
     scale = 0.25  # factor on the update that comes back from the subspace
-    energy = 0.8  # share of |G|^2 that a layer's columns must hold; columns beyond that are cut
+    energy = 0.8  # share of |G|^2 that a layer's columns must hold; so many there are, up to r
     stagger = True  # layers refresh in turns, so that no step stalls
     moments = 'rotate'  # 'keep' | 'rotate' | 'reset': what becomes of Adam's moments when the subspace turns
     basis_bits = 16  # 16 | 8 | 4: of the bases; 16 stands for the weights' own dtype

@@ -40,6 +40,22 @@ def test_as_many_directions_stay_as_singular_values_hold_that_energy(shape):
         assert (P.T @ G).square().sum() > 0.99 * energy * squares.sum()
 
 
+def test_a_rank_that_fell_rises_again_to_what_a_richer_gradient_needs():
+    narrow, rich = matrix(20, 50, decay=2.0), matrix(20, 50, decay=0.3)
+    squares = torch.linalg.svdvals(rich).square()
+    wanted = int((squares.cumsum(0) < 0.9 * squares.sum()).sum()) + 1
+    W, optimizer = cut(narrow, 0.9, rank=16)
+    assert len(optimizer.placeholder[W]) == 1 and optimizer.metrics['mean_rank'] == 1
+    for _ in range(6):
+        give(optimizer, W, rich)
+    state = optimizer.state[W]
+    assert abs(len(optimizer.placeholder[W]) - wanted) <= 1 and wanted > 3
+    assert state['M'].shape == state['V'].shape == (len(optimizer.placeholder[W]), 50)
+    P = state['P']
+    torch.testing.assert_close(P.T @ P, torch.eye(P.shape[1]), atol=1e-5, rtol=0)
+    assert (P.T @ rich).square().sum() > 0.85 * squares.sum() and (state['V'] >= 0).all()
+
+
 def test_where_the_subspace_holds_less_than_that_share_nothing_is_cut():
     W, optimizer = cut(torch.eye(20), 0.8, rank=10)
     assert optimizer.state[W]['P'].shape == (20, 10) and 'rank' not in optimizer.state[W]
