@@ -19,6 +19,20 @@ OWN = {
     'json': ('', 'as JSON'),
     'fit': ('', 'which ways fit --gpu_gb, with the largest batch, and the flags to type; a minute or more'),
     'gpus': (4, 'what each of several GPUs holds'),
+    'recipe': ('litgpt_lora', 'the settings of another tool; what is typed beside it wins'),
+}
+# What other tools do where nothing else is said, so far as their code is known: of litgpt its finetune/lora.py in bf16,
+# with bnb.nf4; of LLaMA-Factory LoRA on all linear layers, with bf16 by autocast and flash-attn. How near these come to
+# published peaks: results/memest_points.md. torchtune has models of its own and a loss in chunks, which no trace of
+# transformers' code shows.
+LITGPT = dict(lora_rank=8, lora_dropout=0.05, lora_dtype='bf16', lora_targets='q_proj,v_proj', kbit_fp32=False)
+FACTORY = dict(lora_rank=8, lora_targets='all', attention='flash', autocast='bf16', checkpointing=True)
+FACTORY |= dict(keep_outputs=False, kbit_fp32=False)
+RECIPES = {
+    'litgpt_lora': dict(method='lora', optimizer='adamw', **LITGPT),
+    'litgpt_qlora': dict(method='qlora', double_quant=False, optimizer='adamw', **LITGPT),
+    'llamafactory_lora': dict(method='lora', **FACTORY),
+    'llamafactory_qlora': dict(method='qlora', **FACTORY),
 }
 # What --fit tries, so that none of it is typed beside it.
 WAYS = {
@@ -179,6 +193,10 @@ def read(argv):
         name, _, value = word.removeprefix('--').partition('=')
         if name == 'hf':
             path = value
+        elif name == 'recipe':
+            if value not in RECIPES:
+                raise ValueError(f'{word} is not known: use one of {", ".join(RECIPES)}')
+            own[name] = RECIPES[value]
         elif name in ('gpu_gb', 'gpus'):
             own[name] = number(name, value, int if name == 'gpus' else float)
             if not 0 < own[name] < 1e6:
@@ -200,7 +218,7 @@ def read(argv):
     if not path:
         raise ValueError('--hf is missing: give a folder with a config.json, or such a file')
     check(own, given)
-    return path, given, own
+    return path, own.pop('recipe', {}) | given, own
 
 
 def check(own, given):
@@ -210,6 +228,8 @@ def check(own, given):
         raise ValueError(f'--{"fit" if "fit" in own else "gpus"} prints a table of its own: leave out --json')
     if tried := [name for name in ('method', 'optimizer', 'batch', 'checkpointing') if name in given and 'fit' in own]:
         raise ValueError(f'--fit tries each way and batch by itself: leave out --{" and --".join(tried)}')
+    if 'recipe' in own and 'fit' in own:
+        raise ValueError('--fit tries its own ways: leave out --recipe')
     if 'gpus' in own and given.get('optimizer') == 'lomo':
         raise ValueError('--optimizer=lomo leaves no gradients to exchange: use another one with --gpus')
 

@@ -209,6 +209,17 @@ def test_tables_of_hf_fit_a_hundred_columns(words, tmp_path, capsys, monkeypatch
         assert f'{json.loads(capsys.readouterr().out)["total"] / 1e9:6.2f}' in out.splitlines()[3]
 
 
+@pytest.mark.parametrize('name', hf_command.RECIPES)
+def test_a_recipe_of_another_tool_is_its_flags_and_what_is_typed_beside_it_wins(name, tmp_path, capsys):
+    CONFIGS['llama'].save_pretrained(tmp_path)
+    flags = [f'--{key}={value}' for key, value in hf_command.RECIPES[name].items()]
+    plans = []
+    for words in ([f'--recipe={name}'], flags, [f'--recipe={name}', '--lora_rank=64']):
+        assert hf_command.main([f'--hf={tmp_path}', '--seq=32', '--steps=1', '--json', *words]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert plans[0] == plans[1] and plans[2]['states'] == 8 * plans[0]['states']
+
+
 def test_help_says_a_word_of_each_argument(capsys):
     assert hf_command.main(['--hf', '--help']) == 0
     lines = [line.split(None, 1) for line in capsys.readouterr().out.splitlines() if line.startswith('  --')]
@@ -234,6 +245,8 @@ def test_help_says_a_word_of_each_argument(capsys):
         (['--hf=CONFIG', '--plot=plan.png'], 'leave it out'),
         (['--hf=CONFIG', '--fit', '--gpus=4'], 'use --gpus with a --method'),
         (['--hf=CONFIG', '--fit', '--json'], 'leave out --json'),
+        (['--hf=CONFIG', '--recipe=torchtune'], 'use one of litgpt_lora, litgpt_qlora, llamafactory_lora'),
+        (['--hf=CONFIG', '--fit', '--recipe=litgpt_lora'], 'leave out --recipe'),
         (['--hf=CONFIG', '--fit', '--batch=4', '--method=lora'], 'leave out --method and --batch'),
         (['--hf=CONFIG', '--gpus=2', '--optimizer=lomo'], 'no gradients to exchange'),
         (['--hf=CONFIG', '--method=lora', '--lora_targets=nothing'], 'q_proj'),

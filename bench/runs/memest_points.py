@@ -43,6 +43,7 @@ from transformers import (
 )
 
 from memory.hf import MARGIN, MARGIN_VARYING, HFPlan, trace_hf
+from memory.hf_command import RECIPES
 from plumbing.build import ROOT
 
 UNITS = {'GiB': 2**30, 'GB': 10**9, 'MB': 2**20, 'B': 1}
@@ -161,6 +162,13 @@ def config_of(row):
     return name
 
 
+def recipe_name(row):
+    """Which of memest.py's --recipe a row is of, or None."""
+    if 'litgpt' in row['source'].lower():
+        return 'litgpt_qlora' if 'nf4' in row['optimizer'].lower() else 'litgpt_lora'
+    return 'llamafactory_qlora' if 'llama-factory' in row['source'].lower() else None
+
+
 def recipe(row):
     """-> group, config's name, trace_hf's arguments, the plan's field and bytes to add to it. Raises Unknown with the
     reason.
@@ -197,14 +205,11 @@ def recipe(row):
         raise Unknown('a method of this repository, or per-layer updates: planned by memest.py, not by memory/hf.py')
     if 'litgpt' in source:  # its scripts print max_memory_allocated() / 1e9
         longest = {'phi-1.5': 1044, 'stablelm-3b': 1034, 'llama2-7b': 1304, 'llama2-13b': 1304}[config_of(row)]
-        args = dict(batch=number(row, 'batch'), seq=longest, lora_rank=8, lora_dropout=0.05, lora_dtype='bf16')
-        args |= dict(lora_targets='q_proj,v_proj', optimizer='adamw', kbit_fp32=False)
-        kind = row['optimizer'].lower()
-        args |= dict(method='qlora' if 'nf4' in kind else 'lora', double_quant='dq' in kind)
+        args = RECIPES[recipe_name(row)] | dict(batch=number(row, 'batch'), seq=longest)
+        args |= dict(double_quant='dq' in row['optimizer'].lower())
         return 'other', config_of(row), args, 'allocated', 0
     if 'llama-factory' in source:
-        args = dict(method='qlora', batch=number(row, 'batch'), seq=number(row, 'seq'), lora_rank=8, lora_targets='all')
-        args |= dict(attention='flash', autocast='bf16', checkpointing=True, keep_outputs=False, kbit_fp32=False)
+        args = RECIPES[recipe_name(row)] | dict(batch=number(row, 'batch'), seq=number(row, 'seq'))
         return 'other', config_of(row), args, 'reserved', CONTEXT
     if 'torchtune' in source:
         raise Unknown("torchtune's own model and recipes (compiled, or of unstated length), not transformers'")
@@ -267,6 +272,16 @@ def cover(items):
     return next(m / 100 for m in range(100) if short(items, lambda _: m / 100) <= len(items) / 20)  # noqa: B023
 
 
+def errors_of_recipes(done):
+    """Lines: how near the recipes of other tools come, `memest.py --hf --recipe=NAME`."""
+    lines = ['| recipe | rows | mean absolute error | from | to |', '|' + '---|' * 5]
+    for name in RECIPES:
+        if errors := [error(item) for item in done if recipe_name(item[0]) == name]:
+            mean = sum(map(abs, errors)) / len(errors)
+            lines.append(f'| {name} | {len(errors)} | {mean:.1%} | {min(errors):+.1%} | {max(errors):+.1%} |')
+    return lines
+
+
 def report(done, without, command):
     counted = [item for item in done if item[3] == 'A']
     lines = ['# Published peaks of fine-tuning and the predictions of memory/hf.py', '', f'Made by `{command}`.', '']
@@ -315,6 +330,7 @@ def report(done, without, command):
             f'{left_out} of {n}.',
             '',
         ]
+    lines += ['', '## Recipes of other tools, `memest.py --hf --recipe=`', '', *errors_of_recipes(done), '']
     lines += [NOTES, '']
     if without:
         lines += ['## Not predicted', '', '| id | model | why |', '|---|---|---|']
