@@ -7,8 +7,8 @@ SUMO: Muon inside GaLore's subspace, one orthogonalised momentum in the place of
     W = (1 - lr weight_decay) W - lr scale 0.2 sqrt(max(m, n)) P @ O         # (m, n)
 
 P.T @ (U S V.T) has the same S, so with r = m and scale 1 this is Muon, whatever P and T are; with r < m it is Muon
-within P, whose learning rate carries over. The exact O is (M @ M.T)^(-1/2) @ M, an r x r eigenvalue problem a step: little on a CPU; on a card hundreds
-of small kernels a matrix, of which orthogonal='newton' has none.
+within P, whose learning rate carries over. The exact O is (M @ M.T)^(-1/2) @ M, an r x r eigenvalue problem a step:
+little on a CPU; on a card hundreds of small kernels a matrix, of which orthogonal='newton' has none.
 Memory: m r + n r numbers instead of m r + 2 n r. G is never formed, and only R is accumulated.
 Not for: full fine-tuning of what Adam has pretrained (2605.10468); a rank near m, where Muon itself keeps less.
 
