@@ -63,7 +63,7 @@ def errors(model, pools, k, batch_size):
             found[name].append((plain, weighted, at_random, seconds))
     means = {name: np.mean(rows, 0) for name, rows in found.items()}
     for name, (plain, weighted, at_random, seconds) in means.items():
-        over = [f'{mean / means["grad"][i]:.2f}' for i, mean in ((0, plain), (1, weighted), (3, seconds))]
+        over = [f'{mean / max(means["grad"][i], 1e-9):.2f}' for i, mean in ((0, plain), (1, weighted), (3, seconds))]
         yield [name, f'{plain:.3f}', f'{weighted:.3f}', f'{at_random:.3f}', *over]
 
 
