@@ -45,7 +45,7 @@ def test_each_method_is_tried_with_its_rates_and_the_best_runs_under_the_other_s
     assert {one['update_proj_gap'] for one in done if one['method'] == 'galore'} == {'1'}
     text = (tmp_path / 'results/glue.md').read_text()
     assert '| cola | AdamW | 5e-5 | 62.0 (61.0 to 63.0) | 82.0 | cpu | 12 | 2.00 | 1.00 |' in text
-    assert '| rte | LoQT r 32 | 1e-4 | 62.0 (61.0 to 63.0) | 82.0 |' in text
+    assert '| rte | LoQT r 32 | 1e-4 (lowest) | 62.0 (61.0 to 63.0) | 82.0 |' in text
     assert '| GaLore r 4 | 62.00 | +0.00 | -0.39 |' in text
     args.finished = True  # as if LoRA and the third seed were not
     glue.main(args)
