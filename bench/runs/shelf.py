@@ -178,14 +178,17 @@ def draw(points, png, title):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 6), layout='constrained')
-    edge = frontier(points)
+    edge, most = frontier(points), min(loss for _, loss in points.values()) + 0.4  # the rest at the upper edge
     axes.plot(*zip(*(points[name] for name in edge)), color='tab:green', lw=1, alpha=0.6, label='nothing is below it')
     for name, (megabytes, loss) in points.items():
         color = 'tab:green' if name in edge else 'tab:gray' if 'full rank' in name or 'random' in name else 'tab:blue'
-        axes.plot(megabytes, loss, 'o', ms=5, color=color)
-        axes.annotate(
-            name.replace(', betas', ',\nbetas'), (megabytes, loss), (4, 3), textcoords='offset points', fontsize=7
-        )
+        beyond, place = loss > most, (megabytes, min(loss, most))
+        if beyond:
+            most -= 0.02  # the next one's label is to be read, too
+        axes.plot(*place, '^' if beyond else 'o', ms=5, color=color)
+        label = f'{name} {loss:.2f}' if beyond else name
+        axes.annotate(label, place, (4, 3), textcoords='offset points', fontsize=7, rotation=20)
+    axes.margins(0.08)
     axes.set(xlabel='MB of weights and optimizer states', ylabel='val loss', title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
