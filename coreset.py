@@ -22,7 +22,7 @@ share of the depth for the last one, and the blocks above it do not run.
 
 Memory: 'grad' keeps n T (in + out) numbers of a pool, 'zo' n m, 'hidden' n D. Time: a forward pass over all examples
 that are compared, and but for 'hidden' the last block and the head once more: with n = 4 k two thirds of a step. A
-quarter of the blocks and hidden states find near-duplicates as well in a tenth of a step (results/cheaper.md).
+quarter of the blocks and hidden states find near-duplicates as well (results/cheaper.md), in a fifth of a step.
 Not for: data without repetition, where gradients of different examples are nearly orthogonal and a random batch is as
 good. What changes results there is the larger weight of small sources, and 'random' gives them that, too. In pools of
 near-duplicates 64 chosen examples reach a lower loss than all 256 (results/coreset.md).
