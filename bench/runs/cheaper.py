@@ -116,8 +116,8 @@ def main(args):
         f'Made by `python -m bench.runs.cheaper{" --model=FOLDER" * bool(args.model)}` on one CPU core, torch '
         f'{torch.__version__}.',
         'A choice compares gradients of the V projection of the last of so many blocks, as if there were no more, or',
-        'means of the hidden states that this block reads; a quarter of three blocks is one, which reads embeddings. The error is always that of',
-        'the gradient by the V projection of the last block of all. Pools of near-duplicates.',
+        'means of the hidden states that this block reads; a quarter of three blocks is one, which reads embeddings.',
+        'The error is always that of the gradient by the V projection of the last block of all. Pools of near-duplicates.',
         '',
         f'## Errors: {what}',
         '',
