@@ -262,7 +262,7 @@ def test_every_key_has_a_comment_and_the_design_names_are_there():
         'train_rest',
         'lora.py': 'rank scale rslora lora_plus quantize double_quant dropout merge_every train_rest',
         'coreset.py': 'coreset_from coreset_norm coreset_weights coreset_clusters keep_small zo_directions '
-        'coreset_sparsity coreset_layer',
+        'coreset_sparsity coreset_layer coreset_depth',
     }.items():
         assert set(configurator.options(ROOT / file)) == set(expected.split()), file
 
