@@ -28,9 +28,9 @@ RATES = ['5e-3', '1e-2', '2e-2']
 LORA = ['--method=lora', '--rank=48', '--scale=0.667']  # alpha 32, as in the papers' baseline
 # (name, config, learning rates, flags); each name counts with its best rate
 METHODS = [
-    ('AdamW, full', 'adamw', ['1e-3', '2e-3', '4e-3'], []),
-    ('AdamW in a rotated basis, two rates', 'galore', RATES, ['--rank=192']),
-    ('GaLore', 'galore', RATES, []),
+    ('AdamW, full', 'adamw', ['1e-3', '2e-3', '4e-3'], laptop.PLAIN),
+    ('AdamW in a rotated basis, two rates', 'galore', RATES, [*laptop.PLAIN, '--rank=192']),
+    ('GaLore', 'galore', RATES, laptop.PLAIN),
     ('LoQT-nq', 'loqt', RATES, ['--quantize=none']),
     ('LoQT', 'loqt', RATES, []),
     ('LoRA', 'loqt', ['1e-3', '2e-3', '5e-3'], [*LORA, '--quantize=none']),

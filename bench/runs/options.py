@@ -68,7 +68,7 @@ def main():
         ]
         first = None
         for name, rates, flags in rows:
-            runs = {rate: laptop.run('galore', rate, *flags) for rate in rates}
+            runs = {rate: laptop.run('galore', rate, *laptop.PLAIN, *flags) for rate in rates}
             rate = min(runs, key=lambda rate: float(runs[rate]['val_loss']))
             loss = float(runs[rate]['val_loss'])
             first = first or loss

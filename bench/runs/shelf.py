@@ -5,10 +5,11 @@ Every method of this house in one harness, each at its best learning rate: makes
     python -m bench.runs.shelf --jobs=2       # a run takes three minutes of a CPU core, a method five or six
     python -m bench.runs.shelf --only='AdamW; Muon' --steps=1000 --device=cuda --jobs=8
     python -m bench.runs.shelf --finished                   # the table and the picture of what is there
+    python -m bench.runs.shelf --known=results/shelf.csv    # go on from the runs behind the table, made elsewhere
 
 The rates of a method stand apart by a factor of two. Where the best is the lowest or the highest tried, the next one is
 tried, too; the best then runs under further seeds. Finished runs are kept in out/shelf/, so that it can be stopped at
-any time and go on.
+any time and go on; with the table, results/shelf.csv gets a line for each.
 """
 
 from bench import parser
@@ -22,8 +23,10 @@ if __name__ == '__main__':
     asked.add_argument('--device', default='auto', choices=['auto', 'cpu', 'cuda'], help='of train.py (auto)')
     asked.add_argument('--jobs', type=int, default=1, choices=range(1, 65), metavar='N', help='runs at a time (1)')
     asked.add_argument('--finished', action='store_true', help='start nothing: the table of what is finished')
+    asked.add_argument('--known', default='', metavar='FILE', help='a shelf.csv whose runs are not made again')
     args = asked.parse_args()
 
+import csv
 import math
 import os
 import statistics
@@ -78,6 +81,23 @@ METHODS = {
     'ReLoRA': (2e-3, ['--method=lora', '--rank=48', '--quantize=none', '--merge_every=100'], 37.04, None),
 }  # fmt: skip
 PLAIN = 'AdamW'  # what the others are compared with
+COLUMNS = ['method', 'rate', 'seed', 'steps', 'loss', 'bytes', 'device']  # of shelf.csv
+made = {}  # a line's first four -> its last three
+
+
+def read(path):
+    """The runs of a shelf.csv."""
+    with open(path, newline='') as f:
+        for line in csv.DictReader(f):
+            loss, peak = float(line['loss']), int(line['bytes'])
+            made[tuple(line[name] for name in COLUMNS[:4])] = {'loss': loss, 'bytes': peak, 'device': line['device']}
+
+
+def write(path):
+    with open(path, 'w', newline='') as f:
+        lines = csv.writer(f, lineterminator='\n')
+        lines.writerow(COLUMNS)
+        lines.writerows([*key, *made[key].values()] for key in sorted(made))
 
 
 def rate_at(name, step):
@@ -99,19 +119,24 @@ def run(args, name, step, seed):
     """-> {'loss', 'bytes': of the peak, 'device'} of one run; None if only the finished are asked for, and it is not.
     A run that came to nothing (its loss was not finite) counts as infinitely bad."""
     rate = rate_at(name, step)
+    key = name, f'{rate:g}', f'{seed}', f'{args.steps}'
+    if key in made:
+        return made[key]
     folder = os.path.join(OUT, f'{name}_{rate:g}_{seed}_{args.steps}'.replace(' ', '_').replace(',', ''))
     words = [*words_of(args, name, rate, seed), f'--out_dir={folder}', '--save_best=weights', '--overwrite']
     try:
         printed = do(words, os.path.join(folder, 'log.txt'), args.finished)
     except Exception as error:
         print(f'note: {name} at {rate:g}: {error}', file=sys.stderr, flush=True)
-        return {'loss': math.inf, 'bytes': 0, 'device': args.device}
+        made[key] = {'loss': math.inf, 'bytes': 0, 'device': args.device}
+        return made[key]
     if printed is None:
         return None
     found = dict(line.split(': ', 1) for line in printed.splitlines() if ': ' in line)
     loss = float(found['val_loss'])
     loss, peak = loss if math.isfinite(loss) else math.inf, int(found['peak_bytes_measured'])
-    return {'loss': loss, 'bytes': peak, 'device': found['device']}
+    made[key] = {'loss': loss, 'bytes': peak, 'device': found['device']}
+    return made[key]
 
 
 def tuned(args, name, pool):
@@ -259,6 +284,8 @@ def main(args):
     names = [name.strip() for name in names]
     if wrong := [name for name in names if name not in METHODS]:
         sys.exit(f'error: --only={args.only}: {wrong[0]!r} is none of: {"; ".join(METHODS)}')
+    if args.known:
+        read(args.known)
     with ThreadPoolExecutor(args.jobs) as pool, ThreadPoolExecutor(args.jobs) as several:
         tried = dict(zip(names, several.map(lambda name: tuned(args, name, pool), names)))
         tried = {name: some for name, some in tried.items() if some}
@@ -275,6 +302,7 @@ def main(args):
     lines = written(args, runs, measured)
     with open(os.path.join(ROOT, 'results', 'shelf.md'), 'w') as f:
         f.write('\n'.join(lines))
+    write(os.path.join(ROOT, 'results', 'shelf.csv'))
     points = {name: (measured[name][0] / 1e6, statistics.median(some)) for name, (_, some) in runs.items()}
     title = f'{args.steps} steps of 2,048 tokens, 3.3M parameters, each method at its best rate'
     draw(points, os.path.join(ROOT, 'results', 'shelf.png'), title)
