@@ -41,7 +41,8 @@ import torch.nn as nn
 from torch.nn.functional import normalize
 from torch.utils._pytree import tree_map
 
-from model import ROWS, ModelError, blocks_of_rows, cross_entropy_rows, room_for_logits, trained_rows
+from head import ROWS, blocks_of_rows, cross_entropy_rows, room_for_logits, trained_rows
+from model import ModelError
 
 PIECE = 1 << 25  # numbers of all G_i that exist at a time
 EPS = 1e-3  # of 'zo'

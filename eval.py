@@ -35,7 +35,8 @@ import sample
 from data import DataError, chat, questions, tokenizer
 from data.batches import Examples, Labelled, Tokens, longest_of, of_task, read_meta
 from data.tasks import TASKS
-from model import ModelError, blocks_of_rows, cross_entropy_rows
+from head import blocks_of_rows, cross_entropy_rows
+from model import ModelError
 from plumbing import Stop, classify
 from plumbing.build import ROOT, check_tokenizer, data_sets, meant
 from plumbing.hf import AdapterError

@@ -41,10 +41,11 @@ from configurator import at_least, between, method_of, typed
 from data import DataError, agreement, tokenizer
 from data.batches import Labelled, keywords, load, read_meta, trained_tokens
 from data.tokenizer_files import files_of
+from head import trained_rows
 from memory import fit, rates, several, trace
 from memory.measure import Measure
 from memory.record import LiveBytes
-from model import SIZES, ModelConfig, ModelError, trained_rows
+from model import SIZES, ModelConfig, ModelError
 from plumbing import begin as start
 from plumbing import checkpoint, classify, report, sharding
 from plumbing import parallel as processes

@@ -3,7 +3,7 @@ Batch t as a pure function of (seed, t, rank, world size): nothing to save, and 
 
     data = load('data/pystdlib', 'train', block_size=256)       # Tokens, or Examples where the folder holds such
     x, y, sources = data.batch(seed=1, t=0, batch_size=8)       # x, y: (8, 256) int64; y is x one token later
-    x, y, sources, pieces = data.batch(seed=1, t=0, batch_size=8)           # of packed examples, see model.positions_of
+    x, y, sources, pieces = data.batch(seed=1, t=0, batch_size=8)           # of packed rows, see attention.positions_of
 
 Text: an epoch is a random permutation of all windows of block_size tokens. Each epoch shifts their grid by a new random
 offset, so that it cuts the text in other places. prepare.py writes train.bin and val.bin, token ids as uint16 or

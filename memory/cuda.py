@@ -9,9 +9,9 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 
+from attention import attend_masked, flash_takes
 from memory.record import MB, Allocator, LiveBytes
 from memory.work import tell
-from model import attend_masked, flash_takes
 
 aten = torch.ops.aten
 
@@ -149,7 +149,7 @@ def cuda_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scal
 
 
 def cuda_packed_attention(q, k, v, pieces, scale=None):
-    """model.attend_packed on a card: flash attention's variable lengths for 16 bits, else by a mask. q (B, T, H, d)."""
+    """attention.attend_packed on a card: flash attention's variable lengths for 16 bits, else by a mask."""
     if not flash_takes(q):
         return attend_masked(q, k, v, pieces, scale)
     flat = (A.flatten(0, 1)[None].transpose(1, 2) for A in (q, k, v))  # (1, H, B T, d), K heads

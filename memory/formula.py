@@ -15,11 +15,12 @@ is in matrices.py; a method that is not there is refused.
 
 from dataclasses import dataclass, field
 
+from head import ROWS, Int8Matrix
 from memory.activations import activations, activations_of_a_block, activations_of_mlp, chunk, in_attention
 from memory.cuda import CONTEXT, workspace
 from memory.matrices import METHODS, PIECE, adam_moments, turns, update_of
 from memory.record import MB
-from model import ROWS, SIZES, Int8Matrix, ModelConfig
+from model import SIZES, ModelConfig
 
 SLACK, SLACK_BYTES = 0.06, 60 * MB  # reserved beyond what is alive: about the mean of random configurations
 

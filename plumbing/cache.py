@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from model import paired, rotary_tables, turn
+from attention import paired, rotary_tables, turn
 
 
 class KVCache:

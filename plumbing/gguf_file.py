@@ -14,9 +14,10 @@ import os
 import numpy as np
 import torch
 
+from attention import rotary_frequencies
 from data import chat, fields, tokenizer
 from data.tokenizer import ADVICE, TokenizerError
-from model import ModelError, rotary_frequencies
+from model import ModelError
 from plumbing import Stop
 from plumbing.fused import fuse_weights
 from plumbing.terminal import patience

@@ -27,7 +27,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model import HeadLoss, Linear, ModelError, Waiting, positions_of
+from attention import positions_of
+from head import HeadLoss
+from model import Linear, ModelError, Waiting
 
 # Families whose blocks see nothing of other tokens than through a mask that they take as it is: rows may be packed.
 PACKED = ('gpt2', 'gpt_neox', 'opt', 'phi')

@@ -26,9 +26,10 @@ import lora
 import train as training
 from coreset import Coreset, budgets, facility_location, features, gram, naive_facility_location, select
 from data.batches import read_meta
+from head import trained_rows
 from memory import trace
 from memory.record import LiveBytes
-from model import Linear, LLaMA, ModelConfig, ModelError, trained_rows
+from model import Linear, LLaMA, ModelConfig, ModelError
 from plumbing import build, checkpoint
 
 TINY = dict(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_inner=56, vocab_size=61, block_size=32)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import tiny, train, values
 
+import attention
 import configurator
-import model as models
 import quant
 import train as trainer
 from plumbing.build import build_model, compile_between, layers_of
@@ -67,7 +67,7 @@ def test_packed_rows_see_on_a_card_what_they_see_by_a_mask(d, dtype):
     pieces = torch.tensor([0, 70, 71, 200, 256, 256, 300, 512, 512], dtype=torch.int32, device='cuda')
     q, k, v = (torch.randn(2, 256, h, d, device='cuda', dtype=dtype, requires_grad=True) for h in (4, 2, 2))
     delta, found = torch.randn(2, 256, 4, d, device='cuda', dtype=dtype), []
-    for attend in (models.attend_packed, models.attend_masked):
+    for attend in (attention.attend_packed, attention.attend_masked):
         y = attend(q, k, v, pieces, 0.2)
         found.append((y, *torch.autograd.grad(y, (q, k, v), delta)))
     for a, b in zip(*found, strict=True):

@@ -13,10 +13,11 @@ import torch
 from conftest import ROOT, run
 
 import train as training
+from attention import attend_masked, attend_packed, positions_of
 from coreset import Coreset, chosen_batches
 from data import DataError
 from data.batches import Examples, best_fit, fingerprint, load, trained_tokens
-from model import LLaMA, ModelConfig, attend_masked, attend_packed, positions_of
+from model import LLaMA, ModelConfig
 from plumbing import parallel
 
 VOCABULARY, WINDOW = 61, 48

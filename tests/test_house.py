@@ -8,6 +8,7 @@ from conftest import ROOT, run
 
 # Rows from the ground up: a file imports from lower rows only, and from its own folder.
 ROWS = [
+    ['attention', 'head'],
     ['adam', 'model', 'configurator', 'data'],
     ['quant', 'coreset'],
     ['galore', 'lora'],
@@ -33,7 +34,7 @@ LONG_FILES = {  # path: why it is longer
     'galore.py': 'the method in a loop of ours and of others: backward, projected gradient, and what stands for it',
     'loqt.py': 'the layer, its merge, and the optimizer that tells it when, read in this order',
     'coreset.py': 'choice, features and history of one published system, read from top to bottom',
-    'model.py': 'the mathematics of all families alone, in one file that is read from top to bottom',
+    'model.py': 'the modules of all families and what a run asks of them, read from top to bottom',
     'configurator.py': 'scripts import it before anything else, so it has nothing below it to lean on',
 }
 LONG_FUNCTIONS = {  # name: why it is longer than 60 lines
@@ -87,10 +88,10 @@ def test_there_is_no_circle_of_files():
     graphlib.TopologicalSorter(graph).prepare()  # CycleError says which
 
 
-def test_every_file_has_a_row_and_at_most_twelve_stand_at_the_top():
+def test_every_file_has_a_row_and_at_most_fourteen_stand_at_the_top():
     assert {room(module(path)) for path in FILES} <= set(ROW)
     top = [path.name for path in ROOT.glob('*.py')]
-    assert len(top) <= 12, top
+    assert len(top) <= 14, top  # the design has twelve; model.py grew until it asked to be three
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-import model as model_module
-from model import SIZES, HeadLoss, LLaMA, ModelConfig, ModelError, trained_rows
+import head
+from head import HeadLoss, trained_rows
+from model import SIZES, LLaMA, ModelConfig, ModelError
 from plumbing.cache import KVCache
 from plumbing.families import config_from_hf
 
@@ -185,8 +186,8 @@ def test_rows_that_are_not_trained_have_no_logits_and_change_nothing(share, dtyp
     targets[torch.rand(700, generator=draw) >= share] = -100
     weights, trained, seen = torch.rand(700, generator=draw), trained_rows(targets), []
     assert trained.tolist() == [i for i, target in enumerate(targets.tolist()) if target != -100]
-    rows = model_module.cross_entropy_rows
-    monkeypatch.setattr(model_module, 'cross_entropy_rows', lambda x, *more: seen.append(len(x)) or rows(x, *more))
+    rows = head.cross_entropy_rows
+    monkeypatch.setattr(head, 'cross_entropy_rows', lambda x, *more: seen.append(len(x)) or rows(x, *more))
     found = []
     for known in (None, trained):
         loss = HeadLoss.apply(x, W, targets, True, weights, torch.tensor(9.0), known)

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import sample
-from model import LLaMA, ModelConfig, rotary_tables, rotate
+from attention import rotary_tables, rotate
+from model import LLaMA, ModelConfig
 from plumbing.cache import KVCache
 
 TINY = dict(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_inner=56, vocab_size=97)
