@@ -59,10 +59,8 @@ class SLLinear(nn.Module):
         self.in_features, self.out_features, self.scale, new = n_in, n_out, scale, dict(device=device, dtype=dtype)
         k = max(round(density * n_in * n_out), 1)
         self.A, self.B = nn.Parameter(torch.empty(rank, n_in, **new)), nn.Parameter(torch.empty(n_out, rank, **new))
-        self.S, self.bias = (
-            nn.Parameter(torch.empty(k, **new)),
-            nn.Parameter(torch.zeros(n_out, **new)) if bias else None,
-        )
+        self.S = nn.Parameter(torch.empty(k, **new))
+        self.bias = nn.Parameter(torch.zeros(n_out, **new)) if bias else None
         self.register_buffer('places', torch.empty(k, dtype=torch.int32, device=device))
         if not self.A.is_meta:
             self.reset_parameters()
@@ -100,11 +98,7 @@ class SLLinear(nn.Module):
     def dense_weight(self):
         return self.whole(self.S.dtype)
 
-    @torch.no_grad()
-    def restore(self, tensors):
-        """Become what `state_dict()` said."""
-        for name, tensor in self.state_dict().items():
-            tensor.copy_(tensors[name])
+    restore = nn.Module.load_state_dict  # as packed layers have it
 
     def forward(self, x):
         if torch.is_autocast_enabled(x.device.type):  # as torch's own layer: x is cast, and its cast is what stays
@@ -148,14 +142,11 @@ def problems(config):
     """What does not go together, a sentence each."""
     from configurator import between
 
-    found = (
-        between(config, 1, 10**9, 'rank') + between(config, 1e-6, 1e4, 'scale') + between(config, 1e-6, 1, 'density')
-    )
-    if config.init_from not in ('scratch', 'resume'):
-        found.append(
-            "sltrain makes new weights, and init_from brings others: use --init_from=scratch, or --method=lora"
-        )
-    return found + adam.no_targets(config)
+    what = 'sltrain makes new weights, and init_from brings others: use --init_from=scratch, or --method=lora'
+    found = adam.no_targets(config) if config.init_from in ('scratch', 'resume') else [what, *adam.no_targets(config)]
+    for key, least, most in (('rank', 1, 10**9), ('scale', 1e-6, 1e4), ('density', 1e-6, 1)):
+        found += between(config, least, most, key)
+    return found
 
 
 def linear(config):

@@ -50,6 +50,17 @@ def test_a_method_that_is_not_finished_is_left_out_and_a_run_that_fails_is_infin
     assert shelf.run(ARGS, 'Muon', 0, 1)['loss'] == float('inf')
 
 
+def test_a_run_that_shelf_csv_knows_is_not_made_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(shelf, 'made', {('Muon', '0.004', '1', str(ARGS.steps)): dict(loss=4.5, bytes=7, device='cpu')})
+    shelf.write(tmp_path / 'shelf.csv')
+    known = dict(shelf.made)
+    shelf.made.clear()
+    shelf.read(tmp_path / 'shelf.csv')
+    assert shelf.made == known
+    monkeypatch.setattr(shelf, 'do', None)
+    assert shelf.run(ARGS, 'Muon', 0, 1)['loss'] == 4.5
+
+
 def test_on_the_frontier_nothing_is_better_in_both():
     points = {'a': (1, 5.0), 'b': (2, 6.0), 'c': (3, 4.0), 'd': (3, 4.5), 'e': (9, 3.9)}
     assert shelf.frontier(points) == ['a', 'c', 'e']

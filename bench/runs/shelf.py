@@ -128,8 +128,7 @@ def run(args, name, step, seed):
         printed = do(words, os.path.join(folder, 'log.txt'), args.finished)
     except Exception as error:
         print(f'note: {name} at {rate:g}: {error}', file=sys.stderr, flush=True)
-        made[key] = {'loss': math.inf, 'bytes': 0, 'device': args.device}
-        return made[key]
+        return {'loss': math.inf, 'bytes': 0, 'device': args.device}
     if printed is None:
         return None
     found = dict(line.split(': ', 1) for line in printed.splitlines() if ': ' in line)
@@ -195,8 +194,8 @@ def frontier(points):
     return found
 
 
-def draw(points, png, title):
-    """Loss against bytes, every method a point."""
+def draw(points, spread, png, title):
+    """Loss against bytes, every method a point, with a line from its lowest to its highest seed."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -211,6 +210,8 @@ def draw(points, png, title):
         if beyond:
             most -= 0.02  # the next one's label is to be read, too
         axes.plot(*place, '^' if beyond else 'o', ms=5, color=color)
+        if not beyond:
+            axes.vlines(megabytes, *spread[name], color=color, lw=1)
         label = f'{name} {loss:.2f}' if beyond else name
         axes.annotate(label, place, (4, 3), textcoords='offset points', fontsize=7, rotation=20)
     axes.margins(0.08)
@@ -244,7 +245,7 @@ def written(args, runs, measured):
     """The lines of shelf.md. runs: {name: (tried, [loss of each seed])}."""
     losses = {name: (statistics.median(some), some) for name, (_, some) in runs.items()}
     plain = measured[PLAIN if PLAIN in runs else next(iter(runs))][1]
-    devices = ' and '.join(sorted({one['device'] for some, _ in runs.values() for one in some.values()}))
+    devices = ' and '.join(sorted({one['device'] for key, one in made.items() if key[0] in runs}))
     rows = [row(name, *runs[name], measured[name], plain) for name in sorted(runs, key=lambda name: losses[name][0])]
     head = ['method', 'rate', 'val loss', 'seeds, from to', 'seeds', 'MB kept', 'MB peak', 'time', 'rates tried']
     return [
@@ -305,7 +306,8 @@ def main(args):
     write(os.path.join(ROOT, 'results', 'shelf.csv'))
     points = {name: (measured[name][0] / 1e6, statistics.median(some)) for name, (_, some) in runs.items()}
     title = f'{args.steps} steps of 2,048 tokens, 3.3M parameters, each method at its best rate'
-    draw(points, os.path.join(ROOT, 'results', 'shelf.png'), title)
+    spread = {name: (min(some), max(some)) for name, (_, some) in runs.items()}
+    draw(points, spread, os.path.join(ROOT, 'results', 'shelf.png'), title)
     print('\n'.join(lines))
 
 
