@@ -536,7 +536,7 @@ class Options:
     update_proj_gap = 200  # T: steps between two refreshes of a layer's subspace
     scale = 0.25  # factor on the update that comes back from the subspace (the paper's alpha)
     refresh = 'subspace'  # 'subspace' | 'svd' | 'sara' | 'random': a step from the old basis, a slow SVD, some vectors
-    #     drawn of it, or any subspace at all, blind to the gradient: a control
+    #                       drawn of it, or any subspace at all, blind to the gradient: a control
     stagger = True  # layers refresh in turns, so that no step stalls; False: all in the same step, as in the paper
     moments = 'keep'  # 'keep' | 'rotate' | 'reset': what becomes of Adam's moments when the subspace turns
     basis_bits = 16  # 16 | 8 | 4: of the bases; 16 stands for the weights' own dtype

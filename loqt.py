@@ -449,7 +449,7 @@ class Options:
     psi = 1.2  # the k-th distance between two merges is tau + psi^k; 0: always tau
     compensation = 3  # rounds in a merge in which B makes good what 4 bits lose; 0: none
     refresh = 'subspace'  # 'subspace' | 'svd' | 'sara' | 'random': a step from the old basis, a slow SVD, some vectors
-    #     drawn of it, or any subspace at all, blind to the gradient: a control
+    #                       drawn of it, or any subspace at all, blind to the gradient: a control
     stagger = True  # layers merge in turns, so that no step stalls; False: all in the same step, as in the paper
     moments = 'keep'  # 'keep' | 'rotate' | 'reset': what becomes of Adam's moments when the subspace turns
     train_rest = 'yes'  # 'yes' | 'no': all that is not in these layers, too, or of it a classifier's head alone

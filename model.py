@@ -155,7 +155,21 @@ def layer_norm(x, w, eps, b):
 
 
 def gated(gate, up):
-    return F.silu(gate) * up
+    return F.silu(gate) * up if torch.compiler.is_compiling() else Gated.apply(gate, up)
+
+
+class Gated(torch.autograd.Function):
+    """silu(gate) * up, of which the two alone are kept: autograd would keep silu(gate), too, as wide as they are."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, delta):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(delta * up, gate), F.silu(gate).mul_(delta)
 
 
 class RMSNorm(nn.Module):

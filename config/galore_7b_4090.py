@@ -1,9 +1,9 @@
 """LLaMA-7B on one 24 GB card: 8-bit states in a subspace, one full gradient at a time, blocks recomputed.
 
 16 windows x 256 tokens x 32 micro-batches = 131,072 tokens a step; 150,000 steps = 19.66B tokens.
-As galore_7b.py, except for what makes it fit: a planned peak of 19.80 GB = 18.4 GiB, of which weights take 13.5,
+As galore_7b.py, except for what makes it fit: a planned peak of 19.71 GB = 18.4 GiB, of which weights take 13.5,
 projected gradients during accumulation 3.2, the blocks' inputs 1.1, 4-bit bases 0.5. The 8-bit moments, 3.8 GB in main
-memory, visit the card once a step; with --offload=False they stay on it, and the plan is 23.6 GB. An H100 held to
+memory, visit the card once a step; with --offload=False they stay on it, and the plan is 23.5 GB. An H100 held to
 24 GB took it, see results/card_nvidia_h100_80gb_hbm3.md; CUDA's context, a third of a GB, comes on top.
     python data/c4/prepare.py --tokenizer=t5-base --tokens=20000000000
     python train.py config/galore_7b_4090.py

@@ -1,7 +1,7 @@
 """Llama-3.1-8B fine-tuned on examples of your own with QLoRA, on one 24 GB card: 4-bit weights, adapters of all layers.
 
 2 windows x 2048 tokens x 8 micro-batches = 32,768 tokens a step; 1,000 steps = 32.8M tokens.
-Planned peak of 9.08 GB.
+Planned peak of 8.97 GB.
     python data/instruct/prepare.py --input=my.jsonl --tokenizer=meta-llama/Llama-3.1-8B-Instruct
     python train.py config/llama3_8b_4090_qlora.py
     python sample.py out/llama3_8b_4090_qlora --chat

@@ -1,7 +1,7 @@
 """Llama-3.1-8B fine-tuned on examples of your own by QLoRA where 6 GB are free: all that can leave the card does.
 
 1 windows x 2048 tokens x 8 micro-batches = 16,384 tokens a step; 1,000 steps = 16.4M tokens.
-Planned peak of 5.32 GB.
+Planned peak of 5.31 GB.
     python data/instruct/prepare.py --input=my.jsonl --tokenizer=meta-llama/Llama-3.1-8B-Instruct
     python train.py config/llama3_8b_6gb_qlora.py
     python sample.py out/llama3_8b_6gb_qlora --chat

@@ -1,7 +1,7 @@
 """LLaMA-13B on C4 with the hyper-parameters of LoQT's own script (2405.16528): double quantisation, 8-bit states.
 
 16 windows x 256 tokens x 32 micro-batches = 131,072 tokens a step; 150,000 steps = 19.66B tokens.
-For a card of 32 GB or more; loqt_13b_4090.py fits 24 GB. Planned peak of 27.58 GB.
+For a card of 32 GB or more; loqt_13b_4090.py fits 24 GB. Planned peak of 27.46 GB.
     python data/c4/prepare.py --tokenizer=t5-base --tokens=20000000000
     python train.py config/loqt_13b.py
 """

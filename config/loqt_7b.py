@@ -2,7 +2,7 @@
 
 32 windows x 256 tokens x 16 micro-batches = 131,072 tokens a step; 150,000 steps = 19.66B tokens.
 The papers give no hyper-parameters for this size: rank is from GaLore's 7B, the rest from LoQT's 13B script.
-Planned peak of 19.12 GB.
+Planned peak of 18.94 GB.
     python data/c4/prepare.py --tokenizer=t5-base --tokens=20000000000
     python train.py config/loqt_7b.py
 """

@@ -1,7 +1,7 @@
 """LLaMA-7B on one 24 GB card with LoQT: no per-layer updates needed, and clipping is possible.
 
 16 windows x 256 tokens x 32 micro-batches = 131,072 tokens a step; 150,000 steps = 19.66B tokens.
-As loqt_7b.py, with smaller micro-batches. Planned peak of 17.24 GB; an H100 held to 24 GB took
+As loqt_7b.py, with smaller micro-batches. Planned peak of 17.15 GB; an H100 held to 24 GB took
 it, see results/card_nvidia_h100_80gb_hbm3.md.
     python data/c4/prepare.py --tokenizer=t5-base --tokens=20000000000
     python train.py config/loqt_7b_4090.py

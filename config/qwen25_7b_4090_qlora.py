@@ -1,7 +1,7 @@
 """Qwen2.5-7B fine-tuned on examples of your own with QLoRA, on one 24 GB card: 4-bit weights, adapters of all layers.
 
 2 windows x 2048 tokens x 8 micro-batches = 32,768 tokens a step; 1,000 steps = 32.8M tokens.
-Planned peak of 8.80 GB.
+Planned peak of 8.64 GB.
     python data/instruct/prepare.py --input=my.jsonl --tokenizer=Qwen/Qwen2.5-7B-Instruct
     python train.py config/qwen25_7b_4090_qlora.py
     python sample.py out/qwen25_7b_4090_qlora --chat

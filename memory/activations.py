@@ -15,8 +15,8 @@ def activations_of_attention(run):
 
 
 def activations_of_mlp(run, n):
-    """And of an MLP of n tokens: the norm of its input; gate, silu(gate), up and their product."""
-    kept = run.a * n * (run.D + 4 * run.F) + 4 * n * (1 + run.shape.layer_norm)
+    """And of an MLP of n tokens: the norm of its input; gate, up and what down_proj reads."""
+    kept = run.a * n * (run.D + 3 * run.F) + 4 * n * (1 + run.shape.layer_norm)
     return kept + of_adapters(run, ('gate', 'up', 'down'), n)
 
 

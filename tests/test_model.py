@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import head
 from head import HeadLoss, trained_rows
-from model import SIZES, LLaMA, ModelConfig, ModelError
+from model import SIZES, LLaMA, ModelConfig, ModelError, gated
 from plumbing.cache import KVCache
 from plumbing.families import config_from_hf
 
@@ -175,6 +175,20 @@ def test_bf16_loss_is_an_fp32_number_right_to_the_second_digit_however_many_chun
     exact(tokens, targets).backward()
     error = (model.head.grad.float() - exact.head.grad).norm() / exact.head.grad.norm()
     assert error < 0.03
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_the_gate_is_torchs_bit_for_bit_and_keeps_its_two_inputs_alone(dtype):
+    gate, up, delta = (torch.randn(7, 33, dtype=dtype, requires_grad=i < 2) for i in range(3))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda A: kept.append(A.data_ptr()) or A, lambda A: A):
+        y = gated(gate, up)
+    expected = F.silu(gate) * up
+    for a, b in zip(
+        (y, *torch.autograd.grad(y, (gate, up), delta)), (expected, *torch.autograd.grad(expected, (gate, up), delta))
+    ):
+        assert torch.equal(a, b)
+    assert kept == [gate.data_ptr(), up.data_ptr()]
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
