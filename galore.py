@@ -1,7 +1,7 @@
 """
 GaLore: full-parameter training with Adam's moments in a low-rank subspace of the gradient (2403.03507).
 
-A weight W (m x n, m <= n; a tall one is handled as its transpose) has the gradient G. Every T steps P becomes the r
+A weight W (m x n, m <= n; a tall or square one is its transpose here) has the gradient G. Every T steps P becomes the r
 directions of R^m in which G is largest; between those steps Adam runs on R, the r x n shadow of G, and its step is
 carried back and added to the full W:
 
@@ -102,14 +102,20 @@ def seeded(G, seed):
 
 
 def on_the_right(shape, proj_type='std'):
-    """Does P stand on the side of W's columns? 'std': on the shorter side; 'reverse_std': on the longer one."""
+    """Does P stand on the side of W's columns, a layer's inputs? 'std': where that is the shorter side, or as short;
+    'paper': where it is the shorter one; 'reverse_std': where it is the longer one.
+
+    A square matrix has it there as in the authors' package, and not on the left as in the paper: inputs lie in the same
+    few directions for longer than gradients do, and an old P holds more of G (val loss 4.80 for 4.93 after 200 steps:
+    results/controls.md)."""
     rows, columns = shape
-    return {'std': rows > columns, 'reverse_std': rows < columns, 'left': False, 'right': True}[proj_type]
+    wide = {'std': rows >= columns, 'paper': rows > columns, 'reverse_std': rows < columns}
+    return wide.get(proj_type, proj_type == 'right')
 
 
-def short_side_first(G):
-    """A view of G with at most as many rows as columns, so that P stands on the left, on the shorter side."""
-    return G.T if on_the_right(G.shape) else G
+def short_side_first(G, proj_type='std'):
+    """A view of G with at most as many rows as columns, so that P stands on the left. proj_type: 'std' or 'paper'."""
+    return G.T if on_the_right(G.shape, proj_type) else G
 
 
 def rotate_moments(M, V, Q, betas, t):
@@ -148,8 +154,9 @@ def default_rank(groups):
 
 def check_group(group):
     """Raise ValueError for what a group cannot say."""
-    if group.get('proj_type', 'std') not in ('std', 'reverse_std', 'left', 'right'):
-        raise ValueError(f"proj_type={group['proj_type']!r} is not known: use 'std', 'reverse_std', 'left' or 'right'")
+    if group.get('proj_type', 'std') not in ('std', 'paper', 'reverse_std', 'left', 'right'):
+        choices = "'std', 'paper', 'reverse_std', 'left' or 'right'"
+        raise ValueError(f"proj_type={group['proj_type']!r} is not known: use {choices}")
     if group['update_proj_gap'] < 1:
         raise ValueError(f'update_proj_gap={group["update_proj_gap"]} is not a number of steps: use 1 or more')
 
@@ -239,8 +246,8 @@ class GaLoreAdamW(AdamW):
 
     rank: r of groups that do not say their own; None: 128, or, where some groups say theirs, 0 for the others, as in
     the authors' package. With rank 0, and for any tensor that is not a matrix, this is plain Adam.
-    update_proj_gap: T. scale: factor on the update that comes back from the subspace. proj_type: 'std' projects the
-    shorter side, 'reverse_std' the longer one, 'left' the rows, 'right' the columns. These four are keys of a group.
+    update_proj_gap: T. scale: factor on the update that comes back from the subspace. proj_type: see `on_the_right`;
+    'left' is the rows, 'right' the columns. These four are keys of a group.
     refresh: see `orthonormal_basis`. stagger: layer i of L has its first refresh at step i T / L; False is the paper's:
     all layers at steps 0, T, 2 T. basis_bits: 16 (P in the weight's own dtype), 8 or 4 (blockwise, as in Q-GaLore).
     moments: when P turns they 'keep' their numbers (the paper), 'rotate' with it, or 'reset'.
@@ -537,13 +544,14 @@ class Options:
     scale = 0.25  # factor on the update that comes back from the subspace (the paper's alpha)
     refresh = 'subspace'  # 'subspace' | 'svd' | 'sara' | 'random': a step from the old basis, a slow SVD, some vectors
     #                       drawn of it, or any subspace at all, blind to the gradient: a control
+    proj_type = 'std'  # 'std' | 'paper': where P stands of a square matrix, on the side of its inputs or its outputs
     stagger = True  # layers refresh in turns, so that no step stalls; False: all in the same step, as in the paper
     moments = 'keep'  # 'keep' | 'rotate' | 'reset': what becomes of Adam's moments when the subspace turns
     basis_bits = 16  # 16 | 8 | 4: of the bases; 16 stands for the weights' own dtype
     project_tables = False  # embedding and head, too, along n_embd: for large vocabularies; else plain Adam moves them
 
 
-FIXED = ('rank', 'basis_bits', 'project_tables')
+FIXED = ('rank', 'basis_bits', 'project_tables', 'proj_type')
 
 
 def problems(config):

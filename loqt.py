@@ -1,7 +1,7 @@
 """
 LoQT: weights in 4 bits, trained through low-rank factors that are merged into them now and then (2405.16528).
 
-A layer keeps its weight W (m x n, m <= n; a tall one is handled as its transpose) in NF4 and adds a product to it:
+A layer keeps its weight W (m x n, m <= n; a tall or square one is its transpose here) in NF4 and adds a product to it:
 
     W = W_q + s P_q @ B                                                      # (m, n): s is `scale`
     dL/dB = s P_q.T @ dL/dW                                                  # (r, n): GaLore's R
@@ -45,7 +45,7 @@ from adam import (
     split_decay,
     zero_unless_,
 )
-from galore import orthonormal_basis, project_factors, reset_or_rotate, short_side_first
+from galore import on_the_right, orthonormal_basis, project_factors, reset_or_rotate, short_side_first
 from quant import Packed, decode, encode
 
 # ---- pure functions ----------------------------------------------------------------------------------------------
@@ -99,9 +99,9 @@ class LoQTLinear(Packed):
     """y = x @ (W_q + s P_q @ B).T, in the place of an nn.Linear whose weight is (out, in).
 
     B (r, n) is its one parameter, beside a bias: n = max(in, out), m = min(in, out), r = min(rank, m); P is (m, r).
-    A tall layer, out > in, has (P_q @ B).T. scale: s. quantize: 'nf4', or 'none' for LoQT-nq, with W and P in the
-    dtype of B. double_quant: the scales in 8 bits, too. compensation: C, rounds of it in a merge, four times as
-    many in the first one of a weight that was given; 0: none.
+    A tall layer, out >= in, has (P_q @ B).T; with proj_type='paper' a square one has not. scale: s. quantize: 'nf4', or
+    'none' for LoQT-nq, with W and P in the dtype of B. double_quant: the scales in 8 bits, too. compensation: C, rounds
+    of it in a merge, four times as many in the first one of a weight that was given; 0: none.
     refresh: how P comes from G, as in galore.orthonormal_basis. Raises ValueError for values that are not known.
 
     A layer is born with B = 0 and without a P: its first backward makes them. Until then a weight that was given to it
@@ -112,11 +112,12 @@ class LoQTLinear(Packed):
     in_full = ('P',)  # small, read more often than W, and by one process alone when it makes the next one
 
     def __init__(self, n_in, n_out, rank=128, scale=0.5, quantize='nf4', double_quant=False, compensation=3,
-                 refresh='subspace', bias=False, device=None, dtype=None):  # fmt: skip
+                 refresh='subspace', proj_type='std', bias=False, device=None, dtype=None):  # fmt: skip
         super().__init__()
         for name, value, allowed in (
             ('quantize', quantize, ('nf4', 'none')),
             ('refresh', refresh, ('subspace', 'svd', 'sara', 'random')),
+            ('proj_type', proj_type, ('std', 'paper')),
         ):
             if value not in allowed:
                 choices = ', '.join(map(repr, allowed[:-1]))
@@ -124,7 +125,8 @@ class LoQTLinear(Packed):
         if rank < 1 or scale <= 0 or compensation < 0:
             wrong = f'rank={rank}, scale={scale}, compensation={compensation}'
             raise ValueError(f'{wrong} cannot be: use at least 1, more than 0, and at least 0')
-        self.in_features, self.out_features, self.tall = n_in, n_out, n_out > n_in
+        self.in_features, self.out_features, self.proj_type = n_in, n_out, proj_type
+        self.tall = on_the_right((n_out, n_in), proj_type)
         self.scale, self.quantize, self.how = scale, quantize, (quantize, double_quant)
         self.compensation, self.refresh = compensation, refresh
         m, n = sorted((n_in, n_out))
@@ -238,7 +240,7 @@ def turn(layer, seed=0, shared=False):
         zero_unless_(good, G)
     old = layer.read('P', torch.float32)  # (m, r); zeros, where there is none yet
     earlier = old if layer.started else None
-    P = orthonormal_basis(short_side_first(G), len(layer.B), layer.refresh, earlier, seed)  # (m, r)
+    P = orthonormal_basis(short_side_first(G, layer.proj_type), len(layer.B), layer.refresh, earlier, seed)  # (m, r)
     del G
     # In the place of one that no finite gradient made: that of the same step or the old one, or any at all.
     fallback = old if layer.started else torch.eye(*P.shape, device=P.device)
@@ -305,7 +307,7 @@ def compensate(W, P, layer, rounds):
         E = W - decode(parts, layer.shapes['W'], W.dtype)  # (out, in): what it lacks
         before = B
         if layer.compensation:
-            B = (P_plus @ short_side_first(E) / scale).to(dtype)  # (r, n)
+            B = (P_plus @ short_side_first(E, layer.proj_type) / scale).to(dtype)  # (r, n)
         found = {'B': B, **parts}
         if few_bits:  # |E - s P B|^2, since what B takes is a projection of E
             found['error'] = squared_norm(E) - (gram @ B.float()).mul_(B).sum() * scale**2
@@ -450,6 +452,7 @@ class Options:
     compensation = 3  # rounds in a merge in which B makes good what 4 bits lose; 0: none
     refresh = 'subspace'  # 'subspace' | 'svd' | 'sara' | 'random': a step from the old basis, a slow SVD, some vectors
     #                       drawn of it, or any subspace at all, blind to the gradient: a control
+    proj_type = 'std'  # 'std' | 'paper': where P stands of a square matrix, on the side of its inputs or its outputs
     stagger = True  # layers merge in turns, so that no step stalls; False: all in the same step, as in the paper
     moments = 'keep'  # 'keep' | 'rotate' | 'reset': what becomes of Adam's moments when the subspace turns
     train_rest = 'yes'  # 'yes' | 'no': all that is not in these layers, too, or of it a classifier's head alone
@@ -457,7 +460,7 @@ class Options:
     double_quant = False  # the scales of nf4 in 8 bits, too: 0.37 bits a weight less
 
 
-FIXED = ('rank', 'scale', 'quantize', 'double_quant', 'train_rest')
+FIXED = ('rank', 'scale', 'quantize', 'double_quant', 'train_rest', 'proj_type')
 
 
 def problems(config):
@@ -476,7 +479,7 @@ def problems(config):
 
 def layer_options(config):
     """The options of a LoQTLinear."""
-    names = ('rank', 'scale', 'quantize', 'double_quant', 'compensation', 'refresh')
+    names = ('rank', 'scale', 'quantize', 'double_quant', 'compensation', 'refresh', 'proj_type')
     return {name: getattr(config, name) for name in names}
 
 

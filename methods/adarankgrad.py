@@ -26,7 +26,7 @@ from galore import GaLoreAdamW, linears_of, orthonormal_basis, project, seeded
 class AdaRankGradAdamW(GaLoreAdamW):
     """Arguments as in galore.GaLoreAdamW, and energy: the share of |G|^2 that a layer's columns must hold."""
 
-    def __init__(self, params, lr=1e-2, rank=None, energy=0.8, moments='rotate', **options):
+    def __init__(self, params, lr=1e-2, rank=None, energy=0.98, moments='rotate', **options):
         if not 0 < energy <= 1:
             raise ValueError(f'energy={energy} is not a share: use more than 0 and at most 1')
         self.energy, self.wanted = energy, {}
@@ -112,7 +112,8 @@ class Options:
     rank = 128  # r: dimensions of the subspace at the start, and at most
     update_proj_gap = 200  # T: steps between two refreshes of a layer's subspace
     scale = 0.25  # factor on the update that comes back from the subspace
-    energy = 0.8  # share of |G|^2 that a layer's columns must hold; so many there are, up to r
+    energy = 0.98  # share of |G|^2 that a layer's columns must hold; so many there are, up to r
+    proj_type = 'std'  # 'std' | 'paper': where P stands of a square matrix, on the side of its inputs or its outputs
     stagger = True  # layers refresh in turns, so that no step stalls
     moments = 'rotate'  # 'keep' | 'rotate' | 'reset': what becomes of Adam's moments when the subspace turns
     basis_bits = 16  # 16 | 8 | 4: of the bases; 16 stands for the weights' own dtype

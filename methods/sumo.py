@@ -38,7 +38,7 @@ class SumoAdamW(GaLoreAdamW):
 
     momentum: mu. orthogonal: 'exact', or 'newton', Muon's five products, which wait for nothing on a card."""
 
-    def __init__(self, params, lr=2e-3, momentum=0.95, orthogonal='exact', scale=1.0, moments='rotate', **galore):
+    def __init__(self, params, lr=2e-3, momentum=0.9, orthogonal='exact', scale=1.0, moments='rotate', **galore):
         if orthogonal not in ('exact', 'newton'):
             raise ValueError(f"orthogonal={orthogonal!r} is not known: use 'exact' or 'newton'")
         self.momentum, self.orthogonal = momentum, orthogonal
@@ -62,7 +62,7 @@ class Options(galore.Options):
 
     scale = 1.0  # factor on the update that comes back from the subspace; 1 makes it Muon's
     moments = 'rotate'  # 'keep' | 'rotate' | 'reset': what becomes of the momentum when the subspace turns
-    momentum = 0.95  # mu: share of the momentum that stays in each step
+    momentum = 0.9  # mu: share of the momentum that stays in each step; Nesterov's 0.95 does the same
     orthogonal = 'exact'  # 'exact' | 'newton': by eigenvalues, or nearly, by five products as in Muon
 
 

@@ -282,7 +282,7 @@ def layers_of_run(folder):
     try:
         if config['rank'] > 2**16:
             raise ValueError(f'rank={config["rank"]}')
-        linear = layers_of(SimpleNamespace(**config))
+        linear = layers_of(SimpleNamespace(**{'proj_type': 'paper', **config}))  # 'paper': see plumbing/resume.py
         linear(64, 64, device='meta')  # values that cannot be are refused here
         return linear
     except Exception as error:

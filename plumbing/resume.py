@@ -133,6 +133,8 @@ def settings(config):
     if 'method' not in was or ('method' in given and config.method != was['method']):  # that is refused, by name
         return None
     kept = {name: value for name, value in was.items() if name not in OF_A_SESSION}
+    if 'stagger' in kept:  # a method that refreshes P; before 2026-11-27 it stood on the left of square matrices
+        kept.setdefault('proj_type', 'paper')
     return os.path.join(path, 'run.json'), kept
 
 

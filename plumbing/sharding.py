@@ -130,7 +130,7 @@ def shard(model, mesh, config):
     if config.offload:
         how['offload_policy'] = CPUOffloadPolicy()
     if config.method == 'galore':
-        how['shard_placement_fn'] = unprojected_side(model, mesh.size())
+        how['shard_placement_fn'] = unprojected_side(model, mesh.size(), config.proj_type)
     if packed := [module for module in model.modules() if isinstance(module, Packed)]:
         how['ignored_params'] = set(model.layers.parameters())
         for module in packed:
@@ -149,12 +149,13 @@ def freeze(model, view):
         p.requires_grad_(q.requires_grad)
 
 
-def unprojected_side(model, n):
-    """A function parameter -> Shard: P stands on the shorter side of a block's matrix, so the longer one is cut. Then R
-    and the moments are parts along it, too, and P is the same on all processes."""
+def unprojected_side(model, n, proj_type):
+    """A function parameter -> Shard: P stands on the shorter side of a block's matrix, so the longer one is cut, and of
+    a square one the other. Then R and the moments are parts along it, too, and P is the same on all processes."""
     from torch.distributed.tensor import Shard
 
-    wide = {id(p): name for name, p in model.layers.named_parameters() if p.dim() == 2 and p.shape[0] <= p.shape[1]}
+    matrices = [(name, p) for name, p in model.layers.named_parameters() if p.dim() == 2]
+    wide = {id(p): name for name, p in matrices if p.shape[0] < p.shape[1] + (proj_type == 'paper')}
     uneven = next((name for id_, name in wide.items() if model.layers.get_parameter(name).shape[1] % n), None)
     if uneven:
         raise Stop(f"{uneven} has columns that {n} processes cannot share evenly: use --parallel=dp, or method='adamw'")
@@ -336,8 +337,9 @@ def joined(parts, *of):
             if name not in piece:
                 continue
             M, at = read_state(piece, name), [slice(*one) for one in piece['at']]
-            if projected:  # along the longer side, which is cut
-                at = [slice(None), at[0] if shape[0] > shape[1] else at[1]]
+            if projected:  # along the side that is cut
+                cut = [one for one, size in zip(at, shape) if one != slice(0, size)]
+                at = [slice(None), *cut] if cut else [slice(None)] * 2
             if name not in found:
                 found[name] = torch.zeros([len(M), max(shape)] if projected else shape)
             found[name][tuple(at)] = M

@@ -18,7 +18,7 @@ CONFIG = dict(learning_rate=1e-2, beta1=0.9, beta2=0.999, weight_decay=0.0, rank
 CONFIG |= dict(refresh='subspace', stagger=True, state_bits=32, grad_clip=0.0, per_layer=False, offload=False, seed=0)
 CONFIG |= dict(psi=1.2, compensation=5, quantize='nf4', double_quant=False, moments='reset', max_iters=40)
 CONFIG |= dict(train_rest='yes', targets='all')
-CONFIG |= dict(compile=False)
+CONFIG |= dict(compile=False, proj_type='std')
 SHAPES = [(12, 30), (30, 12), (16, 16)]  # (out, in): wide, tall, square
 
 

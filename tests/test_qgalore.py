@@ -205,7 +205,7 @@ def test_an_int8_weight_takes_galores_step_on_average():
         p, G = linear.weight, random(*linear.weight.shape)
         state = optimizer.state[p]
         q, scale = state['W'].clone(), state['W_scale'].clone()
-        before, tall = decode_int8(q, scale), p.shape[0] > p.shape[1]
+        before, tall = decode_int8(q, scale), p.shape[0] >= p.shape[1]
         P = orthonormal_basis(G.T if tall else G, 4)
         N = torch.sign(P.T @ (G.T if tall else G))  # Adam's first step
         update = (P @ N).T if tall else P @ N
@@ -228,7 +228,7 @@ def test_an_int8_weight_takes_galores_step_on_average():
 @pytest.mark.parametrize('shape', [(2048, 2304), (2304, 2048)])
 def test_a_large_weight_that_moves_some_rows_at_a_time_arrives_whole_and_outgrown_scales_with_it(shape, kind):
     # 4.7 million numbers, of which 2 ** 22 move at once; the step is some ten times the weights' size
-    before, tall = 0.02 * random(*shape), shape[0] > shape[1]
+    before, tall = 0.02 * random(*shape), shape[0] >= shape[1]
     q, scale = encode_int8(before)
     if kind == 'int8':
         W, before = torch.nn.Parameter(torch.zeros(()).expand(shape)), decode_int8(q, scale)

@@ -242,7 +242,7 @@ def test_every_key_has_a_comment_and_the_design_names_are_there():
         compile coreset parallel tp_size log_interval eval_interval eval_tokens save_interval best_by save_best
         save_merged sample_tokens tracker"""
     assert keys == set(expected.split())
-    galore = 'rank update_proj_gap scale refresh stagger moments basis_bits project_tables'
+    galore = 'rank update_proj_gap scale refresh proj_type stagger moments basis_bits project_tables'
     for file, expected in {
         'adam.py': '',
         'galore.py': galore,
@@ -251,14 +251,14 @@ def test_every_key_has_a_comment_and_the_design_names_are_there():
         'methods/badam.py': 'block_steps choose',
         'methods/adalomo.py': 'adaptive',
         'methods/sltrain.py': 'rank scale density',
-        'methods/adarankgrad.py': 'rank update_proj_gap scale energy stagger moments basis_bits',
+        'methods/adarankgrad.py': 'rank update_proj_gap scale energy proj_type stagger moments basis_bits',
         'methods/ldadam.py': 'rank rho feedback',
-        'methods/grass.py': 'rank update_proj_gap scale choose stagger',
+        'methods/grass.py': 'rank update_proj_gap scale choose proj_type stagger',
         'methods/apollo.py': 'rank update_proj_gap scale tensorwise',
         'methods/muon.py': 'momentum row_norm',
         'methods/scale.py': 'momentum',
         'methods/sumo.py': galore + ' momentum orthogonal',
-        'loqt.py': 'rank scale update_proj_gap psi compensation refresh stagger moments quantize double_quant '
+        'loqt.py': 'rank scale update_proj_gap psi compensation refresh proj_type stagger moments quantize double_quant '
         'train_rest',
         'lora.py': 'rank scale rslora lora_plus quantize double_quant dropout merge_every train_rest',
         'coreset.py': 'coreset_from coreset_norm coreset_weights coreset_clusters keep_small zo_directions '

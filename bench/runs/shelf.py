@@ -70,7 +70,7 @@ METHODS = {
     'Muon': (4e-3, ['--method=muon', '--momentum=0.9'], None, 28.86),
     'Muon+': (4e-3, ['--method=muon', '--momentum=0.9', '--row_norm'], None, None),
     'SCALE': (1e-3, ['--method=scale', f'{TABLES}1'], None, 30.81),
-    'SUMO': (8e-3, ['--method=sumo', *FEW], 34.26, None),
+    'SUMO': (4e-3, ['--method=sumo', *FEW, '--momentum=0.9'], 34.26, None),
     'BAdam': (4e-3, ['--method=badam', '--block_steps=10'], None, None),
     'BlockLLM': (4e-3, ['--method=badam', '--block_steps=10', '--choose=norm'], None, None),
     'Grass': (4e-3, ['--method=grass', *FEW], None, None),
