@@ -26,6 +26,7 @@ from memory.formula import Plan
 from model import LLaMA, ModelError
 from plumbing import MOVED, Stop, build, parallel, report, resume
 from plumbing import begin as begin_module
+from plumbing.checkpoint import write_run
 from plumbing.metrics import Metrics
 
 CONFIGS = sorted(path.name for path in (ROOT / 'config').glob('*.py'))
@@ -173,6 +174,22 @@ def test_checkpoints_are_hugging_face_folders_that_transformers_reads(finished):
     assert json.loads((finished.out / 'last/run.json').read_text())['step'] == 20
 
 
+@pytest.mark.parametrize('method', ['galore', 'loqt'])
+def test_a_run_from_before_proj_type_goes_on_with_its_bases_where_they_stood(method, tmp_path, data):
+    """Before, a square matrix had P on the left, as 'paper' has it."""
+    flags = [f'--method={method}', '--lr_decay_iters=20']
+    for name, steps, *more in (('old', 7, '--proj_type=paper'), ('whole', 12, '--proj_type=paper'), ('new', 12)):
+        done = train(tmp_path / name, data, *flags, f'--max_iters={steps}', *more)
+        assert done.returncode == 0, done.stderr
+    run = json.loads((tmp_path / 'old/last/run.json').read_text())
+    assert run['config'].pop('proj_type') == 'paper'
+    write_run(str(tmp_path / 'old/last'), run)
+    done = train(tmp_path / 'old', data, *flags, '--max_iters=12', '--init_from=resume')
+    assert done.returncode == 0, done.stderr
+    old, whole, new = (weights(tmp_path / name / 'last') for name in ('old', 'whole', 'new'))
+    assert same(old, whole) and not same(old, new)
+
+
 def test_max_iters_3_runs_3_steps(tmp_path, data):
     assert values(train(tmp_path, data, '--max_iters=3').stdout)['steps'] == '3'
 
@@ -258,8 +275,8 @@ def test_every_key_has_a_comment_and_the_design_names_are_there():
         'methods/muon.py': 'momentum row_norm',
         'methods/scale.py': 'momentum',
         'methods/sumo.py': galore + ' momentum orthogonal',
-        'loqt.py': 'rank scale update_proj_gap psi compensation refresh proj_type stagger moments quantize double_quant '
-        'train_rest',
+        'loqt.py': 'rank scale update_proj_gap psi compensation refresh proj_type stagger moments quantize '
+        'double_quant train_rest',
         'lora.py': 'rank scale rslora lora_plus quantize double_quant dropout merge_every train_rest',
         'coreset.py': 'coreset_from coreset_norm coreset_weights coreset_clusters keep_small zo_directions '
         'coreset_sparsity coreset_layer coreset_depth',
