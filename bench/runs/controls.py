@@ -119,20 +119,27 @@ def here():
         torch.Tensor.cuda = cuda
 
 
-APOLLO, STD = dict(proj='random', proj_type='std'), dict(proj_type='std')
+STD, SVD = dict(scale=0.25, proj_type='std'), dict(scale=0.25, refresh='svd', stagger=False)
+RANDOM = dict(proj='random', proj_type='std')
+galore_torch = theirs_low_rank('galore_torch', 'GaLoreAdamW', rank=RANK, **STD)
 # Name: (rate, as on the shelf; ours; theirs; its package).
 CONTROLS = {
-    'GaLore': (1e-2, ours_low_rank(GaLoreAdamW, **ALIKE, scale=0.25, refresh='svd', moments='keep', stagger=False),
-               theirs_low_rank('galore_torch', 'GaLoreAdamW', rank=RANK, scale=0.25, **STD), 'galore-torch'),
-    'APOLLO': (5e-3, ours_low_rank(ApolloAdamW, **ALIKE),
-               theirs_low_rank('apollo_torch', 'APOLLOAdamW', rank=RANK, scale=1, scale_type='channel', **APOLLO),
-               'apollo-torch'),
-    'APOLLO-Mini': (2.5e-3, ours_low_rank(ApolloAdamW, rank=1, update_proj_gap=T, tensorwise=True, scale=128**0.5),
-                    theirs_low_rank('apollo_torch', 'APOLLOAdamW', rank=1, scale=128, scale_type='tensor', **APOLLO),
-                    'apollo-torch'),
-    'Fira': (1e-2, ours_low_rank(FiraAdamW, **ALIKE, scale=0.25, refresh='svd', moments='keep', stagger=False),
+    'GaLore': (1e-2, ours_low_rank(GaLoreAdamW, **ALIKE, **SVD), galore_torch, 'galore-torch'),
+    'GaLore, P on the left of square matrices': (
+        1e-2, ours_low_rank(GaLoreAdamW, **ALIKE, **SVD, proj_type='paper'), galore_torch, 'galore-torch'),
+    'GaLore, P on the right of all': (
+        1e-2, ours_low_rank(GaLoreAdamW, **ALIKE, **SVD, proj_type='right'), galore_torch, 'galore-torch'),
+    'GaLore, our defaults: subspace iteration, in turns': (
+        1e-2, ours_low_rank(GaLoreAdamW, **ALIKE, scale=0.25), galore_torch, 'galore-torch'),
+    'Fira': (1e-2, ours_low_rank(FiraAdamW, **ALIKE, **SVD),
              theirs_low_rank('pytorch_optimizer', 'Fira', rank=RANK, scale=0.25, projection_type='std'),
              'pytorch-optimizer'),
+    'APOLLO': (5e-3, ours_low_rank(ApolloAdamW, **ALIKE),
+               theirs_low_rank('apollo_torch', 'APOLLOAdamW', rank=RANK, scale=1, scale_type='channel', **RANDOM),
+               'apollo-torch'),
+    'APOLLO-Mini': (2.5e-3, ours_low_rank(ApolloAdamW, rank=1, update_proj_gap=T, tensorwise=True, scale=128**0.5),
+                    theirs_low_rank('apollo_torch', 'APOLLOAdamW', rank=1, scale=128, scale_type='tensor', **RANDOM),
+                    'apollo-torch'),
     'BAdam': (4e-3, ours_badam, theirs_badam, 'badam'),
     'AdaLomo': (5e-2, ours_adalomo, theirs_adalomo, 'lomo-optim'),
 }  # fmt: skip
@@ -159,12 +166,12 @@ def main(args):
     names = [name.strip() for name in args.only.split(';')] if args.only else list(CONTROLS)
     if wrong := [name for name in names if name not in CONTROLS]:
         sys.exit(f'error: --only={args.only}: {wrong[0]!r} is none of: {"; ".join(CONTROLS)}')
-    rows = []
+    rows, made = [], {}
     for name in names:
         rate, ours, theirs, package = CONTROLS[name]
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                found = run(args, theirs, rate)
+                found = made[theirs] = made.get(theirs) or run(args, theirs, rate)
         except ModuleNotFoundError as error:
             print(f'note: {name} is left out: {error}: pip install --no-deps {package}', file=sys.stderr)
             continue
@@ -176,8 +183,9 @@ def main(args):
         '',
         f'Made by `python -m bench.runs.controls --steps={args.steps}`: the model and the text of shelf.md, the same',
         f'first weights, batches and rates (a warm-up, then a cosine), fp32, val loss on {EVAL} batches. GaLore',
-        'and Fira with SVDs and moments kept, as the packages have it; P of APOLLO is random, and not the same here',
-        'and there. BAdam and AdaLomo train all tensors, the others the matrices of the blocks, the rest by AdamW.',
+        'and Fira with SVDs for all layers at once, unless it says so, and moments kept, as the packages have it; P of',
+        'APOLLO is random, and not the same here and there. BAdam and AdaLomo train all tensors, the others the matrices',
+        'of the blocks, the rest by AdamW.',
         '',
         *table(['method', 'package', 'rate', 'ours', 'theirs', 'ours over theirs'], rows),
         '',
