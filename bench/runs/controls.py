@@ -184,7 +184,7 @@ def main(args):
         f'Made by `python -m bench.runs.controls --steps={args.steps}`: the model and the text of shelf.md, the same',
         f'first weights, batches and rates (a warm-up, then a cosine), fp32, val loss on {EVAL} batches. GaLore',
         'and Fira with SVDs for all layers at once, unless it says so, and moments kept, as the packages have it; P of',
-        'APOLLO is random, and not the same here and there. BAdam and AdaLomo train all tensors, the others the matrices',
+        'APOLLO is random, and not the same here and there. BAdam and AdaLomo train all tensors, the others matrices',
         'of the blocks, the rest by AdamW.',
         '',
         *table(['method', 'package', 'rate', 'ours', 'theirs', 'ours over theirs'], rows),
