@@ -89,8 +89,8 @@ def adamw(run, name, out, into):
 
 def galore(run, name, out, into, int8=False):
     c, a, w = run.config, run.a, run.w
-    m, n = sorted((out, into))
-    r = min(c.rank, m)
+    m, n = (into, out) if c.proj_type == 'right' else sorted((out, into))  # P is (m, r)
+    r = min(c.rank, m, n)
     basis = {16: w * m * r, 8: m * r + 4 * -(-m * r // BLOCK), 4: nf4(m * r)}[c.basis_bits]
     decoded = {16: 0, 8: (4 + 2 * (w == 2)) * m * r, 4: w * m * r}[c.basis_bits]
     new_P = 4 * (m * m + m * n) if c.refresh != 'subspace' else 4 * n * r

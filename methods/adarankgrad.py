@@ -113,7 +113,8 @@ class Options:
     update_proj_gap = 200  # T: steps between two refreshes of a layer's subspace
     scale = 0.25  # factor on the update that comes back from the subspace
     energy = 0.98  # share of |G|^2 that a layer's columns must hold; so many there are, up to r
-    proj_type = 'std'  # 'std' | 'paper': where P stands of a square matrix, on the side of its inputs or its outputs
+    proj_type = 'std'  # 'std' | 'paper' | 'right': P stands on the shorter side, of square matrices on that of the
+    #                    inputs; or on that of the outputs; or of all matrices on the inputs' side
     stagger = True  # layers refresh in turns, so that no step stalls
     moments = 'rotate'  # 'keep' | 'rotate' | 'reset': what becomes of Adam's moments when the subspace turns
     basis_bits = 16  # 16 | 8 | 4: of the bases; 16 stands for the weights' own dtype

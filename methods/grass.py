@@ -90,7 +90,8 @@ class Options:
     update_proj_gap = 200  # T: steps between two choices of a layer's rows
     scale = 1.0  # factor on the update of these rows
     choose = 'top'  # 'top' | 'norm': the rows of the longest gradient, or rows at random by its length
-    proj_type = 'std'  # 'std' | 'paper': of a square matrix train columns, one of the inputs each, or rows
+    proj_type = 'std'  # 'std' | 'paper' | 'right': of square matrices choose columns, each an input; or rows; or of all
+    #                    matrices columns
     stagger = True  # layers choose in turns, so that no step has all full gradients; False: all in the same step
 
 

@@ -150,12 +150,12 @@ def freeze(model, view):
 
 
 def unprojected_side(model, n, proj_type):
-    """A function parameter -> Shard: P stands on the shorter side of a block's matrix, so the longer one is cut, and of
-    a square one the other. Then R and the moments are parts along it, too, and P is the same on all processes."""
+    """A function parameter -> Shard: of a block's matrix the side is cut on which P does not stand. Then R and the moments
+    are parts along it, too, and P is the same on all processes."""
     from torch.distributed.tensor import Shard
 
-    matrices = [(name, p) for name, p in model.layers.named_parameters() if p.dim() == 2]
-    wide = {id(p): name for name, p in matrices if p.shape[0] < p.shape[1] + (proj_type == 'paper')}
+    named = [(name, p) for name, p in model.layers.named_parameters() if p.dim() == 2 and proj_type != 'right']
+    wide = {id(p): name for name, p in named if p.shape[0] < p.shape[1] + (proj_type == 'paper')}
     uneven = next((name for id_, name in wide.items() if model.layers.get_parameter(name).shape[1] % n), None)
     if uneven:
         raise Stop(f"{uneven} has columns that {n} processes cannot share evenly: use --parallel=dp, or method='adamw'")
@@ -337,11 +337,13 @@ def joined(parts, *of):
             if name not in piece:
                 continue
             M, at = read_state(piece, name), [slice(*one) for one in piece['at']]
-            if projected:  # along the side that is cut
-                cut = [one for one, size in zip(at, shape) if one != slice(0, size)]
-                at = [slice(None), *cut] if cut else [slice(None)] * 2
+            size = shape
+            if projected:  # (r, n), along the side that is cut
+                cut = [i for i in range(2) if at[i] != slice(0, shape[i])]
+                size = [len(M), shape[cut[0]] if cut else M.shape[1]]
+                at = [slice(None), at[cut[0]] if cut else slice(None)]
             if name not in found:
-                found[name] = torch.zeros([len(M), max(shape)] if projected else shape)
+                found[name] = torch.zeros(size)
             found[name][tuple(at)] = M
     return found
 

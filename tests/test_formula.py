@@ -20,6 +20,8 @@ CONFIGURATIONS = [
     ('--method=galore --model=60m --checkpointing --batch_size=8 --rank=128', 0.005),
     ('--method=galore --model=7b --state_bits=8 --per_layer --checkpointing --batch_size=1 --rank=1024', 0.01),
     ('--method=qgalore --model=60m --batch_size=4 --rank=128 --per_layer --lazy=0', 0.01),
+    ('--method=galore --model=60m --batch_size=4 --rank=128 --proj_type=right', 0.01),
+    ('--method=fira --model=60m --batch_size=4 --rank=128 --proj_type=right', 0.01),
     ('--method=fira --model=60m --batch_size=4 --rank=128', 0.01),
     ('--method=apollo --model=60m --batch_size=4 --rank=128', 0.01),
     ('--method=muon --model=60m --batch_size=4', 0.01),

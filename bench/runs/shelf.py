@@ -60,6 +60,7 @@ METHODS = {
     'AdamW, 8 bits': (1e-3, ['--method=adamw', '--state_bits=8'], None, None),
     'GaLore': (1e-2, GALORE, 34.88, 34.58),
     'GaLore, SARA': (1e-2, [*GALORE, '--refresh=sara'], None, None),
+    'GaLore, right': (1e-2, [*GALORE, '--proj_type=right'], None, None),
     'GaLore, full rank': (5e-3, [*GALORE, '--rank=192'], None, None),
     'GaLore, random P': (1e-2, [*GALORE, '--refresh=random'], None, None),
     'Q-GaLore': (1e-2, ['--method=qgalore', *FEW, '--state_bits=8'], 34.88, None),
