@@ -150,7 +150,7 @@ def freeze(model, view):
 
 
 def unprojected_side(model, n, proj_type):
-    """A function parameter -> Shard: of a block's matrix the side is cut on which P does not stand. Then R and the moments
+    """A function parameter -> Shard: of a block's matrix the side is cut on which P does not stand. R and the moments then
     are parts along it, too, and P is the same on all processes."""
     from torch.distributed.tensor import Shard
 
