@@ -150,8 +150,8 @@ def freeze(model, view):
 
 
 def unprojected_side(model, n, proj_type):
-    """A function parameter -> Shard: of a block's matrix the side is cut on which P does not stand. R and the moments then
-    are parts along it, too, and P is the same on all processes."""
+    """A function parameter -> Shard: a block's matrix is cut along the side on which P does not stand. Then R and the
+    moments are parts along it, too, and P is the same on all processes."""
     from torch.distributed.tensor import Shard
 
     named = [(name, p) for name, p in model.layers.named_parameters() if p.dim() == 2 and proj_type != 'right']
