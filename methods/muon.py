@@ -21,20 +21,20 @@ factors of LoRA, it takes fewer steps than a tuned AdamW.
 
 import adam
 from adam import AdamW, heavy_ball, is_finite, pieces, product_dtype, split_decay, zero_unless_
-from galore import linears_of, short_side_first
+from galore import linears_of
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # a, b, c: steep at 0, and all within 0.7 to 1.2 after five times
 
 
 def orthogonalise(M, times=5):
     """Nearly U @ V.T of M (m, n) = U S V.T, in the dtype that matrices like M multiply in; of zeros, zeros."""
-    a, b, c = QUINTIC
-    X = short_side_first(M)  # (m, n), m <= n
+    (a, b, c), tall = QUINTIC, len(M) > M.shape[1]
+    X = M.T if tall else M  # (m, n), m <= n
     X = X / X.norm().clamp_min(1e-7)
     for _ in range(times):
         A = X @ X.T  # (m, m)
         X = (A.mul(b).addmm_(A, A, alpha=c) @ X).add_(X, alpha=a)  # (m, n)
-    return X if M.shape[0] <= M.shape[1] else X.T
+    return X.T if tall else X
 
 
 class MuonAdamW(AdamW):
