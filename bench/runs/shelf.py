@@ -264,7 +264,7 @@ def written(args, runs, measured):
         f'{PLAIN}, in turns in one process on a CPU, without the refresh of a basis (of BAdam and BlockLLM: while they',
         f'train the first block). Embedding and head learn at {TABLE_RATE:g} under all methods, by AdamW with betas of',
         '.9 and .95, gradients are clipped to 1, weights decay by 0.1. In AdamW, one rate, and in SCALE and AdaLomo,',
-        'which have no AdamW, they learn at the blocks'\' rate, and the rest is as by default. GaLore at full rank and',
+        'which have no AdamW, they learn at the rate of the blocks, the rest is as by default. GaLore at full rank and',
         'with a random P are the controls: of what the subspace costs, and of what its choice is worth.',
         '',
         '![loss against bytes](shelf.png)',
