@@ -400,8 +400,9 @@ class Coreset:
                 found = {name: t[rows] for name, t in found.items()}
             K = self.compare(found)
             near = unit_distance(K) if self.norm == 'unit' else self.adam_distance(found, sources[rows])
-            distance = torch.zeros(n, n)
-            distance[rows[:, None], rows] = near.cpu()
+            distance = near.cpu()
+            if len(rows) < n:  # only these are ever asked for
+                distance = torch.zeros(n, n).index_put_((rows[:, None], rows), distance)
         chosen = select(None, sources, k, self.small, self.keep_small, (self.seed, step), distance)
         if dist.is_initialized():  # processes may round differently and must train on the same choice
             shared = chosen.to(tokens.device)

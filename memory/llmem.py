@@ -107,13 +107,13 @@ PARTS = ('weights', 'gradients', 'states', 'layer', 'root', 'head', 'norms', 'te
 
 
 def block_activations(d, d_k, f, heads, element=2, norms=None):
-    """Bytes a token that one block of LLaMA saves for backward, in the two parts that tensor parallelism treats
+    """Bytes a token that one block of model.py saves for backward, in the two parts that tensor parallelism treats
     differently: `activations`, which are cut with the heads and inner units, and `residual`, whole on every GPU.
 
     d: width; d_k: of all keys together; f: inner width; heads; element: bytes of a number. norms: bytes a token of the
     two norms, 8 d + 8 in 16 bits from the fused kernel (input, output, 1/rms), 16 d + 8 from norms written out."""
-    # q and attention's output, in memory by token: d each; k, v: d_k; gate, silu(gate), up, their product: f
-    sharded = element * (2 * d + 2 * d_k + 4 * f) + 4 * heads  # and SDPA's logsumexp, fp32
+    # q and attention's output, in memory by token: d each; k, v: d_k; gate, up, what down_proj reads: f
+    sharded = element * (2 * d + 2 * d_k + 3 * f) + 4 * heads  # and SDPA's logsumexp, fp32
     return dict(activations=sharded, residual=element * 4 * d + 8 if norms is None else norms)
 
 
