@@ -169,7 +169,9 @@ class Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx, delta):
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(delta * up, gate), F.silu(gate).mul_(delta)
+        d = delta * up
+        torch.ops.aten.silu_backward.grad_input(d, gate, grad_input=d)  # in place
+        return d, F.silu(gate).mul_(delta)
 
 
 class RMSNorm(nn.Module):
