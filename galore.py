@@ -105,9 +105,9 @@ def on_the_right(shape, proj_type='std'):
     """Does P stand on the side of W's columns, a layer's inputs? 'std': where that is the shorter side, or as short;
     'paper': where it is the shorter one; 'reverse_std': where it is the longer one.
 
-    A square matrix has it there as in the authors' package, and not on the left as in the paper: inputs lie in the same
-    few directions for longer than output gradients do, so that an old P holds more of G: val loss 4.80 for 4.93 after
-    200 steps, and 4.78 with 'right' (results/controls.md)."""
+    A square matrix has it there as in the authors' package, and not on the left as in the paper: val loss 4.80 for 4.93
+    after 200 steps, and 4.78 with 'right' (results/controls.md). Why was not measured; perhaps inputs lie in the same
+    few directions for longer than output gradients do, so that an old P holds more of G."""
     rows, columns = shape
     wide = {'std': rows >= columns, 'paper': rows > columns, 'reverse_std': rows < columns}
     return wide.get(proj_type, proj_type == 'right')
