@@ -117,6 +117,8 @@ def measure(tasks, device, seconds=QUICK):
     cuda = torch.device(device).type == 'cuda'
     clock = time.process_time if torch.get_num_threads() == 1 and not cuda else time.perf_counter
     wait = functools.partial(torch.cuda.synchronize, device) if cuda else lambda: None
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('high' if cuda else precision)  # as in a run
     tried = list(tasks)
     spent, started = [[] for _ in tried], time.perf_counter()
     while len(spent[0]) < 5 or time.perf_counter() - started < seconds:
@@ -127,6 +129,7 @@ def measure(tasks, device, seconds=QUICK):
                 run()
             wait()
             seen.append((clock() - begin) / times)
+    torch.set_float32_matmul_precision(precision)
     curves = {}
     for (sort, x, units, _, _), seen in zip(tried, spent):
         curves.setdefault(sort, []).append([x, max(statistics.median_low(seen[1:]), 1e-9) / units])
@@ -142,18 +145,27 @@ def common_tasks(device, dtype):
     return [*matrix_tasks(device, dtype), *byte_tasks(device), *attention_tasks(device, dtype), *call_tasks(device)]
 
 
+def is_card(device):
+    """A card is idle at sizes that fill a CPU core, so its tasks are larger, and several of them are under way at once,
+    as in a step: one alone would be as slow as its call."""
+    return torch.device(device).type == 'cuda'
+
+
 def matrix_tasks(device, dtype):
     """Of products and factorizations."""
+    sides, m, n, times = (16, 64, 192, 512), 512, 1024, 1
+    if is_card(device):
+        sides, m, n, times = (64, 256, 1024, 4096), 4096, 4096, 8
 
     def random(*shape):
         return torch.randn(*shape, device=device, dtype=dtype)
 
     for kind in {dtype, torch.float32}:
-        for side in (16, 64, 192, 512):
-            A, B, C = (random(*shape).to(kind) for shape in ((512, 1024), (1024, side), (side, 512)))
-            units = 2 * 512 * 1024 * side
-            yield f'{kind}', side, units, functools.partial(torch.mm, A, B), 1
-            yield f'{kind} of short rows', side, units, functools.partial(torch.mm, B, C), 1
+        for side in sides:
+            A, B, C = (random(*shape).to(kind) for shape in ((m, n), (n, side), (side, m)))
+            units = 2 * m * n * side
+            yield f'{kind}', side, units, functools.partial(torch.mm, A, B), times
+            yield f'{kind} of short rows', side, units, functools.partial(torch.mm, B, C), times
     for n, m in ((48, 192), (256, 512)):
         A, square = torch.randn(m, n, device=device), torch.randn(n, n, device=device)
         yield 'qr', n, m * n * n, functools.partial(torch.linalg.qr, A), 1
@@ -166,13 +178,15 @@ def attention_tasks(device, dtype):
     for several lengths."""
     for sort, sizes in (('', ((32, 256), (64, 256), (128, 256))), (' by length', ((64, 64), (64, 256), (64, 1024)))):
         for d, T in sizes:
-            heads = 16 if T <= 256 else 2
+            heads, times = 16 if T <= 256 else 2, 1
+            if is_card(device):
+                heads, times = 32 * heads, 8
             q, k, v = (torch.randn(1, heads, T, d, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
             attend = functools.partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
             size, units = T if sort else d, 4 * heads * T * T * d
-            yield f'attention{sort}', size, units, torch.no_grad()(attend), 1
+            yield f'attention{sort}', size, units, torch.no_grad()(attend), times
             back = functools.partial(back_and_forth, attend, (q, k, v), torch.ones_like(q))
-            yield f'attention back{sort}', size, units, back, 1
+            yield f'attention back{sort}', size, units, back, times
 
 
 def back_and_forth(function, inputs, delta):
@@ -187,23 +201,25 @@ def into_turns(function, A, rooms):
 
 def byte_tasks(device):
     """Of operations by the bytes that they read and write."""
+    grown, room, least = (3, 64 << 20, 8) if is_card(device) else (0, 16 << 20, 1)
     for n in (1 << 13, 1 << 15, 1 << 18, 1 << 20, 1 << 22):  # numbers of 4 bytes
-        A, times = torch.rand(n, device=device), max((1 << 18) // n, 1)
-        rooms = collections.deque(torch.rand(n, device=device) for _ in range((16 << 20) // n))
+        n, times = n << grown, max((1 << 18) // n, least)
+        A = torch.rand(n, device=device)
+        rooms = collections.deque(torch.rand(n, device=device) for _ in range(room // n))
         yield 'made', 12 * n, 12 * n, functools.partial(into_turns, torch.mul, A, rooms), times
         yield 'moved', 12 * n, 12 * n, functools.partial(torch.ones_like(A).mul_, torch.ones_like(A)), times
-        if n <= 1 << 20:
+        if n <= 1 << 20 << grown:
             yield 'exp_', 8 * n, 8 * n, functools.partial(torch.exp, A, out=torch.empty_like(A)), times
             norm = functools.partial(torch.linalg.vector_norm, A.view(-1, 64), dim=-1)
             yield 'linalg_vector_norm', 4 * n, 4 * n, norm, times
             yield '_fused_adamw_', 28 * n, 28 * n, functools.partial(adam_once, *(A.clone() for _ in range(4))), times
-        if n == 1 << 18:
+        if n == 1 << 18 << grown:
             for d in (16, 32, 64):
                 half, factor = torch.rand(n // d, 2 * d, device=device)[:, :d], torch.rand(d, device=device)
                 yield 'narrow', d, 12 * n, functools.partial(torch.mul, half, factor, out=torch.empty_like(half)), times
-        if n in (1 << 15, 1 << 18):
+        if n in (1 << 15 << grown, 1 << 18 << grown):
             draw = functools.partial(torch.rand, n, generator=torch.Generator(device), device=device)
-            yield 'rand', 4 * n, 4 * n, draw, 1
+            yield 'rand', 4 * n, 4 * n, draw, least
     if torch.device(device).type == 'cpu':
         yield 'pages', 2 * PAGES, 2 * PAGES, lambda: torch.empty(2 * PAGES, dtype=torch.uint8).fill_(1), 1
     else:
@@ -214,15 +230,16 @@ def byte_tasks(device):
 def bit_tasks(device):
     """Of tensors in few bits, by numbers."""
     kernels, code = adam.kernels(), adam.code_of('M', torch.device(device))
-    for n in (1 << 15, 1 << 18):
+    sizes, times = ((1 << 19, 1 << 24), 8) if is_card(device) else ((1 << 15, 1 << 18), 1)
+    for n in sizes:
         A = torch.rand(n, device=device)
         coded, how = kernels.quantize_blockwise(A, code=code, blocksize=adam.BLOCK)
         parts, options = quant.encode(A), dict(code=code, blocksize=adam.BLOCK)
-        yield 'quantize_blockwise', n, n, functools.partial(kernels.quantize_blockwise, A, **options), 1
+        yield 'quantize_blockwise', n, n, functools.partial(kernels.quantize_blockwise, A, **options), times
         decode = functools.partial(kernels.dequantize_blockwise, coded, absmax=how.absmax, **options)
-        yield 'dequantize_blockwise', n, n, decode, 1
-        yield 'nf4', n, n, functools.partial(quant.encode, A), 1
-        yield 'dequantize_4bit', n, n, functools.partial(quant.decode, parts, (n // 64, 64), torch.float32), 1
+        yield 'dequantize_blockwise', n, n, decode, times
+        yield 'nf4', n, n, functools.partial(quant.encode, A), times
+        yield 'dequantize_4bit', n, n, functools.partial(quant.decode, parts, (n // 64, 64), torch.float32), times
 
 
 def adam_once(W, G, M, V):
