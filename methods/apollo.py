@@ -17,19 +17,19 @@ import torch
 
 import adam
 from adam import AdamW, adam_direction, limit_growth
-from galore import check_group, default_rank, groups, linears_of, project, short_side_first
+from galore import check_group, default_rank, groups, linears_of, on_the_right, project
 
 
 class ApolloAdamW(AdamW):
-    """Arguments as in adam.AdamW, and as in galore.GaLoreAdamW rank, update_proj_gap (T) and scale, keys of a group.
-    tensorwise: APOLLO-Mini, which is meant for rank 1 and scale sqrt(128)."""
+    """Arguments as in adam.AdamW, and as in galore.GaLoreAdamW rank, update_proj_gap (T), scale and proj_type, keys of
+    a group. tensorwise: APOLLO-Mini, which is meant for rank 1 and scale sqrt(128)."""
 
-    def __init__(self, params, lr=1e-2, rank=None, update_proj_gap=200, scale=1.0, tensorwise=False, **adam):
+    def __init__(self, params, lr=1e-2, rank=None, update_proj_gap=200, scale=1.0, tensorwise=False, proj_type='std',
+                 **adam):  # fmt: skip
         self.tensorwise, params = tensorwise, list(params)
         rank = default_rank(params) if rank is None else rank
-        super().__init__(
-            params, lr, group_defaults=dict(rank=rank, update_proj_gap=update_proj_gap, scale=scale), **adam
-        )
+        own = dict(rank=rank, update_proj_gap=update_proj_gap, scale=scale, proj_type=proj_type)
+        super().__init__(params, lr, group_defaults=own, **adam)
 
     def add_param_group(self, group):
         check_group(self.defaults | group)
@@ -39,7 +39,8 @@ class ApolloAdamW(AdamW):
         group, state = self.group_of[p], self.state[p]
         if p.dim() != 2 or not group['rank']:
             return super().update(p, G)
-        G = short_side_first(G).float()  # (m, n)
+        turned = on_the_right(p.shape, group['proj_type'])
+        G = (G.T if turned else G).float()  # (m, n)
         m, r = len(G), min(group['rank'], len(G))
         generator = torch.Generator(G.device)
         generator.manual_seed(self.random_seed(p, state['step'] // group['update_proj_gap']))
@@ -50,7 +51,7 @@ class ApolloAdamW(AdamW):
         dim = None if self.tensorwise else 0
         s = torch.linalg.vector_norm(N, dim=dim) / torch.linalg.vector_norm(R, dim=dim).clamp_min(1e-12)  # (n,) or ()
         U = limit_growth(G * s, state).mul_(group['scale'])  # (m, n)
-        self.move(p, p, U if short_side_first(p) is p else U.T)
+        self.move(p, p, U.T if turned else U)
 
 
 # ---- for train.py ------------------------------------------------------------------------------------------------
@@ -63,9 +64,10 @@ class Options:
     update_proj_gap = 200  # T: steps between two random subspaces
     scale = 1.0  # factor on the update; with --tensorwise --rank=1 the paper's is sqrt(128), 11.3
     tensorwise = False  # one scaling factor for a tensor instead of one for each column: APOLLO-Mini
+    proj_type = 'std'  # 'std' | 'paper': where P stands of a square matrix, on the side of its inputs or its outputs
 
 
-FIXED = ('rank', 'tensorwise')
+FIXED = ('rank', 'tensorwise', 'proj_type')
 
 
 def problems(config):

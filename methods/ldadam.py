@@ -79,9 +79,10 @@ class Options:
     rank = 128  # r: dimensions of the subspace
     rho = 0.908  # how much of the mean gradient there is in what the subspace follows; 0: this step's gradient alone
     feedback = True  # what a step leaves out is added to the next gradient; False saves its memory, a full gradient's
+    proj_type = 'std'  # 'std' | 'paper': where P stands of a square matrix, on the side of its inputs or its outputs
 
 
-FIXED = ('rank', 'feedback')
+FIXED = ('rank', 'feedback', 'proj_type')
 
 
 def problems(config):

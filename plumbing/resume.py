@@ -133,7 +133,8 @@ def settings(config):
     if 'method' not in was or ('method' in given and config.method != was['method']):  # that is refused, by name
         return None
     kept = {name: value for name, value in was.items() if name not in OF_A_SESSION}
-    if 'stagger' in kept:  # a method that refreshes P; before 2026-11-27 it stood on the left of square matrices
+    # Until 2026-11-27 P stood on the left of square matrices, in these two and in all that refresh it in turns.
+    if 'stagger' in kept or was['method'] in ('apollo', 'ldadam'):
         kept.setdefault('proj_type', 'paper')
     return os.path.join(path, 'run.json'), kept
 

@@ -174,7 +174,7 @@ def test_checkpoints_are_hugging_face_folders_that_transformers_reads(finished):
     assert json.loads((finished.out / 'last/run.json').read_text())['step'] == 20
 
 
-@pytest.mark.parametrize('method', ['galore', 'loqt'])
+@pytest.mark.parametrize('method', ['galore', 'loqt', 'apollo', 'ldadam'])
 def test_a_run_from_before_proj_type_goes_on_with_its_bases_where_they_stood(method, tmp_path, data):
     """Before, a square matrix had P on the left, as 'paper' has it."""
     flags = [f'--method={method}', '--lr_decay_iters=20']
@@ -269,9 +269,9 @@ def test_every_key_has_a_comment_and_the_design_names_are_there():
         'methods/adalomo.py': 'adaptive',
         'methods/sltrain.py': 'rank scale density',
         'methods/adarankgrad.py': 'rank update_proj_gap scale energy proj_type stagger moments basis_bits',
-        'methods/ldadam.py': 'rank rho feedback',
+        'methods/ldadam.py': 'rank rho feedback proj_type',
         'methods/grass.py': 'rank update_proj_gap scale choose proj_type stagger',
-        'methods/apollo.py': 'rank update_proj_gap scale tensorwise',
+        'methods/apollo.py': 'rank update_proj_gap scale tensorwise proj_type',
         'methods/muon.py': 'momentum row_norm',
         'methods/scale.py': 'momentum',
         'methods/sumo.py': galore + ' momentum orthogonal',
