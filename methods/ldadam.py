@@ -61,8 +61,8 @@ class LDAdamW(GaLoreAdamW):
                 write_state(state, name, moment.copy_(self.unless_skipped(state, moment, turned)))
         N = adam_direction(R, state, (b1, b2), eps, self.state_bits, self.random_seed(p, state['step']))  # (r, n)
         for name, new in (('P', P), ('E', E)) if self.feedback else (('P', P),):
-            if name not in state:
-                state[name] = torch.zeros_like(new, dtype=p.dtype)
+            if name not in state:  # of a first step that is skipped, too: from P = 0 no iteration would get anywhere
+                state[name] = torch.empty_like(new, dtype=p.dtype).copy_(new)
             state[name].copy_(self.unless_skipped(state, state[name], new))
         self.add_projected(p, P, N)
 

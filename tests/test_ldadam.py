@@ -99,3 +99,19 @@ def test_what_is_left_out_is_never_lost():
 def test_a_rho_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match=r'rho=1\.0 is not a share'):
         LDAdamW([torch.nn.Parameter(torch.zeros(2, 2))], rho=1.0)
+
+
+def test_a_first_step_without_a_finite_gradient_leaves_a_basis_that_the_next_can_turn():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(12, 8, bias=False)
+    optimizer = LDAdamW([linear.weight], lr=1e-2, rank=4, per_layer=True)
+    before = linear.weight.detach().clone()
+    (linear(torch.ones(5, 12)).sum() * float('nan')).backward()
+    optimizer.step()
+    assert torch.equal(linear.weight, before)
+    x = torch.randn(5, 2) @ torch.randn(2, 12)  # the gradient's rank is 2, so a power iteration's P (8, 4) holds it all
+    loss = linear(x).square().sum()
+    G = torch.autograd.grad(loss, linear.weight, retain_graph=True)[0]
+    loss.backward()
+    optimizer.step()
+    assert optimizer.state[linear.weight]['E'].norm() < 1e-4 * G.norm()
