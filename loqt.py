@@ -89,6 +89,8 @@ class LowRank(torch.autograd.Function):
         delta, x = delta.flatten(0, -2), x.flatten(0, -2)  # (N, out), (N, in)
         if layer.wants_gradient():
             layer.add_gradient(delta.T @ x)  # (out, in)
+            if not layer.started and layer.in_parts and layer.in_step:
+                return dx, torch.zeros_like(layer.B), None  # see LoQTAdamW.first_of_parts
             if not layer.started:  # the very first P comes from the first gradient there is
                 turn(layer) if layer.in_step else merge(layer)
         R = project_factors(layer.read('P', delta.dtype), delta, x, layer.tall)  # (r, n)
@@ -110,6 +112,7 @@ class LoQTLinear(Packed):
     the first W_q and B in its own step (`in_step`): until then P alone is there, which changes nothing while B is 0."""
 
     in_full = ('P',)  # small, read more often than W, and by one process alone when it makes the next one
+    in_parts = False  # a backward comes in parts of the tokens, as LLaMA.set_chunk has it
 
     def __init__(self, n_in, n_out, rank=128, scale=0.5, quantize='nf4', double_quant=False, compensation=3,
                  refresh='subspace', proj_type='std', bias=False, device=None, dtype=None):  # fmt: skip
@@ -380,10 +383,19 @@ class LoQTAdamW(AdamW):
         """p has its gradient of one more micro-batch; so has p's layer, if it is due."""
         if p in self.layers:
             layer = self.layers[p]
+            if layer.in_parts and layer.G is not None and not layer.started:
+                self.first_of_parts(layer)
             layer.ended, layer.complete = True, self.last_micro_batch
             if layer.G is not None and self.last_micro_batch and not several_processes():
                 turn(layer, self.random_seed(p, self.state[p].get('step', 0)))
         super().gradient_ready(p)
+
+    @exactly
+    def first_of_parts(self, layer):
+        """The first P and B's gradient by it, of a G that has come in parts: P is made of all of them."""
+        G = short_side_first(layer.G, layer.proj_type)  # (m, n)
+        turn(layer)
+        layer.B.grad.add_(layer.read('P', G.dtype).T @ G, alpha=layer.scale)  # (r, n)
 
     # ---- several processes: B's gradient travels, and G to the one process that makes P of it
 

@@ -420,6 +420,8 @@ class LLaMA(nn.Module):
         """Let the blocks' MLPs take so many tokens at a time, forward and backward; 0: all."""
         for layer in self.layers:
             layer.chunk = chunk
+            for module in layer.mlp.modules():
+                module.in_parts = chunk > 0
 
     def rotary(self, T, packed=False):
         """cos and sin (T or more, d/2) of a window of T tokens. Under 'dynamic' and 'longrope' a window that is longer

@@ -202,10 +202,6 @@ def problems_of_task(config):
 def problems_of_chunks(config):
     """One sentence for each key that needs an MLP to see all tokens at once."""
     c, found = config, []
-    if c.method == 'loqt':
-        found.append(
-            "mlp_chunk hands gradients on in parts, and method='loqt' makes a basis of the first one: set it to 0"
-        )
     if getattr(c, 'dropout', 0):
         found.append('dropout draws one mask for all tokens, which mlp_chunk has apart: leave out one of them')
     if c.coreset != 'none':

@@ -196,7 +196,7 @@ def test_offloaded_inputs_take_none_of_a_card_and_layers_repeat(monkeypatch):
 
 
 @pytest.mark.parametrize('accumulation', [1, 2, 8])
-@pytest.mark.parametrize('method', ['adamw', 'galore', 'lora'])
+@pytest.mark.parametrize('method', METHODS)
 def test_an_mlp_in_chunks_is_the_whole_one(method, accumulation):
     expected, expected_losses = plain_run(method, accumulation)
     keys = METHODS[method] | dict(checkpointing=True, gradient_accumulation_steps=accumulation)
@@ -218,7 +218,7 @@ def test_a_chunk_is_computed_twice_under_offload_as_an_mlp_is_and_in_its_backwar
     assert seen == [(8, 64), (8, 64), (4, 64), (4, 64), (8, 64), (8, 64)]
 
 
-CHUNKED = ('adamw', 'galore everything', 'lora fine-tuning')
+CHUNKED = ('adamw', 'galore everything', 'lora fine-tuning', 'loqt')
 
 
 @pytest.mark.parametrize('mode', CHUNKED)
@@ -229,16 +229,14 @@ def test_planned_bytes_of_chunks_are_those_of_real_steps(mode, monkeypatch):
     planned = plan_of(config, ModelConfig(**TINY), torch.bfloat16, torch.float32, True).total
     config.mlp_chunk = 0
     assert planned < plan_of(config, ModelConfig(**TINY), torch.bfloat16, torch.float32, True).total
-    steps = models.Block.__init__
-    monkeypatch.setattr(
-        models.Block, '__init__', lambda self, *a, **n: (steps(self, *a, **n), setattr(self, 'chunk', 24))[0]
-    )
+    built = LLaMA.__init__
+    monkeypatch.setattr(LLaMA, '__init__', lambda self, *a, **n: (built(self, *a, **n), self.set_chunk(24))[0])
     with LiveBytes() as live:
         _kept = real_steps(config, torch.bfloat16, live)
     assert abs(planned / live.peak - 1) < 0.001
 
 
-@pytest.mark.parametrize('keys', [dict(method='loqt'), dict(method='lora', dropout=0.1)])
+@pytest.mark.parametrize('keys', [dict(coreset='grad'), dict(method='lora', dropout=0.1)])
 def test_what_chunks_do_not_go_with_is_said_by_name(keys):
     assert any('mlp_chunk' in p for p in problems(config_of(**keys | dict(mlp_chunk=8))))
     assert not any('mlp_chunk' in p for p in problems(config_of(**keys)))
@@ -261,6 +259,7 @@ def test_a_long_window_fits_24_gb_and_fit_says_how_long(capsys):
         ('--method=lora --offload_activations --mlp_chunk=512', 0.005),
         ('--method=lora --mlp_chunk=512 --train_rest=no --head_bits=8 --offload_embedding', 0.005),
         ('--method=galore --offload_activations --per_layer --state_bits=8', 0.01),
+        ('--method=loqt --mlp_chunk=512', 0.005),
     ],
 )
 def test_the_formula_is_near_the_trace(flags, within):
