@@ -1,7 +1,7 @@
 """
 Time and memory of every method, measured side by side in one run: tables in results/bench.md, a picture beside them.
 
-    python -m bench                                          # all of it, about 25 minutes on two CPU cores
+    python -m bench                                          # all of it, 25 to 60 minutes on two CPU cores
     python -m bench --only=training --training_sizes=60m:2   # one part, printed; files are written only by a full run
     python -m bench --only=refresh --refresh_sizes=350m:2
 

@@ -77,6 +77,7 @@ METHODS = {
     'Grass': (4e-3, ['--method=grass', *FEW], None, None),
     'AdaLomo': (5e-2, ['--method=adalomo', '--per_layer', f'{TABLES}1'], None, None),
     'LDAdam': (2e-3, ['--method=ldadam', FEW[0]], None, None),
+    'LDAdam, no feedback': (2e-3, ['--method=ldadam', FEW[0], '--feedback=False'], None, None),
     'AdaRankGrad': (1e-2, ['--method=adarankgrad', '--rank=96', FEW[1]], 34.24, None),
     'SLTrain': (3e-3, ['--method=sltrain', '--rank=48', '--scale=0.5'], 34.15, None),
     'ReLoRA': (2e-3, ['--method=lora', '--rank=48', '--quantize=none', '--merge_every=100'], 37.04, None),
