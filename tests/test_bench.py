@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import re
 import shutil
+import subprocess
 
 import pytest
 from conftest import ROOT, run
@@ -183,3 +184,19 @@ def test_the_picture_is_drawn_from_the_tables(tmp_path):
     shutil.copy(ROOT / 'results' / 'bench.md', tmp_path)
     assert bench.draw(str(tmp_path / 'bench.md'))
     assert (tmp_path / 'bench.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_commits_compares_a_commit_with_the_present_code_and_leaves_no_worktree(tmp_path):
+    def git(*words):
+        return subprocess.run(['git', *words], cwd=ROOT, capture_output=True, text=True)
+
+    if git('rev-parse', 'HEAD').returncode:
+        pytest.skip('not a git checkout')
+    before, command = git('worktree', 'list').stdout, ['-m', 'bench.runs.commits']
+    done = run([*command, 'HEAD', '--rounds=3', '--only=LoRA', f'--out={tmp_path / "commits.md"}'])
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in (tmp_path / 'commits.md').read_text().splitlines() if line.startswith('| LoRA |'))
+    assert all(number(cell) > 0 for cell in row.split('|')[2:5])
+    assert git('worktree', 'list').stdout == before
+    done = run([*command, 'no-such-commit'])
+    assert done.returncode == 1 and done.stderr.startswith('error: git worktree')
