@@ -56,6 +56,7 @@ GALORE = ['--method=galore', *FEW]
 METHODS = {
     'AdamW, one rate': (2e-3, ['--method=adamw', f'{TABLES}1'], 34.06, None),
     'AdamW': (1e-3, ['--method=adamw'], None, 30.05),
+    'AdamW, on a CPU': (1e-3, ['--method=adamw', '--device=cpu'], None, None),  # beside what a card is too slow for
     'AdamW, no clip, no decay': (1e-3, ['--method=adamw', '--grad_clip=0', '--weight_decay=0'], None, None),
     'AdamW, 8 bits': (1e-3, ['--method=adamw', '--state_bits=8'], None, None),
     'GaLore': (1e-2, GALORE, 34.88, 34.58),
@@ -113,7 +114,8 @@ def words_of(args, name, rate, seed):
     if not any(word.startswith(TABLES) for word in words):
         own = {word.partition('=')[0] for word in words}
         words += [f'{TABLES}{TABLE_RATE / rate:g}', *(word for word in USUAL if word.partition('=')[0] not in own)]
-    words += [f'--seed={seed}', f'--max_iters={args.steps}', f'--warmup_iters={warmup}', f'--device={args.device}']
+    words += [f'--seed={seed}', f'--max_iters={args.steps}', f'--warmup_iters={warmup}']
+    words += [f'--device={args.device}'] * ('--device=cpu' not in words)
     return [*words, '--dtype=float32', f'--eval_interval={args.steps}', '--eval_tokens=65536', '--sample_tokens=0']
 
 
@@ -260,7 +262,8 @@ def written(args, runs, measured):
         f'Made by `python -m bench.runs.shelf --steps={args.steps} --seeds={args.seeds}`: 3.3M parameters,',
         f'{args.steps} steps of 2,048 tokens of the source of installed packages, fp32, a warm-up of a tenth, cosine',
         'decay to a tenth. Each method at its best learning rate: three, and more while the best was the last on its',
-        'side. Val loss: the median of the seeds. On: the device, which draws its own first weights. MB kept: weights',
+        'side. Val loss: the median of the seeds. On: the device, which draws its own first weights, so that rows of a',
+        'CPU are to be compared with AdamW on a CPU. MB kept: weights',
         'and optimizer states. MB peak: all tensors at the peak of a step of 8 x 256 tokens, of those that ran on the',
         f'device of {PLAIN}. Time: seconds of a step over those of {PLAIN}, in turns in one process on a CPU,',
         'without the refresh of a basis (of BAdam and BlockLLM: while they train the first block). Embedding and head',
