@@ -148,7 +148,7 @@ def tuned(args, name, pool):
     while asked:
         made = pool.map(lambda step: run(args, name, step, 1), asked)
         tried |= {step: found for step, found in zip(asked, made) if found}
-        if not tried or len(tried) >= MOST or len(tried) < 3:
+        if not tried or len(tried) >= MOST or (len(tried) < 3 and not args.finished):
             break
         best = best_of(tried)
         asked = [step for step in (best - 1, best + 1) if step not in tried]
@@ -262,10 +262,10 @@ def written(args, runs, measured):
         f'Made by `python -m bench.runs.shelf --steps={args.steps} --seeds={args.seeds}`: 3.3M parameters,',
         f'{args.steps} steps of 2,048 tokens of the source of installed packages, fp32, a warm-up of a tenth, cosine',
         'decay to a tenth. Each method at its best learning rate: three, and more while the best was the last on its',
-        'side. Val loss: the median of the seeds. On: the device, which draws its own first weights, so that rows of a',
-        'CPU are to be compared with AdamW on a CPU. MB kept: weights',
-        'and optimizer states. MB peak: all tensors at the peak of a step of 8 x 256 tokens, of those that ran on the',
-        f'device of {PLAIN}. Time: seconds of a step over those of {PLAIN}, in turns in one process on a CPU,',
+        'side, as far as they are finished. Val loss: the median of the seeds. On: the device, which draws its own',
+        'first weights, so that rows of a CPU are to be compared with AdamW on a CPU. MB kept: weights and optimizer',
+        'states. MB peak: all tensors at the peak of a step of 8 x 256 tokens, of those that ran on the device of',
+        f'{PLAIN}. Time: seconds of a step over those of {PLAIN}, in turns in one process on a CPU,',
         'without the refresh of a basis (of BAdam and BlockLLM: while they train the first block). Embedding and head',
         f'learn at {TABLE_RATE:g} under all methods, by AdamW with betas of .9 and .95, gradients are clipped to 1,',
         'weights decay by 0.1. In AdamW, one rate, and in SCALE and AdaLomo, which have no AdamW, they learn at the',
