@@ -11,8 +11,8 @@ LDAdam: GaLore whose subspace turns a little in every step, and loses nothing fo
 
 Memory: P and the moments, m r + 2 r n numbers, and E, m n in W's dtype; and the full G, one at a time under per_layer,
 unless micro-batches accumulate. E may well be left out (--feedback=False): then it is GaLore with T = 1 and a P
-that follows the mean gradient, and on results/shelf.md's small model still below AdamW. Time: a QR and some six products
-with an m x r matrix, each step.
+that follows the mean gradient, and on results/shelf.md's small model still below AdamW. Time: a QR and some six
+products with an m x r matrix, each step.
 Not for: the least memory. E takes as much as half of Adam's moments where the weights are bf16.
 
     python train.py config/ldadam_laptop.py
